@@ -1,0 +1,60 @@
+"""One error tree: every error says what, where and what to do, and carries the exit code of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DeftError(Exception):
+    """An error that a user can act on; the command line prints its text without a traceback."""
+
+    exit_code = 70
+
+
+class InputError(DeftError):
+    """Wrong input or configuration, found before training."""
+
+    exit_code = 2
+
+
+class DiskError(DeftError):
+    """Something could not be written."""
+
+    exit_code = 4
+
+
+class NumbersError(DeftError):
+    """A loss or gradient is not finite; no weight was changed."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in the input: where it stands, what it is, what to do about it.
+
+    >>> str(Problem("train.jsonl:4", "messages[1].role: 'asistant' is not a role", "did you mean 'assistant'?"))
+    "train.jsonl:4: messages[1].role: 'asistant' is not a role; did you mean 'assistant'?"
+    """
+
+    where: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
+
+
+SHOWN_PROBLEMS = 20
+
+
+class Problems(InputError):
+    """Several problems at once: the first twenty are written out, the rest counted."""
+
+    def __init__(self, heading: str, problems: Sequence[Problem]) -> None:
+        self.heading = heading
+        self.problems = tuple(problems)
+        hidden = len(self.problems) - SHOWN_PROBLEMS
+        lines = [heading, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        super().__init__("\n".join(lines + ([f"  ... and {hidden} more"] if hidden > 0 else [])))

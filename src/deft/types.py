@@ -1,0 +1,163 @@
+"""The arrows: what travels from a file to an optimizer step, each a frozen value with its shapes beside it.
+
+    file -> Row -> Conversation -> Rendered -> Encoded -> Plan -> Batch -> Tally -> StepRecord
+
+`Origin` travels with a row to the end, so that every complaint can name its file and line.
+
+Shape suffixes: M tokens of a micro-batch, K targets of a micro-batch, H hidden size, V vocabulary, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""The label Hugging Face gives a token that is not learnt."""
+
+Kind = Literal["text", "dialogue", "chat"]
+"""text: one string, all of it learnt. dialogue: strings without roles, prompts and outputs. chat: messages with roles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from; lines count from 1.
+
+    >>> str(Origin("train.jsonl", 812))
+    'train.jsonl:812'
+    """
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read: a JSON object, a list or a string, nothing interpreted."""
+
+    origin: Origin
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. In a chat `role` is the template's; in text and dialogues it is "prompt" or "output".
+
+    `weight` is how much each of its tokens is learnt; None leaves it to `train_on`.
+    """
+
+    role: str
+    content: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row, understood."""
+
+    origin: Origin
+    kind: Kind
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters [start, end) of a text, learnt with `weight` each token."""
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example, or one part of a row that had to be split: ids and how much each is learnt.
+
+    tokens   int32   [T]
+    weights  float32 [T]   0 on prompts; `weights[t]` belongs to predicting `tokens[t]`
+
+    >>> Encoded(Origin("a.jsonl", 1), np.array([5, 6, 7], np.int32), np.array([0, 1, 1], np.float32)).labels
+    array([-100,    6,    7], dtype=int32)
+    """
+
+    origin: Origin
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [T]: the Hugging Face form, not shifted, -100 where nothing is learnt."""
+        return np.where(self.weights > 0, self.tokens, np.int32(IGNORED))
+
+
+class Fate(StrEnum):
+    """What became of a row. Each row has exactly one."""
+
+    TRAINED = "trained"
+    HELD_OUT = "held_out"
+    CUT = "cut"
+    TOO_LONG = "too_long"
+    NO_TARGET = "no_target"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch: whole documents laid end to end, nothing padded, already shifted.
+
+    tokens     int64   [M]
+    positions  int64   [M]   0, 1, 2, ... in each document
+    documents  lengths of the documents in order; they sum to M
+    rows       int64   [K]   ascending indices into [M]: the positions whose hidden state predicts a target
+    targets    int64   [K]   the token that follows each of them
+    weights    float32 [K]   > 0
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    documents: tuple[int, ...]
+    rows: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)).
+
+    weight  [V, H]    bias  [V] or None    softcap(x) = cap * tanh(x / cap), or nothing where cap is None
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, as a line of metrics.jsonl.
+
+    loss is nats per unit of weight over the whole step; tokens counts all tokens of the step's documents, target_tokens
+    those with weight; padded_tokens what the model was shown beyond them; seconds is wall time since the previous line.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    target_tokens: int
+    tokens: int
+    padded_tokens: int
+    seconds: float
+    peak_bytes: int
