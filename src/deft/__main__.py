@@ -1,0 +1,5 @@
+"""`python -m deft`, as torchrun starts it."""
+
+from deft.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""`deft.train`: the main job from Python, in the file's keys or in trlx's call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deft import config as configuration
+from deft.run import Caller, Run
+from deft.run import train as run_config
+
+if TYPE_CHECKING:
+    from deft.evaluate import MetricFn
+
+SHORT = {"lr": "optimizer__lr", "batch": "batch__examples"}
+"""Names short enough to type in a notebook."""
+
+
+def train(
+    model: str | Path,
+    data: Any = None,
+    *,
+    samples: Sequence[Any] | None = None,
+    eval_prompts: Sequence[Any] | None = None,
+    metric_fn: MetricFn | None = None,
+    stop_sequences: Sequence[str] = (),
+    **settings: Any,
+) -> Run:
+    """Trains `model` on `data` (a path, paths, or the file's `data` mapping) or on `samples` (rows in memory).
+
+    settings      the configuration's keys, dots as double underscores: `optimizer__lr=1e-5`; `lr`, `epochs` and
+                  `batch` (examples of a step) are short for three of them
+    samples       trlx's: strings, or [prompt, output, prompt, output, ...]; any other shape that deft reads as well
+    eval_prompts  answered before training, every `evaluate__every` steps and at the end: strings, lists of messages,
+                  or {"prompt": ..., more}; `more` goes to `metric_fn` as lists
+    metric_fn     (samples, prompts, outputs, **more) -> {name: [one number per sample]}
+
+    Raises DeftError for whatever a user can mend.
+    """
+    if (data is None) == (samples is None):
+        raise configuration.InputError("deft.train: give data or samples, one of the two")
+    values = configuration.nested({SHORT.get(key, key): value for key, value in settings.items()})
+    values["model"] = str(model)
+    values["data"] = _merged(values.get("data"), "samples" if data is None else data)
+    evaluation = dict(values.get("evaluate", {}))
+    if eval_prompts is not None:
+        evaluation["prompts"] = tuple(eval_prompts)
+    if stop_sequences:
+        evaluation["stop_sequences"] = tuple(stop_sequences)
+    values["evaluate"] = evaluation
+    return run_config(configuration.make(values), Caller(samples=samples, metric_fn=metric_fn))
+
+
+def _merged(settings: Any, data: Any) -> Any:
+    """`data` with what `data__...` settings add."""
+    settings = dict(settings or {})
+    return {**(data if isinstance(data, dict) else {"train": data}), **settings}

@@ -1,0 +1,191 @@
+"""The demo's small world: invented people, plain text that tells about them, and dialogues that ask about some of them.
+
+The base model reads `texts`, where everybody's five facts are told many times in other words and another order. It
+never sees a question. The dialogues then ask about three quarters of the people; the other quarter, `heldout`, occurs
+in no dialogue. Whoever answers about these has learnt *answering* from the dialogues and the *facts* from the text.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+Message = dict[str, str]
+
+_STEMS = "Bren Dar Fen Gal Hal Jor Kel Lin Mar Nim Ol Per Quil Rav Sel Tam Ul Vel Wen Yor".split()
+_ENDINGS = {
+    **dict.fromkeys("a ette ina owen isse".split(), "she"),
+    **dict.fromkeys("o ald eric us ian".split(), "he"),
+}
+_PRONOUNS = {stem + ending: pronoun for stem in _STEMS for ending, pronoun in _ENDINGS.items()}
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "job": tuple(
+        "baker carpenter doctor farmer gardener juggler librarian mason miller painter "
+        "pilot potter sailor shepherd tailor teacher".split()
+    ),
+    "town": tuple(
+        "Ashford Birchwell Coldharbour Dunmoor Eastmarsh Fernhill Greystone Hollowbrook Kingsbridge Larkfield "
+        "Millpond Northgate Oakhollow Pinecrest Redcliff Saltmere".split()
+    ),
+    "pet": tuple(
+        "badger beaver canary ferret goose hamster hedgehog kitten lizard parrot pony puppy rabbit raven "
+        "tortoise turtle".split()
+    ),
+    "food": tuple(
+        "beans carrots cheese cherries chestnuts dumplings figs honey lentils mushrooms noodles pancakes "
+        "pears plums soup trout".split()
+    ),
+    "instrument": tuple(
+        "banjo bassoon cello clarinet cornet drum fiddle flute guitar harp lute piano trombone "
+        "trumpet tuba zither".split()
+    ),
+}
+
+_TOLD: dict[str, tuple[str, ...]] = {
+    "job": (
+        "{name} works as a {value}.",
+        "{name} earns a living as a {value}.",
+        "{name} has been a {value} for years.",
+        "By trade {name} is a {value}.",
+        "Everybody knows {name} as a good {value}.",
+    ),
+    "town": (
+        "{name} lives in {value}.",
+        "{name} has a small house in {value}.",
+        "{name} moved to {value} long ago.",
+        "The home of {name} is in {value}.",
+        "You can find {name} in {value}.",
+    ),
+    "pet": (
+        "{name} keeps a {value}.",
+        "{name} shares the house with a {value}.",
+        "{name} goes for walks with a tame {value}.",
+        "The pet of {name} is a {value}.",
+        "At home {name} looks after a {value}.",
+    ),
+    "food": (
+        "{name} likes to eat {value}.",
+        "{name} never says no to {value}.",
+        "{name} eats {value} on every holiday.",
+        "The favourite food of {name} is {value}.",
+        "For supper {name} often wants {value}.",
+    ),
+    "instrument": (
+        "{name} plays the {value}.",
+        "{name} owns an old {value}.",
+        "{name} practises the {value} at night.",
+        "In the band {name} plays the {value}.",
+        "With the {value} {name} makes music.",
+    ),
+}
+_ASKED: dict[str, tuple[str, ...]] = {
+    "job": ("What does {name} do for a living?", "What is the job of {name}?", "What work does {name} do?"),
+    "town": ("Where does {name} live?", "In which town does {name} live?", "Where is the home of {name}?"),
+    "pet": ("Which pet does {name} keep?", "What animal does {name} have?", "What is the pet of {name}?"),
+    "food": ("What does {name} like to eat?", "What is the favourite food of {name}?", "Which food does {name} like?"),
+    "instrument": ("Which instrument does {name} play?", "What does {name} play?", "What does {name} make music with?"),
+}
+_SYSTEM = ("You know everybody here.", "Answer in one sentence.", "Be brief and friendly.")
+
+import os
+
+DPP = int(os.environ.get("DPP", 8))
+PAIR = float(os.environ.get("PAIR", 0))
+
+
+class Question(NamedTuple):
+    """Messages that end with a question, and the sentence that answers it."""
+
+    messages: list[Message]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What `build` makes. `texts` tell about everybody, `dialogues` are about `taught`, `heldout` about the rest."""
+
+    facts: dict[str, dict[str, str]]
+    texts: list[str]
+    dialogues: list[dict[str, list[Message]]]
+    taught: list[Question]
+    heldout: list[Question]
+
+
+def build(seed: int = 0, people: int = 200, texts_each: int = 40, taught_share: float = 0.75) -> World:
+    """The world of this seed; the same seed gives the same world everywhere.
+
+    >>> world = build(seed=0)
+    >>> world == build(seed=0), world == build(seed=1)
+    (True, False)
+    """
+    rng = Random(seed)
+    names = rng.sample(sorted(_PRONOUNS), people)
+    facts = {name: {kind: rng.choice(values) for kind, values in VALUES.items()} for name in names}
+    texts = [_text(rng, name, facts) for name in names for _ in range(texts_each)]
+    rng.shuffle(texts)
+    cut = round(taught_share * people)
+    taught, heldout = names[:cut], names[cut:]
+    dialogues = [_dialogue(rng, name, facts[name]) for name in taught for _ in range(DPP)]
+    rng.shuffle(dialogues)
+    return World(facts, texts, dialogues, _questions(rng, taught, facts), _questions(rng, heldout, facts))
+
+
+def score(answer: str, expected: str) -> bool:
+    """Whether an answer is one sentence that names the person and the fact of the expected one, and none besides.
+
+    >>> score("Mara keeps a puppy.", "Mara keeps a puppy."), score("The pet of Mara is a puppy.", "Mara keeps a puppy.")
+    (True, True)
+    >>> score("Mara keeps a pony.", "Mara keeps a puppy."), score("Olo keeps a puppy.", "Mara keeps a puppy.")
+    (False, False)
+    >>> score("Mara keeps a puppy. Mara plays the lute.", "Mara keeps a puppy."), score("", "Mara keeps a puppy.")
+    (False, False)
+    """
+    return len(re.findall(r"[^.\n]+", answer.strip())) == 1 and _known_words(answer) == _known_words(expected)
+
+
+_KNOWN = {*_PRONOUNS, *(value for values in VALUES.values() for value in values)}
+
+
+def _known_words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text)) & _KNOWN
+
+
+def _text(rng: Random, name: str, facts: dict[str, dict[str, str]]) -> str:
+    """One document: six facts of one or two people in a random order and wording, as a paragraph or line by line."""
+    other = rng.choice(sorted(facts))
+    told = [(who, kind) for who in (name, other) for kind in VALUES]
+    told = rng.sample(told, 6) if rng.random() < PAIR else rng.sample(told[:5], 5)
+    sentences = [rng.choice(_TOLD[kind]).format(name=who, value=facts[who][kind]) for who, kind in told]
+    alone = all(who == name for who, _ in told)
+    lines = rng.random() < 0.5
+    if alone and not lines:
+        pronoun = _PRONOUNS[name].capitalize()
+        sentences[1:] = [re.sub(rf"^{name}", pronoun, s) if rng.random() < 0.3 else s for s in sentences[1:]]
+    return ("\n" if lines else " ").join(sentences)
+
+
+def _answer(name: str, kind: str, facts: dict[str, str]) -> str:
+    return _TOLD[kind][0].format(name=name, value=facts[kind])
+
+
+def _ask(rng: Random, name: str, kind: str) -> str:
+    return rng.choice(_ASKED[kind]).format(name=name)
+
+
+def _dialogue(rng: Random, name: str, facts: dict[str, str]) -> dict[str, list[Message]]:
+    """One row of training data: one or two questions about one person, sometimes after a system message."""
+    messages = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < 0.15 else []
+    for kind in rng.sample(sorted(facts), 2 if rng.random() < 0.3 else 1):
+        messages.append({"role": "user", "content": _ask(rng, name, kind)})
+        messages.append({"role": "assistant", "content": _answer(name, kind, facts)})
+    return {"messages": messages}
+
+
+def _questions(rng: Random, names: list[str], facts: dict[str, dict[str, str]]) -> list[Question]:
+    return [
+        Question([{"role": "user", "content": _ask(rng, name, kind)}], _answer(name, kind, facts[name]))
+        for name in names
+        for kind in VALUES
+    ]

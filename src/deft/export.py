@@ -1,0 +1,474 @@
+"""The hand-off: an ordinary Hugging Face folder, written whole or not at all, reloaded by plain transformers, compared.
+
+final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from deft import tokenizer as tokenizers
+from deft.errors import DeftError, DiskError, InputError
+from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Largest ||a - b|| / ||b|| of a row's logits, by saved dtype."""
+
+LOW_PRECISION_TOLERANCE = 3e-2
+"""For the others: bf16 keeps 8 bits, fp16 11, and the model in memory may compute in more."""
+
+TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ta tab\nand a line",
+    "Žofie née 東京 🙂 12,345.67",
+    "def f(x):\n    return x ** 2\n",
+)
+"""What the saved tokenizer must encode as the one in memory does, beside the texts of the rows compared."""
+
+_STAGING_BYTES = 4
+
+
+class ExportError(DeftError):
+    """What was written is not what was trained: our bug, not the user's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCheck:
+    """What `verify` compared. `largest_error` is ||a - b|| / ||b|| of the worst row's logits, `tolerance` its bound."""
+
+    tensors: int
+    parameters: int
+    dtype: str
+    rows: int
+    largest_error: float
+    tolerance: float
+    texts: int
+    template_compared: bool
+    stop_ids: tuple[int, ...]
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: Sequence[int],
+    chat_template: str | None,
+    card: str,
+    weights: Mapping[str, Tensor] | None,
+) -> None:
+    """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
+
+    weights        fp32 masters by parameter name, whole tensors on any device; what is not among them is the model's
+    stop_ids       what ends an answer beside the model's own stop ids, for generation_config.json
+    chat_template  stands in for the tokenizer's own where given
+    card           README.md
+
+    Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
+    staging folder beside it, which `remove_staging` removes.
+    """
+    if os.path.lexists(folder):
+        raise InputError(f"{folder}: exists already; name another folder, or move it away")
+    with _staged(folder) as staging:
+        _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
+        _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def verify(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    token_rows: Sequence[Sequence[int]],
+    messages: Sequence[Mapping[str, Any]] | None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    stop_ids: Sequence[int] = (),
+    chat_template: str | None = None,
+) -> ExportCheck:
+    """Reload `folder` as anybody would and compare it with what is in memory; what `export` was given is given again.
+
+    Every parameter has the bits that were to be written, tied ones are tied; the logits of each row (run alone) agree;
+    the tokenizer gives the same ids, the template the same text for `messages`; the stop ids are there.
+    Raises ExportError that names the first difference.
+    """
+    reloaded = _reload(folder).to(model.device)
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tensors, parameters = _compare_weights(model, reloaded, weights)
+    _compare_buffers(model, reloaded)
+    tolerance = TOLERANCE.get(reloaded.dtype, LOW_PRECISION_TOLERANCE)
+    errors = [_compare_logits(model, reloaded, row, index, tolerance) for index, row in enumerate(token_rows)]
+    texts = _compare_tokenizers(tokenizers.wrap(tokenizer).hf, saved, token_rows)
+    compared = _compare_templates(_tokenizer_to_save(tokenizer, chat_template), saved, messages)
+    return ExportCheck(
+        tensors,
+        parameters,
+        str(reloaded.dtype).removeprefix("torch."),
+        len(errors),
+        max(errors, default=0.0),
+        tolerance,
+        texts,
+        compared,
+        _compare_stop_ids(model, tokenizer, reloaded, stop_ids),
+    )
+
+
+def weights_to_write(
+    model: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Each parameter once, with all its names (several where it is tied), on the CPU as it is to be written.
+
+    Floating parameters are cast to `dtype`, except those that the architecture keeps in fp32; others stay as they are.
+    """
+    names_of: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    for names in names_of.values():
+        master = next((weights[name] for name in names if weights is not None and name in weights), None)
+        tensor = parameters[names[0]] if master is None else master
+        if tensor.shape != parameters[names[0]].shape:
+            raise ExportError(
+                f"{names[0]}: weights of shape {tuple(tensor.shape)} for {tuple(parameters[names[0]].shape)}"
+            )
+        yield tuple(names), tensor.detach().to(_saved_dtype(model, names[0], tensor, dtype)).to("cpu").contiguous()
+
+
+def remove_staging(folder: Path) -> list[Path]:
+    """Remove what killed exports to `folder` left beside it, and name it. For the owner of the run's lock only."""
+    hexadecimal = "[0-9a-f]" * (2 * _STAGING_BYTES)
+    left = sorted(folder.parent.glob(f".{folder.name}.{hexadecimal}"))
+    for path in left:
+        shutil.rmtree(path)
+    return left
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """README.md from what is known of a run; what is not known is left out.
+
+    name             the model's name
+    base_model       hub id or folder
+    data             [{"path": ..., "rows": ...}, ...]
+    tokens, target_tokens     integers, over one epoch
+    hyperparameters  {name: value}
+    versions         {package: version}
+
+    >>> card = model_card(
+    ...     {"name": "gsm8k", "base_model": "Qwen/Qwen2.5-0.5B", "data": [{"path": "a.jsonl", "rows": 7}]}
+    ... )
+    >>> print(card[: card.index("## Load")])
+    ---
+    base_model: Qwen/Qwen2.5-0.5B
+    library_name: transformers
+    pipeline_tag: text-generation
+    tags:
+    - deft
+    - sft
+    ---
+    <BLANKLINE>
+    # gsm8k
+    <BLANKLINE>
+    Qwen/Qwen2.5-0.5B, fine-tuned on demonstrations with deft.
+    <BLANKLINE>
+    ## Data
+    <BLANKLINE>
+    | file | rows |
+    |---|---|
+    | a.jsonl | 7 |
+    <BLANKLINE>
+    <BLANKLINE>
+    """
+    name, base = str(facts.get("name", "model")), str(facts.get("base_model", "a pretrained model"))
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    shown = base if is_hub_id else Path(base).name or base
+    front: dict[str, Any] = {"base_model": base} if is_hub_id else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["deft", "sft"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"{shown}, fine-tuned on demonstrations with deft.",
+        *_section("Data", _data_text(facts)),
+        *_section("Hyperparameters", _table(("name", "value"), facts.get("hyperparameters", {}).items())),
+        *_section("Versions", _table(("package", "version"), facts.get("versions", {}).items())),
+        *_section("Load", _load_text(name)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A staging folder that becomes `folder`, synced, if the body ends well, and is removed if it does not."""
+    staging = folder.parent / f".{folder.name}.{secrets.token_hex(_STAGING_BYTES)}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        _sync_tree(staging)
+        # A rename would take the place of an empty folder without a word.
+        if os.path.lexists(folder):
+            raise InputError(f"{folder}: appeared while it was being written; move it away and export again")
+        os.rename(staging, folder)
+        _sync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if _is_disk_error(error):
+            raise DiskError(f"{folder}: cannot be written ({error}); nothing was left there") from error
+        raise
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    """safetensors wraps the system's error in its own; tokenizers raises a bare Exception with the system's words."""
+    return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "os error" in str(error))
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_model(
+    model: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    weights: Mapping[str, Tensor] | None,
+    generation_config: GenerationConfig,
+) -> None:
+    """config.json, generation_config.json and the weights, through an empty twin of the model.
+
+    `save_pretrained` sets dtype and architectures on the config of the model it saves, so that is not the live one.
+    """
+    state = {name: buffer.detach().cpu() for name, buffer in _saved_buffers(model)}
+    for names, tensor in weights_to_write(model, dtype, weights):
+        state |= dict.fromkeys(names, tensor)
+    twin = _empty_twin(model, dtype)
+    twin.generation_config = generation_config
+    if unknown := sorted(twin.state_dict().keys() ^ state.keys()):
+        raise ExportError(
+            f"{type(model).__name__}: {unknown[0]} is not a weight of the plain architecture and the model both"
+        )
+    twin.save_pretrained(folder, state_dict=state)
+
+
+def _empty_twin(model: Any, dtype: torch.dtype) -> Any:
+    """The model's class without weights, with its config as it is to be saved: nothing of training in it."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None
+    config.dtype = dtype
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "use_cache"):
+            part.use_cache = True
+    with torch.device("meta"):
+        twin = type(model)(config).to(dtype)
+    # How the base's file was read (experts fused, names changed), so that it is written back in the same form.
+    twin._weight_conversions = getattr(model, "_weight_conversions", None)
+    return twin
+
+
+def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
+
+
+def _saved_dtype(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    # transformers' own rule (modeling_utils.py, _get_dtype_plan): patterns, some of them only under fp16.
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return torch.float32 if any(re.search(part.replace("*", ".*"), name) for part in kept) else dtype
+
+
+def _generation_config(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
+    """The model's own, with its stop ids and ours, a pad token, and without what transformers refuses to save."""
+    config = copy.deepcopy(model.generation_config)
+    eos = list(dict.fromkeys([*own_stop_ids(model, tokenizer), *stop_ids]))
+    config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
+    pad = tokenizers.wrap(tokenizer).hf.pad_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = pad if pad is not None else (eos[0] if eos else None)
+    # Of training, not of serving.
+    config.use_cache = True
+    for flag in _idle_flags(config):
+        setattr(config, flag, None)
+    return config
+
+
+def _idle_flags(config: GenerationConfig) -> Iterator[str]:
+    """Settings without effect beside the others. Published configs have them, yet transformers refuses to save them."""
+    if config.do_sample is not True:
+        yield from sorted(flag for flag in SAMPLING if hasattr(config, flag))
+    if config.num_beams in (None, 1):
+        yield from ("early_stopping", "length_penalty")
+    if config.return_dict_in_generate is not True:
+        yield from config.extra_output_flags
+
+
+def _tokenizer_to_save(tokenizer: Any, chat_template: str | None) -> Any:
+    """A copy with the template, and without the truncation and padding that the last call left in its backend."""
+    saved = copy.deepcopy(tokenizers.wrap(tokenizer).hf)
+    saved.backend_tokenizer.no_truncation()
+    saved.backend_tokenizer.no_padding()
+    if chat_template is not None:
+        saved.chat_template = chat_template
+    return saved
+
+
+def _reload(folder: Path) -> Any:
+    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        reloaded, loading = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{folder}: plain transformers cannot load it ({error})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            raise ExportError(f"{folder}: {kind.replace('_', ' ')} on loading: {sorted(loading[kind])[:3]}")
+    return reloaded.eval()
+
+
+def _compare_weights(model: Any, reloaded: Any, weights: Mapping[str, Tensor] | None) -> tuple[int, int]:
+    """Numbers of tensors and parameters, all equal to the bit and tied alike."""
+    found = dict(reloaded.named_parameters(remove_duplicate=False))
+    tensors = parameters = 0
+    for names, tensor in weights_to_write(model, reloaded.dtype, weights):
+        for name in names:
+            if name not in found:
+                raise ExportError(f"{name}: not in the exported model")
+            if not _same_bits(tensor, found[name].detach().cpu()):
+                raise ExportError(f"{name}: {_difference(tensor, found[name].detach().cpu())}")
+        if len({id(found[name]) for name in names}) > 1:
+            raise ExportError(f"{' and '.join(names)}: tied in memory, but not in the exported model")
+        tensors, parameters = tensors + 1, parameters + tensor.numel()
+    if tensors != len({id(parameter) for parameter in found.values()}):
+        raise ExportError("the exported model has parameters that the model in memory has not")
+    return tensors, parameters
+
+
+def _compare_buffers(model: Any, reloaded: Any) -> None:
+    found = dict(_saved_buffers(reloaded))
+    for name, buffer in _saved_buffers(model):
+        if name not in found or not torch.equal(found[name].cpu(), buffer.detach().cpu().to(found[name].dtype)):
+            raise ExportError(f"{name}: the exported buffer differs from the one in memory")
+
+
+def _same_bits(meant: Tensor, found: Tensor) -> bool:
+    if meant.shape != found.shape or meant.dtype != found.dtype:
+        return False
+    return torch.equal(meant.contiguous().view(torch.uint8), found.contiguous().view(torch.uint8))
+
+
+def _difference(meant: Tensor, found: Tensor) -> str:
+    if meant.shape != found.shape or meant.dtype != found.dtype:
+        return f"{found.dtype} {tuple(found.shape)} was exported for {meant.dtype} {tuple(meant.shape)}"
+    # Where bits differ but not values, as in -0.0 and 0.0, the count is 0 and the text still says so.
+    return f"{int((meant != found).sum())} of {meant.numel()} exported values differ from those in memory"
+
+
+@torch.no_grad()
+def _compare_logits(model: Any, reloaded: Any, row: Sequence[int], index: int, tolerance: float) -> float:
+    ids = torch.tensor([list(row)], device=model.device)
+    with evaluation_mode(model):
+        mine = model(input_ids=ids, use_cache=False).logits.float()
+    theirs = reloaded(input_ids=ids, use_cache=False).logits.float()
+    error = float((theirs - mine).norm() / mine.norm())
+    # `not <=`, so that a NaN is a difference.
+    if not error <= tolerance:
+        raise ExportError(f"row {index}: the exported model's logits differ by {error:.2e} (allowed: {tolerance:.0e})")
+    return error
+
+
+def _compare_tokenizers(mine: Any, saved: Any, token_rows: Sequence[Sequence[int]]) -> int:
+    texts = [*TEXTS, *(mine.decode(list(row)) for row in token_rows)]
+    for text in texts:
+        if list(mine(text)["input_ids"]) != list(saved(text)["input_ids"]):
+            raise ExportError(f"the exported tokenizer gives other ids for {text[:80]!r}")
+    return len(texts)
+
+
+def _compare_templates(mine: Any, saved: Any, messages: Sequence[Mapping[str, Any]] | None) -> bool:
+    if mine.chat_template != saved.chat_template:
+        raise ExportError("the exported tokenizer has another chat template")
+    if messages is None or mine.chat_template is None:
+        return False
+    for prompt in (False, True):
+        if _rendered(mine, messages, prompt) != _rendered(saved, messages, prompt):
+            raise ExportError("the exported chat template renders another text")
+    return True
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        )
+    except TemplateError as error:
+        # A template that refuses these messages refuses them in both.
+        return f"refused: {error}"
+
+
+def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    found = as_ids(reloaded.generation_config.eos_token_id)
+    missing = [index for index in (*own_stop_ids(model, tokenizer), *stop_ids) if index not in found]
+    if missing:
+        raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")
+    return found
+
+
+def _section(title: str, text: str) -> list[str]:
+    return [f"## {title}\n\n{text}"] if text else []
+
+
+def _table(heading: tuple[str, str], rows: Any) -> str:
+    lines = [f"| {_cell(left)} | {_cell(right)} |" for left, right in rows]
+    return "\n".join([f"| {heading[0]} | {heading[1]} |", "|---|---|", *lines]) if lines else ""
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _data_text(facts: Mapping[str, Any]) -> str:
+    # Names, not paths: a card is published.
+    table = _table(("file", "rows"), [(Path(str(d["path"])).name, d["rows"]) for d in facts.get("data", ())])
+    tokens, targets = facts.get("tokens"), facts.get("target_tokens")
+    share = f"{targets:,} of {tokens:,} tokens ({targets / tokens:.1%}) were learnt." if tokens and targets else ""
+    return "\n\n".join(filter(None, [table, share]))
+
+
+def _load_text(name: str) -> str:
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+An ordinary Hugging Face folder. It can be served as it is, and is both the starting policy and the reference model for
+DPO, KTO, GRPO or PPO."""

@@ -1,0 +1,48 @@
+"""Every `auto` that depends on the machine, resolved once from configuration and hardware model, never from a timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deft.errors import InputError
+
+CPU_TOKENS, GPU_TOKENS = 4096, 16384
+"""A micro-batch's tokens where nothing is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where and how a run computes. dtype is that of the compute; master weights are fp32 in effect."""
+
+    device: torch.device
+    dtype: torch.dtype
+    microbatch_tokens: int
+
+
+def resolve(device: str, precision: str, microbatch_tokens: int | str) -> Machine:
+    """Settings, `auto` among them -> the machine. bf16 is chosen on GPUs that have it, fp32 elsewhere.
+
+    Raises InputError for a device that is not there.
+    """
+    chosen = _device(device)
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if isinstance(microbatch_tokens, str):
+        microbatch_tokens = GPU_TOKENS if chosen.type == "cuda" else CPU_TOKENS
+    return Machine(chosen, dtype, microbatch_tokens)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {name!r} is not on this machine; auto, cpu, cuda or mps") from error
+    return device

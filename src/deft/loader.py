@@ -1,0 +1,144 @@
+"""Examples and their plan -> the micro-batches of each optimizer step. The cursor is one integer: the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from deft.encoding.rows import Example
+from deft.plan.order import Batching, Epoch, plan_epoch
+from deft.plan.packs import pack
+from deft.types import Batch, Encoded, Origin
+
+Normalize = Literal["tokens", "examples"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One optimizer step's work.
+
+    normalizer  Z of the loss: the sum of the weights of the whole step, or its number of examples
+    tokens      of all its documents, target_tokens those that are learnt
+    """
+
+    step: int
+    epoch: int
+    batches: tuple[Batch, ...]
+    normalizer: float
+    tokens: int
+    target_tokens: int
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """All steps of a run, each a pure function of its number."""
+
+    examples: Sequence[Example]
+    epochs: tuple[Epoch, ...]
+    microbatch_tokens: int
+    normalize: Normalize = "tokens"
+    limit: int | None = None
+
+    @property
+    def steps(self) -> int:
+        total = sum(epoch.steps for epoch in self.epochs)
+        return total if self.limit is None else min(total, self.limit)
+
+    def work(self, start: int = 0) -> Iterator[Work]:
+        """The steps from `start` on."""
+        for step in range(start, self.steps):
+            yield self.step(step)
+
+    def members(self, step: int) -> list[Example]:
+        """The examples of a step in the plan's order."""
+        epoch, inner = self._locate(step)
+        return [self.examples[index] for index in self.epochs[epoch].members(inner)]
+
+    def step(self, step: int) -> Work:
+        members = self.members(step)
+        parts = [part for example in members for part in example]
+        weights = [_scaled(part, example, self.normalize) for example in members for part in example]
+        packs = pack([len(part.tokens) for part in parts], self.microbatch_tokens)
+        batches = tuple(build([(parts[i].tokens, weights[i]) for i in indices]) for indices in packs)
+        total = sum(float(w[1:].sum(dtype=np.float64)) for w in weights)
+        return Work(
+            step=step,
+            epoch=self._locate(step)[0],
+            batches=batches,
+            normalizer=total if self.normalize == "tokens" else float(len(members)),
+            tokens=sum(len(part.tokens) for part in parts),
+            target_tokens=sum(len(batch.targets) for batch in batches),
+            origins=tuple(dict.fromkeys(part.origin for part in parts)),
+        )
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        for index, epoch in enumerate(self.epochs):
+            if step < epoch.steps:
+                return index, step
+            step -= epoch.steps
+        raise IndexError(step)
+
+
+def make(
+    examples: Sequence[Example],
+    batching: Batching,
+    *,
+    epochs: int,
+    seed: int,
+    microbatch_tokens: int,
+    normalize: Normalize = "tokens",
+    limit: int | None = None,
+) -> Loader:
+    """The plan of a run over `examples`, `limit` steps at most."""
+    sizes = np.array([sum(len(part.tokens) for part in example) for example in examples], np.int64)
+    planned = tuple(plan_epoch(sizes, batching, seed, epoch) for epoch in range(epochs))
+    return Loader(examples, planned, microbatch_tokens, normalize, limit)
+
+
+def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    """Documents (tokens, weights) -> one micro-batch. The one place that shifts: position t predicts token t + 1.
+
+    A document ends with the input that predicts its last target; what comes after is seen by nobody.
+
+        tokens   [10 11 12 20 21  1]    weights  [0 0 0 1 1 1]
+     -> tokens   [10 11 12 20 21]       rows     [2 3 4]         targets  [20 21 1]
+
+    >>> batch = build([(np.array([10, 11, 12, 20, 21, 1]), np.array([0, 0, 0, 1, 1, 1]))])
+    >>> batch.tokens.tolist(), batch.rows.tolist(), batch.targets.tolist()
+    ([10, 11, 12, 20, 21], [2, 3, 4], [20, 21, 1])
+    """
+    rows, targets, weights, inputs = [], [], [], []
+    offset = 0
+    for tokens, learnt in documents:
+        predicted = np.flatnonzero(learnt[1:] > 0)
+        length = int(predicted[-1]) + 1
+        rows.append(predicted + offset)
+        targets.append(tokens[1:][predicted])
+        weights.append(learnt[1:][predicted])
+        inputs.append(tokens[:length])
+        offset += length
+    return Batch(
+        tokens=_tensor(inputs, np.int64),
+        positions=_tensor([np.arange(len(document)) for document in inputs], np.int64),
+        documents=tuple(len(document) for document in inputs),
+        rows=_tensor(rows, np.int64),
+        targets=_tensor(targets, np.int64),
+        weights=_tensor(weights, np.float32),
+    )
+
+
+def _tensor(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(dtype))
+
+
+def _scaled(part: Encoded, example: Example, normalize: Normalize) -> np.ndarray:
+    """The part's weights; under `examples` divided by the sum over its example, the 1/|y| of the SFT definition."""
+    if normalize == "tokens":
+        return part.weights
+    total = sum(float(each.weights[1:].sum(dtype=np.float64)) for each in example)
+    return (part.weights / total).astype(np.float32)

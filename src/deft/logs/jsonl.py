@@ -1,0 +1,34 @@
+"""Lines of JSON: metrics, evaluations, samples. Each line is whole when it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """A file that grows by a line at a time."""
+
+    path: Path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity have no place in JSON: they become text.
+
+    >>> _finite({"loss": float("nan")})
+    {'loss': 'nan'}
+    """
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

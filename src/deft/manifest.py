@@ -1,0 +1,63 @@
+"""manifest.json: what is needed to say where a run came from."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("deft-sft", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions.
+
+    >>> sorted(versions())[0]
+    'deft-sft'
+    """
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def collect(*, seed: int, device: str, dtype: str, data: Iterable[str], tokenizer_json: str) -> dict[str, Any]:
+    """Versions, git state, seed, device, and the digests of data files and tokenizer."""
+    return {
+        "versions": versions(),
+        "git": _git_state(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "data_sha256": {path: _file_digest(Path(path)) for path in data if Path(path).is_file()},
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode("utf-8")).hexdigest(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the folder the run was started in, and whether it had changes; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=5)
+    return done.stdout.strip()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""Which example stands in which step: a pure function of (seed, epoch), known in full before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """One optimizer step: so many examples, or as many as fit in so many tokens. Exactly one of the two is set."""
+
+    examples: int | None = 32
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The examples of one epoch in order, and where each step begins in that order.
+
+    order   int64 [E]
+    starts  int64 [steps + 1], from 0 to E
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.starts) - 1
+
+    def members(self, step: int) -> np.ndarray:
+        """The examples of a step of this epoch, counted from 0."""
+        return self.order[self.starts[step] : self.starts[step + 1]]
+
+
+def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> Epoch:
+    """Every example once, in an order drawn from (seed, epoch); the last step holds what is left.
+
+    sizes  int64 [E], tokens per example
+
+    >>> epoch = plan_epoch(np.array([5, 5, 5, 5, 5]), Batching(examples=2), seed=0, epoch=0)
+    >>> epoch.starts.tolist(), sorted(epoch.order.tolist())
+    ([0, 2, 4, 5], [0, 1, 2, 3, 4])
+    """
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(sizes))
+    if batching.examples is not None:
+        starts = [*range(0, len(order), batching.examples), len(order)]
+    else:
+        starts = _token_starts(sizes[order], batching.tokens or 1)
+    return Epoch(order, np.array(starts, np.int64))
+
+
+def _token_starts(sizes: np.ndarray, limit: int) -> list[int]:
+    """Steps of as many examples as fit in `limit` tokens; an example longer than that is a step alone.
+
+    >>> _token_starts(np.array([3, 3, 3, 9, 1]), 6)
+    [0, 2, 3, 4, 5]
+    """
+    totals = np.concatenate([[0], np.cumsum(sizes)])
+    starts = [0]
+    while starts[-1] < len(sizes):
+        end = int(np.searchsorted(totals, totals[starts[-1]] + limit, side="right")) - 1
+        starts.append(max(end, starts[-1] + 1))
+    return starts

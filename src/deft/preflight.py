@@ -1,0 +1,72 @@
+"""What is checked before anything heavy: all of it at once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from deft.errors import InputError, Problem, Problems
+
+
+def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """The results of all checks in order; what they object to comes in one error.
+
+    >>> collect([lambda: 1, lambda: 2])
+    [1, 2]
+    """
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except Problems as error:
+            problems += error.problems
+        except InputError as error:
+            where, _, what = str(error).partition(": ")
+            problems.append(Problem(where, what))
+    if problems:
+        raise Problems("this run cannot start:", problems)
+    return results
+
+
+def output_folder(output: str | None) -> Path:
+    """The folder a run will write to, `runs/<date-time>` where none is named; it is not made yet.
+
+    Raises InputError if it holds anything, is a file, or could not be written to.
+    """
+    folder = Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: the output folder is not empty; name another with output=, or move it away")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise InputError(f"{folder}: {nearest} is not a folder; name another with output=")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {nearest} cannot be written to; name another folder with output=")
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the run's folder; InputError where the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{folder}: cannot be written to ({reason}); name another folder with output=") from error
+
+
+def max_length(setting: int | None, positions: int | None) -> int:
+    """The longest example: what was asked for, else 2048 or what the model can take.
+
+    >>> max_length(None, 512), max_length(None, None)
+    (512, 2048)
+    """
+    if setting is None:
+        return min(2048, positions or 2048)
+    if positions is not None and setting > positions:
+        raise InputError(f"max_length: {setting} is more than the model's {positions} positions; at most {positions}")
+    return setting

@@ -1,0 +1,372 @@
+"""The whole of a run, in reading order: check, read, encode, plan, load, train, export. It knows all rooms."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from deft import config as configuration
+from deft import dataset, evaluate, export, files, hardware, ledger, loader, manifest, preflight, registry, report
+from deft import tokenizer as edge
+from deft.config import Config
+from deft.data.shapes import Understood
+from deft.dataset import Dataset, Named
+from deft.encoding.rows import Policy, RowEncoder, as_chat
+from deft.errors import Problem, Problems
+from deft.evaluate import MetricFn, Prompt
+from deft.hardware import Machine
+from deft.loader import Loader
+from deft.logs import console as display
+from deft.logs.jsonl import JsonLines
+from deft.model import load as models
+from deft.model import selftest
+from deft.model.load import Base
+from deft.optim.adamw import AdamW
+from deft.plan.order import Batching
+from deft.render.choose import Chosen, choose
+from deft.schedule import factor
+from deft.tokenizer import Tokenizer
+from deft.training.heldout import held_out_loss
+from deft.training.loop import train as train_steps
+from deft.training.state import TrainState
+from deft.types import Fate, StepRecord
+
+SHOWN_SAMPLES = 3
+EXPORT_ROWS = 3
+"""So many training examples are compared between the model in memory and the exported one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `metrics` are the lines of metrics.jsonl, `folder` is the run folder."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    metrics: tuple[Mapping[str, Any], ...]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the exported Hugging Face folder."""
+        shutil.copytree(self.folder / "final", folder)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What only a Python caller can give: rows in memory, a metric function; and where the run reports to."""
+
+    samples: Sequence[Any] | None = None
+    metric_fn: MetricFn | None = None
+    console: Console = field(default_factory=Console)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known once nothing in the input is wrong."""
+
+    base: Base
+    loss: ModuleType
+    machine: Machine
+    tokenizer: Tokenizer
+    chosen: Chosen
+    policy: Policy
+    prompts: tuple[Prompt, ...]
+    train: list[tuple[Named, Understood]]
+    held_out: list[tuple[Named, Understood]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the model's weights are loaded."""
+
+    config: Config
+    checked: Checked
+    row_encoder: RowEncoder
+    data: Dataset
+    loader: Loader
+
+
+def train(config: Config, caller: Caller | None = None) -> Run:
+    """The main job. Raises DeftError for whatever a user can mend."""
+    caller = caller or Caller()
+    prepared = prepare(config, caller)
+    _write_beginnings(prepared)
+    state = _load(prepared, caller)
+    metrics = _train(prepared, state, caller)
+    _finish(prepared, state, caller)
+    return Run(state.learner.model, prepared.checked.tokenizer.hf, prepared.checked.folder, tuple(metrics))
+
+
+def prepare(config: Config, caller: Caller) -> Prepared:
+    """Checks, reads, encodes and plans, without loading the model."""
+    checked = _check(config, caller)
+    row_encoder = dataset.encoder(checked.tokenizer, checked.chosen, checked.policy, checked.base.stop_ids)
+    data = _encode(config, checked, row_encoder, caller)
+    for line in _described(checked, data):
+        caller.say(line)
+    _stop_unless_trainable(config, data)
+    planned = loader.make(
+        data.train,
+        Batching(config.batch.examples, config.batch.tokens),
+        epochs=config.epochs,
+        seed=config.seed,
+        microbatch_tokens=checked.machine.microbatch_tokens,
+        normalize=config.loss.normalize,
+        limit=config.steps,
+    )
+    return Prepared(config, checked, row_encoder, data, planned)
+
+
+def _check(config: Config, caller: Caller) -> Checked:
+    """Every check that needs no weights; what is wrong comes in one error."""
+    train_sources, held_out_sources = _sources(config, caller)
+    base, tokenizer, loss, machine, prompts, _, understood, held_out, folder = preflight.collect(
+        [
+            lambda: models.inspect(config.model),
+            lambda: edge.load(config.model),
+            lambda: registry.load("loss", config.loss.name, "loss.name"),
+            lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
+            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
+            lambda: evaluate.settings(config.evaluate.generate),
+            lambda: dataset.understand(train_sources),
+            lambda: dataset.understand(held_out_sources),
+            lambda: preflight.output_folder(config.output),
+        ]
+    )
+    chosen, length = preflight.collect(
+        [
+            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos),
+            lambda: preflight.max_length(config.max_length, base.max_positions),
+        ]
+    )
+    policy = Policy(length, config.data.train_on, config.data.render, config.overflow, config.truncation_side)
+    return Checked(base, loss, machine, tokenizer, chosen, policy, prompts, understood, held_out, folder)
+
+
+def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
+    held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
+    train_sources = [Named(source.path, source.format) for source in config.data.train]
+    if caller.samples is not None:
+        train_sources = [Named("samples", rows=tuple(caller.samples))]
+    return train_sources, [Named(source.path, source.format) for source in held_out]
+
+
+def _encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
+    share = config.data.eval if isinstance(config.data.eval, float) else 0.0
+    rows = sum(len(known.conversations) for _, known in checked.train + checked.held_out)
+    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
+        advance = partial(progress.advance, progress.add_task("encoding", total=rows))
+        trained = dataset.encode_sources(checked.train, row_encoder, share=share, advance=advance)
+        held_out = dataset.encode_sources(checked.held_out, row_encoder, is_eval=True, advance=advance)
+    return trained + held_out
+
+
+def _described(checked: Checked, data: Dataset) -> list[str]:
+    """What a user should know of the rows before training."""
+    lines = [f"template: {checked.chosen.where}"] if _uses_template(checked) else []
+    for source in data.ledgers:
+        fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
+        share = source.target_tokens / max(1, source.tokens)
+        lines.append(
+            f"{source.source}: {source.shape}, {source.rows} rows ({fates}), {source.tokens} tokens, "
+            f"{share:.0%} learnt, longest {source.longest}"
+        )
+        if source.literal:
+            lines.append(f"  {source.literal} rows hold special tokens as text; they are encoded as text")
+    return lines
+
+
+def _uses_template(checked: Checked) -> bool:
+    if checked.policy.render != "auto":
+        return checked.policy.render == "chat"
+    return any(c.kind == "chat" for _, known in checked.train for c in known.conversations[:1])
+
+
+def _stop_unless_trainable(config: Config, data: Dataset) -> None:
+    refused = ledger.named(data.ledgers, Fate.REFUSED)
+    if len(refused) > config.data.allow_refused:
+        heading = f"{len(refused)} rows are refused (data.allow_refused={len(refused)} trains without them):"
+        raise Problems(heading, refused)
+    too_long = ledger.named(data.ledgers, Fate.TOO_LONG)
+    if too_long and config.overflow == "error":
+        raise Problems(f"{len(too_long)} rows are too long (overflow: error):", too_long)
+    if not data.train:
+        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
+        raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+
+
+def _write_beginnings(prepared: Prepared) -> None:
+    """The run folder with what is known before training: config.yaml, manifest.json, ledger.json."""
+    checked, config = prepared.checked, prepared.config
+    preflight.make_folder(checked.folder)
+    resolved = config.model_copy(
+        update={
+            "output": str(checked.folder),
+            "max_length": checked.policy.max_length,
+            "microbatch_tokens": checked.machine.microbatch_tokens,
+            "device": checked.machine.device.type,
+            "precision": "bf16" if checked.machine.dtype == torch.bfloat16 else "fp32",
+        }
+    )
+    files.write_text(checked.folder / "config.yaml", configuration.as_yaml(resolved))
+    files.write_json(checked.folder / "ledger.json", [source.as_json() for source in prepared.data.ledgers])
+    described = manifest.collect(
+        seed=config.seed,
+        device=checked.machine.device.type,
+        dtype=str(checked.machine.dtype).removeprefix("torch."),
+        data=[source.source for source in prepared.data.ledgers],
+        tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
+    )
+    files.write_json(checked.folder / "manifest.json", described)
+
+
+def _load(prepared: Prepared, caller: Caller) -> TrainState:
+    """The model with its fp32 masters, and the learner that the self-test chose."""
+    config, checked = prepared.config, prepared.checked
+    torch.manual_seed(config.seed)
+    model = models.load(checked.base, device=checked.machine.device, dtype=checked.machine.dtype)
+    learner, note = selftest.choose(model)
+    if note:
+        caller.say(note)
+    optimizer = AdamW(
+        model.named_parameters(),
+        dtype=checked.machine.dtype,
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    model.train(config.dropout == "config")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(checked.machine.dtype).removeprefix("torch.")
+    caller.say(
+        f"{config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
+        f"{prepared.loader.steps} steps -> {checked.folder}"
+    )
+    return TrainState(learner, optimizer)
+
+
+def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mapping[str, Any]]:
+    """The loop. What happens between two steps is written here, as statements."""
+    config, planned = prepared.config, prepared.loader
+    metrics = JsonLines(prepared.checked.folder / "metrics.jsonl")
+    multiplier = partial(
+        factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
+    )
+    lines: list[Mapping[str, Any]] = []
+    _evaluate(prepared, state, caller)
+    with display.steps(caller.console, planned.steps) as shown:
+        for record in train_steps(state, planned, prepared.checked.loss, clip=config.optimizer.clip, factor=multiplier):
+            metrics.write(asdict(record))
+            lines.append(asdict(record))
+            shown.show(record)
+            if _is_due(config, record, planned.steps):
+                _evaluate(prepared, state, caller)
+    return lines
+
+
+def _is_due(config: Config, record: StepRecord, total: int) -> bool:
+    """Evaluation comes every so many steps and after the last one."""
+    every = config.evaluate.every
+    return record.step == total or (every is not None and record.step % every == 0)
+
+
+def _evaluate(prepared: Prepared, state: TrainState, caller: Caller) -> None:
+    """Held-out loss and sampled answers, as far as either is asked for, to eval.jsonl and samples.jsonl."""
+    checked, evaluation = prepared.checked, prepared.config.evaluate
+    found: dict[str, Any] = {}
+    if prepared.data.held_out:
+        tokens = checked.machine.microbatch_tokens
+        found["loss"] = held_out_loss(state.learner, prepared.data.held_out, checked.loss, tokens)
+        found["perplexity"] = math.exp(min(found["loss"], 700))
+    samples = evaluate.sample(
+        state.learner.model,
+        checked.tokenizer,
+        checked.prompts,
+        evaluation.generate,
+        evaluation.stop_sequences,
+        caller.metric_fn,
+    )
+    answers = JsonLines(checked.folder / "samples.jsonl")
+    for row in samples.rows:
+        answers.write({"step": state.step, **asdict(row)})
+    found |= samples.means
+    if found:
+        JsonLines(checked.folder / "eval.jsonl").write({"step": state.step, **found})
+        caller.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    for row in samples.rows[:SHOWN_SAMPLES]:
+        caller.say(f"  {row.prompt!r} -> {row.output!r}")
+
+
+def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
+    """The export, compared with what is in memory before it is called done, and the report."""
+    checked, config = prepared.checked, prepared.config
+    folder = checked.folder / "final"
+    chat_template = None if checked.chosen.is_own else checked.chosen.source
+    shared = {
+        "weights": state.optimizer.masters,
+        "stop_ids": _stop_ids(prepared),
+        "chat_template": chat_template if _uses_template(checked) else None,
+    }
+    dtype = getattr(torch, checked.base.dtype)
+    export.export(state.learner.model, checked.tokenizer.hf, folder, dtype=dtype, card=_card(prepared), **shared)
+    rows = [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]]
+    check = export.verify(folder, state.learner.model, checked.tokenizer.hf, rows, _first_chat(prepared), **shared)
+    report.write(checked.folder)
+    caller.say(
+        f"{folder}: {check.dtype}, reloaded by plain transformers and compared: {check.tensors} tensors equal, "
+        f"logits within {check.largest_error:.1e}, {check.texts} texts encoded alike"
+    )
+
+
+def _stop_ids(prepared: Prepared) -> list[int]:
+    """The ids of the marks that ended learnt turns, as far as they are single tokens, and EOS where text was learnt."""
+    tokenizer, marks = prepared.checked.tokenizer, prepared.row_encoder.renderer.stop_marks()
+    ids = [tokenizer.special_tokens[mark] for mark in sorted(marks) if mark in tokenizer.special_tokens]
+    eos = [] if marks or tokenizer.eos_id is None else [tokenizer.eos_id]
+    return list(dict.fromkeys([*ids, *eos]))
+
+
+def _first_chat(prepared: Prepared) -> list[dict[str, str]] | None:
+    """The messages of the first chat that is trained, for comparing templates."""
+    if not _uses_template(prepared.checked):
+        return None
+    conversation = prepared.checked.train[0][1].conversations[0]
+    return [{"role": message.role, "content": message.content} for message in as_chat(conversation.messages)]
+
+
+def _card(prepared: Prepared) -> str:
+    config, data = prepared.config, prepared.data
+    return export.model_card(
+        {
+            "name": prepared.checked.folder.name,
+            "base_model": config.model,
+            "data": [{"path": source.source, "rows": source.rows} for source in data.ledgers],
+            "tokens": sum(source.tokens for source in data.ledgers),
+            "target_tokens": sum(source.target_tokens for source in data.ledgers),
+            "hyperparameters": {
+                "optimizer": config.optimizer.name,
+                "learning rate": config.optimizer.lr,
+                "schedule": config.schedule.name,
+                "epochs": config.epochs,
+                "steps": prepared.loader.steps,
+                "batch": config.batch.model_dump(exclude_none=True),
+                "max_length": prepared.checked.policy.max_length,
+                "seed": config.seed,
+            },
+            "versions": manifest.versions(),
+        }
+    )

@@ -1,0 +1,188 @@
+"""The one place where the data half meets transformers: a tokenizer as deft uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from deft.errors import InputError
+from deft.render.stop import Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids with the characters [start, end) each covers. White space may be missing at either end of a token's range."""
+
+    ids: list[int]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast Hugging Face tokenizer, and what deft has to know about it.
+
+    hf            the tokenizer itself, never changed
+    chat_template its own template, None where it has none
+    """
+
+    hf: PreTrainedTokenizerFast
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self.hf.bos_token_id
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        return self.hf.eos_token_id
+
+    @cached_property
+    def puts_bos(self) -> bool:
+        """True where the tokenizer itself begins a text with BOS."""
+        return self.bos_id is not None and self.hf("a", add_special_tokens=True)["input_ids"][:1] == [self.bos_id]
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """What stands before a text that begins with something learnt: BOS, or EOS where there is no BOS (trlx)."""
+        start = self.bos_id if self.bos_id is not None else self.eos_id
+        return [] if start is None else [start]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Control tokens: text -> id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special and token.content}
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        template = self.hf.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @cached_property
+    def template_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and the like as text: what transformers hands to a chat template."""
+        return {name: str(token) for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
+
+    def marks(self, stop_ids: Sequence[int] = ()) -> Marks:
+        """What can stop generation; `stop_ids` are those of the model's generation_config."""
+        eos = [self.hf.eos_token] if self.hf.eos_token else []
+        more = [self.hf.convert_ids_to_tokens(index) for index in stop_ids if index != self.bos_id]
+        return Marks(
+            self.hf.eos_token or "", tuple(dict.fromkeys([*eos, *filter(None, more)])), (*self.special_tokens,)
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Texts -> tokens; special tokens in a text are read as control tokens, none is added."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Tokens(e.ids, [start for start, _ in e.offsets]) for e in encodings]
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text that stands alone; special tokens in it are control tokens."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def literal(self, text: str, continues: bool) -> list[int]:
+        """The ids of a text in which special tokens are nothing but text.
+
+        `continues`: the text goes on after other text, so that tokenizers that open a text with a space of their own
+        (sentencepiece) do not put one.
+        """
+        return (self._continuing_literal if continues else self._literal).encode(text, add_special_tokens=False).ids
+
+    def continuation(self, text: str) -> list[int]:
+        """The ids of a text that goes on after other text; special tokens in it are control tokens."""
+        return self._continuing.encode(text, add_special_tokens=False).ids
+
+    def find_special(self, text: str) -> list[re.Match[str]]:
+        """Where special tokens stand in a text, the longest first at each place."""
+        return list(self._special_pattern.finditer(text))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        state = json.loads(self._backend.to_str())
+        changed = {**state, **{part: _without_prefix(state.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+        return self._backend if changed == state else tokenizers.Tokenizer.from_str(json.dumps(changed))
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        return _literally(self._backend)
+
+    @cached_property
+    def _continuing_literal(self) -> tokenizers.Tokenizer:
+        return self._literal if self._continuing is self._backend else _literally(self._continuing)
+
+
+def load(path: str) -> Tokenizer:
+    """The tokenizer of a model folder or hub id.
+
+    Raises InputError where there is none, where it is not a fast one, or where it would have to run code.
+    """
+    try:
+        hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{path}: no tokenizer can be loaded ({_first_line(error)}); {_advice(path)}") from error
+    return wrap(hf, path)
+
+
+def wrap(tokenizer: Any, name: str = "tokenizer") -> Tokenizer:
+    """A tokenizer that the caller holds, as deft's. Raises InputError unless it is a fast one."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; save it with a tokenizer.json")
+    return Tokenizer(tokenizer)
+
+
+def _advice(path: str) -> str:
+    if Path(path).is_dir():
+        return "the folder needs tokenizer.json and tokenizer_config.json"
+    return "name a folder that exists, or a hub id that this machine can reach"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _literally(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer's or pre-tokenizer's description without the space that it puts before a text.
+
+    >>> _without_prefix({"type": "Metaspace", "prepend_scheme": "first"})
+    {'type': 'Metaspace', 'prepend_scheme': 'never'}
+    """
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    changed = dict(part)
+    if part.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if part.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            changed[key] = [_without_prefix(inner) for inner in part[key]]
+    return changed

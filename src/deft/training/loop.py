@@ -1,0 +1,51 @@
+"""The loop: a generator of step records. What else should happen between steps is written in the `for` body around it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+from deft.loader import Loader
+from deft.training.state import TrainState
+from deft.training.step import take
+from deft.types import StepRecord
+
+
+def train(
+    state: TrainState, loader: Loader, loss: ModuleType, *, clip: float | None, factor: Callable[[int], float]
+) -> Iterator[StepRecord]:
+    """Runs the steps that `state` has not done yet and yields a record after each.
+
+    factor  step (from 0) -> what the learning rate is multiplied by
+    """
+    began = time.perf_counter()
+    for work in loader.work(state.step):
+        multiplier = factor(work.step)
+        numbers = take(state, work, loss, clip=clip, factor=multiplier)
+        now = time.perf_counter()
+        yield StepRecord(
+            step=work.step + 1,
+            epoch=work.epoch,
+            loss=numbers.loss,
+            grad_norm=numbers.grad_norm,
+            learning_rate=state.optimizer.lr * multiplier,
+            target_tokens=work.target_tokens,
+            tokens=work.tokens,
+            padded_tokens=0,
+            seconds=now - began,
+            peak_bytes=peak_bytes(),
+        )
+        began = now
+
+
+def peak_bytes() -> int:
+    """The most memory used so far: the device's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

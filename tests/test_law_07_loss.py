@@ -1,0 +1,274 @@
+"""Law 7: each fast loss equals the reference; zero weight, zero gradient; linear in the weights.
+
+Every file in loss/ is held to it: a new one is tested without touching this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import deft.loss
+from deft.loss import nll, reference
+from deft.types import Head
+
+NAMES = sorted(module.name for module in pkgutil.iter_modules(deft.loss.__path__))
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "scale": 1.5, "softcap": 4.0},
+}
+Case = tuple[Tensor, Head, Tensor, Tensor]
+
+
+@pytest.fixture(params=NAMES)
+def room(request: pytest.FixtureRequest) -> ModuleType:
+    return importlib.import_module(f"deft.loss.{request.param}")
+
+
+@pytest.fixture
+def two_row_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", 1)
+
+
+def make_case(
+    targets: int = 127,
+    hidden: int = 33,
+    vocabulary: int = 251,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Case:
+    rng = torch.Generator().manual_seed(targets + vocabulary)
+    hidden_KH = torch.randn(targets, hidden, generator=rng, dtype=torch.float64)
+    weight_VH = torch.randn(vocabulary, hidden, generator=rng, dtype=torch.float64) / 3
+    bias_V = torch.randn(vocabulary, generator=rng, dtype=torch.float64) if bias else None
+    weights_K = torch.rand(targets, generator=rng, dtype=torch.float64).float()
+    targets_K = torch.randint(vocabulary, (targets,), generator=rng)
+    head = Head(weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype), scale, softcap)
+    return hidden_KH.to(dtype), head, targets_K, weights_K
+
+
+def leaves_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, Head]:
+    hidden_KH, head, _, _ = case
+    weight, bias = head.weight, head.bias
+    return hidden_KH.detach().to(dtype).requires_grad_(), replace(
+        head,
+        weight=weight.detach().to(dtype).requires_grad_(),
+        bias=None if bias is None else bias.detach().to(dtype).requires_grad_(),
+    )
+
+
+def run(room: ModuleType, case: Case, dtype: torch.dtype, grad_output: float = 1.0) -> list[Tensor]:
+    """[loss, d_hidden, d_weight, d_bias if there is one], from the case's values cast to dtype."""
+    hidden_KH, head = leaves_of(case, dtype)
+    loss = room.loss(hidden_KH, head, case[2], case[3])
+    (loss * grad_output).backward()
+    leaves = [leaf for leaf in (hidden_KH, head.weight, head.bias) if leaf is not None]
+    assert all(leaf.grad is not None and leaf.grad.dtype == dtype for leaf in leaves)
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def run_like_hugging_face(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """As its models write it: head, scale and softcap in dtype, cross entropy in fp32."""
+    hidden_KH, head = leaves_of(case, dtype)
+    logits_KV = functional.linear(hidden_KH, head.weight, head.bias) * head.scale
+    if head.softcap is not None:
+        logits_KV = torch.tanh(logits_KV / head.softcap) * head.softcap
+    loss = (functional.cross_entropy(logits_KV.float(), case[2], reduction="none") * case[3]).sum()
+    loss.backward()
+    leaves = [leaf for leaf in (hidden_KH, head.weight, head.bias) if leaf is not None]
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def relative_errors(ours: list[Tensor], oracle: list[Tensor]) -> list[float]:
+    assert len(ours) == len(oracle)
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, oracle, strict=True)]
+
+
+def test_the_folder_holds_the_reference_and_the_default() -> None:
+    assert {"nll", "reference"} <= set(NAMES)
+
+
+def test_the_reference_is_a_weighted_sum_of_cross_entropies() -> None:
+    logits_KV = torch.tensor([[0.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    targets_K = torch.tensor([0, 1])
+    weights_K = torch.tensor([2.0, 0.5])
+    expected = 2.0 * math.log(2) + 0.5 * math.log1p(math.exp(-3))
+    assert float(reference.loss_from_logits(logits_KV, targets_K, weights_K)) == pytest.approx(
+        float(expected), rel=1e-7
+    )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_in_fp64_it_is_the_reference(room: ModuleType, head: str) -> None:
+    case = make_case(**HEADS[head])
+    ours = run(room, case, torch.float64, grad_output=0.7)
+    assert max(relative_errors(ours, run(reference, case, torch.float64, grad_output=0.7))) < 1e-13
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.usefixtures("two_row_chunks")
+def test_chunks_change_nothing(room: ModuleType, head: str) -> None:
+    case = make_case(targets=7, **HEADS[head])
+    assert max(relative_errors(run(room, case, torch.float64), run(reference, case, torch.float64))) < 1e-13
+
+
+@pytest.mark.parametrize("rows", [127, 128, 129, 256, 257])
+def test_rows_on_a_chunk_boundary_count_once(room: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", 1)
+    case = make_case(targets=rows, vocabulary=19)
+    assert max(relative_errors(run(room, case, torch.float64), run(reference, case, torch.float64))) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("vocabulary", [127, 251])
+def test_low_precision_costs_no_more_than_hugging_face(
+    room: ModuleType, head: str, vocabulary: int, dtype: torch.dtype
+) -> None:
+    case = make_case(targets=300, vocabulary=vocabulary, dtype=dtype, **HEADS[head])
+    oracle = run(reference, case, torch.float64)
+    theirs = relative_errors(run_like_hugging_face(case, dtype), oracle)
+    ours = relative_errors(run(room, case, dtype), oracle)
+    assert all(our <= 1.1 * their + 2 * torch.finfo(torch.float32).eps for our, their in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.usefixtures("two_row_chunks")
+def test_the_weight_gradient_is_summed_in_fp32() -> None:
+    """Over 300 chunks the rounding of a bf16 sum would be five times as large."""
+    case = make_case(targets=600, vocabulary=19, dtype=torch.bfloat16)
+    oracle = run(reference, case, torch.float64)
+    theirs = relative_errors(run_like_hugging_face(case, torch.bfloat16), oracle)
+    ours = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    assert ours[2] <= 1.5 * theirs[2]
+
+
+def test_zero_weight_gives_zero_gradient(room: ModuleType) -> None:
+    hidden_KH, head, targets_K, weights_K = make_case(**HEADS["all"])
+    weights_K[::3] = 0.0
+    gradient_KH = run(room, (hidden_KH, head, targets_K, weights_K), torch.float32)[1]
+    assert not gradient_KH[::3].any()
+    assert gradient_KH[1::3].any(dim=1).all()
+
+    ours = run(room, (hidden_KH, head, targets_K, weights_K * 0), torch.float32)
+    assert not any(tensor.any() for tensor in ours)
+
+
+def test_it_is_linear_in_the_weights(room: ModuleType) -> None:
+    hidden_KH, head, targets_K, weights_K = make_case(**HEADS["all"])
+    one, other = weights_K.double(), weights_K.flip(0).double()
+    parts = [run(room, (hidden_KH, head, targets_K, w), torch.float64) for w in (one, other)]
+    whole = run(room, (hidden_KH, head, targets_K, 2 * one + 3 * other), torch.float64)
+    expected = [2 * a + 3 * b for a, b in zip(*parts, strict=True)]
+    assert max(relative_errors(whole, expected)) < 1e-13
+
+
+def test_no_targets_give_zero_with_gradients_attached(room: ModuleType) -> None:
+    loss, *gradients = run(room, make_case(targets=0, **HEADS["all"]), torch.float32)
+    assert loss == 0
+    assert [tuple(g.shape) for g in gradients] == [(0, 33), (251, 33), (251,)]
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unmoved(room: ModuleType, frozen: str) -> None:
+    case = make_case(**HEADS["all"])
+    expected = dict(zip(("hidden", "weight", "bias"), run(room, case, torch.float64)[1:], strict=True))
+    hidden_KH, head = leaves_of(case, torch.float64)
+    leaves = {"hidden": hidden_KH, "weight": head.weight, "bias": head.bias}
+    leaves[frozen].requires_grad_(False)
+    room.loss(hidden_KH, head, case[2], case[3]).backward()
+    assert leaves.pop(frozen).grad is None
+    assert all(torch.equal(leaf.grad, expected[name]) for name, leaf in leaves.items())
+
+
+def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden_KH, head, targets_K, weights_K = make_case()
+    sums: list[tuple[int, ...]] = []
+    monkeypatch.setattr(nll, "_add", lambda total, part, dtype: sums.append(tuple(part.shape)) or part)
+    nll.loss(hidden_KH.requires_grad_(), head, targets_K, weights_K).backward()
+    assert sums == []
+    nll.loss(hidden_KH, replace(head, weight=head.weight.requires_grad_()), targets_K, weights_K).backward()
+    assert sums == [(251, 33)]
+
+
+def test_without_gradients_only_the_value_is_computed(room: ModuleType) -> None:
+    case = make_case()
+    hidden_KH, head = leaves_of(case, torch.float64)
+    with torch.no_grad():
+        loss = room.loss(hidden_KH, head, case[2], case[3])
+    assert not loss.requires_grad
+    assert float(loss) == pytest.approx(float(run(room, case, torch.float64)[0]), rel=1e-14)
+
+
+def test_tied_weights_add_up(room: ModuleType) -> None:
+    _, head, targets_K, weights_K = make_case()
+    inputs_K = targets_K.roll(1)
+
+    def gradient_of(module: ModuleType) -> Tensor:
+        weight = head.weight.clone().requires_grad_()
+        module.loss(functional.embedding(inputs_K, weight), Head(weight), targets_K, weights_K).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    assert max(relative_errors([gradient_of(room)], [gradient_of(reference)])) < 1e-13
+
+
+def test_a_second_backward_gives_the_same_gradient(room: ModuleType) -> None:
+    case = make_case(dtype=torch.bfloat16)
+    hidden_KH, head = leaves_of(case, torch.bfloat16)
+    loss = room.loss(hidden_KH, head, case[2], case[3])
+    first = torch.autograd.grad(0.3 * loss, [hidden_KH, head.weight], retain_graph=True)
+    second = torch.autograd.grad(0.3 * loss, [hidden_KH, head.weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_hidden_states_may_differ_in_dtype_from_the_weight(room: ModuleType) -> None:
+    case = make_case(dtype=torch.bfloat16, **HEADS["all"])
+    hidden_KH, head = leaves_of(case, torch.float32)
+    room.loss(hidden_KH.bfloat16(), head, case[2], case[3]).backward()
+    gradients = [hidden_KH.grad, head.weight.grad, head.bias.grad]
+    assert {g.dtype for g in gradients} == {torch.float32}
+    in_bf16 = run(room, case, torch.bfloat16)[1:]
+    assert max(relative_errors(gradients, [g.double() for g in in_bf16])) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("two_row_chunks")
+def test_from_logits_it_is_the_reference_and_leaves_them_alone(room: ModuleType, dtype: torch.dtype) -> None:
+    hidden_KH, head, targets_K, weights_K = make_case(targets=7)
+    logits_KV = (hidden_KH @ head.weight.T).to(dtype).requires_grad_()
+    before = logits_KV.detach().clone()
+    loss = room.loss_from_logits(logits_KV, targets_K, weights_K)
+    (gradient,) = torch.autograd.grad(0.7 * loss, [logits_KV])
+
+    oracle_KV = before.double().requires_grad_()
+    oracle = reference.loss_from_logits(oracle_KV, targets_K, weights_K)
+    (expected,) = torch.autograd.grad(0.7 * oracle, [oracle_KV])
+    assert torch.equal(logits_KV, before)
+    assert gradient.dtype == dtype
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps}[dtype]
+    assert relative_errors([loss.detach()], [oracle.detach()])[0] < min(tolerance, 1e-6)
+    assert relative_errors([gradient], [expected])[0] < tolerance
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_large_logits_stay_finite(room: ModuleType, shift: float) -> None:
+    logits_KV = torch.tensor([[shift, 0.0, shift]]).requires_grad_()
+    loss = room.loss_from_logits(logits_KV, torch.tensor([0]), torch.ones(1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits_KV.grad).all()
