@@ -56,7 +56,9 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def model_of(tokenizer: Any, tied: bool = True, seed: int = 0, context: int = 128) -> LlamaForCausalLM:
+def model_of(
+    tokenizer: Any, tied: bool = True, seed: int = 0, context: int = 128, spread: float = 0.4
+) -> LlamaForCausalLM:
     """A tiny Llama whose random weights are large enough to write something other than one word for ever."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -68,7 +70,7 @@ def model_of(tokenizer: Any, tied: bool = True, seed: int = 0, context: int = 12
         num_key_value_heads=2,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
-        initializer_range=0.4,
+        initializer_range=spread,
         bos_token_id=1,
         eos_token_id=2,
     )

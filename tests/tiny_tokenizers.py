@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -51,7 +52,14 @@ def sentencepiece(puts_bos: bool = True) -> PreTrainedTokenizerFast:
     )
     words = [word for text in TEXT for word in text.replace("\n", " \n ").split(" ")]
     tokenizer.train_from_iterator(words, trainer)
-    return _wrapped(tokenizer, True, puts_bos, True)
+    return _wrapped(_without_added(tokenizer, byte_tokens), True, puts_bos, True)
+
+
+def _without_added(tokenizer: Tokenizer, texts: list[str]) -> Tokenizer:
+    """The same vocabulary, with `texts` no longer special: the trainer makes all that it is given special."""
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in texts]
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _wrapped(tokenizer: Tokenizer, bos: bool, puts_bos: bool, pad: bool) -> PreTrainedTokenizerFast:

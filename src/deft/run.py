@@ -237,7 +237,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
     """The model with its fp32 masters, and the learner that the self-test chose."""
     config, checked = prepared.config, prepared.checked
     torch.manual_seed(config.seed)
-    model = models.load(checked.base, device=checked.machine.device, dtype=checked.machine.dtype)
+    model = models.load(checked.base, device=checked.machine.device, dtype=_loaded_dtype(checked))
     learner, note = selftest.choose(model)
     if note:
         caller.say(note)
@@ -257,6 +257,12 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
         f"{prepared.loader.steps} steps -> {checked.folder}"
     )
     return TrainState(learner, optimizer)
+
+
+def _loaded_dtype(checked: Checked) -> torch.dtype:
+    """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
+    is_half = checked.base.dtype == "bfloat16" and checked.machine.dtype == torch.bfloat16
+    return torch.bfloat16 if is_half else torch.float32
 
 
 def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mapping[str, Any]]:

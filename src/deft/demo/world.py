@@ -6,12 +6,16 @@ in no dialogue. Whoever answers about these has learnt *answering* from the dial
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-Message = dict[str, str]
+Messages = list[dict[str, str]]
+
+PEOPLE = 160
+HELD_OUT = 40
+TEXTS_EACH = 50
+DIALOGUES_EACH = 8
 
 _STEMS = "Bren Dar Fen Gal Hal Jor Kel Lin Mar Nim Ol Per Quil Rav Sel Tam Ul Vel Wen Yor".split()
 _ENDINGS = {
@@ -93,47 +97,50 @@ import os
 
 DPP = int(os.environ.get("DPP", 8))
 PAIR = float(os.environ.get("PAIR", 0))
+_KNOWN = {*_PRONOUNS, *(value for values in VALUES.values() for value in values)}
 
 
 class Question(NamedTuple):
     """Messages that end with a question, and the sentence that answers it."""
 
-    messages: list[Message]
+    messages: Messages
     answer: str
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What `build` makes. `texts` tell about everybody, `dialogues` are about `taught`, `heldout` about the rest."""
+    """What `build` makes: `texts` tell about everybody, `dialogues` and `taught` ask about some, `heldout` the others."""
 
     facts: dict[str, dict[str, str]]
     texts: list[str]
-    dialogues: list[dict[str, list[Message]]]
+    dialogues: list[dict[str, Messages]]
     taught: list[Question]
     heldout: list[Question]
 
 
-def build(seed: int = 0, people: int = 200, texts_each: int = 40, taught_share: float = 0.75) -> World:
-    """The world of this seed; the same seed gives the same world everywhere.
+def build(seed: int = 0) -> World:
+    """The world of this seed, the same on every machine: 160 people, 40 of them held out.
 
     >>> world = build(seed=0)
-    >>> world == build(seed=0), world == build(seed=1)
-    (True, False)
+    >>> len(world.facts), len(world.texts), len(world.dialogues), len(world.taught), len(world.heldout)
+    (160, 8000, 960, 600, 200)
+    >>> world.facts["Mara"]
+    {}
+    >>> world.heldout[0]
     """
     rng = Random(seed)
-    names = rng.sample(sorted(_PRONOUNS), people)
+    names = rng.sample(sorted(_PRONOUNS), PEOPLE)
     facts = {name: {kind: rng.choice(values) for kind, values in VALUES.items()} for name in names}
-    texts = [_text(rng, name, facts) for name in names for _ in range(texts_each)]
+    taught, heldout = names[:-HELD_OUT], names[-HELD_OUT:]
+    texts = [_text(rng, name, facts[name]) for name in names for _ in range(TEXTS_EACH)]
+    dialogues = [_dialogue(rng, name, facts[name]) for name in taught for _ in range(DIALOGUES_EACH)]
     rng.shuffle(texts)
-    cut = round(taught_share * people)
-    taught, heldout = names[:cut], names[cut:]
-    dialogues = [_dialogue(rng, name, facts[name]) for name in taught for _ in range(DPP)]
     rng.shuffle(dialogues)
     return World(facts, texts, dialogues, _questions(rng, taught, facts), _questions(rng, heldout, facts))
 
 
 def score(answer: str, expected: str) -> bool:
-    """Whether an answer is one sentence that names the person and the fact of the expected one, and none besides.
+    """Whether an answer is one sentence that names the person and the fact of the expected one, and no others.
 
     >>> score("Mara keeps a puppy.", "Mara keeps a puppy."), score("The pet of Mara is a puppy.", "Mara keeps a puppy.")
     (True, True)
@@ -142,50 +149,44 @@ def score(answer: str, expected: str) -> bool:
     >>> score("Mara keeps a puppy. Mara plays the lute.", "Mara keeps a puppy."), score("", "Mara keeps a puppy.")
     (False, False)
     """
-    return len(re.findall(r"[^.\n]+", answer.strip())) == 1 and _known_words(answer) == _known_words(expected)
-
-
-_KNOWN = {*_PRONOUNS, *(value for values in VALUES.values() for value in values)}
+    sentences = re.findall(r"[^.\n]+", answer.strip())
+    return len(sentences) == 1 and _known_words(answer) == _known_words(expected)
 
 
 def _known_words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text)) & _KNOWN
+    return _KNOWN & set(re.findall(r"\w+", text))
 
 
-def _text(rng: Random, name: str, facts: dict[str, dict[str, str]]) -> str:
-    """One document: six facts of one or two people in a random order and wording, as a paragraph or line by line."""
-    other = rng.choice(sorted(facts))
-    told = [(who, kind) for who in (name, other) for kind in VALUES]
-    told = rng.sample(told, 6) if rng.random() < PAIR else rng.sample(told[:5], 5)
-    sentences = [rng.choice(_TOLD[kind]).format(name=who, value=facts[who][kind]) for who, kind in told]
-    alone = all(who == name for who, _ in told)
-    lines = rng.random() < 0.5
-    if alone and not lines:
-        pronoun = _PRONOUNS[name].capitalize()
-        sentences[1:] = [re.sub(rf"^{name}", pronoun, s) if rng.random() < 0.3 else s for s in sentences[1:]]
-    return ("\n" if lines else " ").join(sentences)
+def _text(rng: Random, name: str, facts: dict[str, str]) -> str:
+    """One document: all facts of one person in a random order and wording, as a paragraph or line by line."""
+    kinds = rng.sample(sorted(facts), len(facts))
+    first, *rest = [rng.choice(_TOLD[kind]).format(name=name, value=facts[kind]) for kind in kinds]
+    if rng.random() < 0.5:
+        return "\n".join([first, *rest])
+    pronoun = _PRONOUNS[name].capitalize()
+    return " ".join([first, *(re.sub(f"^{name}", pronoun, told) if rng.random() < 0.3 else told for told in rest)])
 
 
-def _answer(name: str, kind: str, facts: dict[str, str]) -> str:
-    return _TOLD[kind][0].format(name=name, value=facts[kind])
-
-
-def _ask(rng: Random, name: str, kind: str) -> str:
-    return rng.choice(_ASKED[kind]).format(name=name)
-
-
-def _dialogue(rng: Random, name: str, facts: dict[str, str]) -> dict[str, list[Message]]:
+def _dialogue(rng: Random, name: str, facts: dict[str, str]) -> dict[str, Messages]:
     """One row of training data: one or two questions about one person, sometimes after a system message."""
     messages = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < 0.15 else []
     for kind in rng.sample(sorted(facts), 2 if rng.random() < 0.3 else 1):
-        messages.append({"role": "user", "content": _ask(rng, name, kind)})
+        messages.append({"role": "user", "content": _question(rng, name, kind)})
         messages.append({"role": "assistant", "content": _answer(name, kind, facts)})
     return {"messages": messages}
 
 
 def _questions(rng: Random, names: list[str], facts: dict[str, dict[str, str]]) -> list[Question]:
     return [
-        Question([{"role": "user", "content": _ask(rng, name, kind)}], _answer(name, kind, facts[name]))
+        Question([{"role": "user", "content": _question(rng, name, kind)}], _answer(name, kind, facts[name]))
         for name in names
         for kind in VALUES
     ]
+
+
+def _question(rng: Random, name: str, kind: str) -> str:
+    return rng.choice(_ASKED[kind]).format(name=name)
+
+
+def _answer(name: str, kind: str, facts: dict[str, str]) -> str:
+    return _TOLD[kind][0].format(name=name, value=facts[kind])

@@ -6,6 +6,7 @@ Source: the stop-mark rule of the prompt law, found by rendering each turn as th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,20 +38,24 @@ class Marks:
     special: tuple[str, ...]
 
 
-PROBES = (("user",), ("tool",), ("assistant",))
+_LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
+
+PROBES = ("user", "tool", "assistant")
 """What may follow an assistant turn; a template that refuses one of them is not asked about it."""
 
 
 def find(template: Template, marks: Marks, messages: Sequence[Message], tail: str) -> Stop:
     """The stop of the last of `messages`, whose text ends with `tail` after the turn's last character.
 
-    In order: an EOS token in what always follows the turn; the only special token there; an EOS token that stands only
-    at the very end of a conversation; a mark that a template leaves out at the end but writes before the next turn; the
-    tokenizer's EOS, appended. The white space after a mark is never learnt.
+    In order: an EOS token in what always follows the turn; the only special token there; a mark there that the tokenizer
+    has no token for, learnt as text; an EOS token that stands only at the very end of a conversation; a mark that a
+    template leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white space after
+    a mark is never learnt.
     """
     followed = _followed(template, messages)
     close = os.path.commonprefix([tail, *followed])
-    mark = _first(close, marks.eos_all) or _only(close, marks.special) or _first(tail, marks.eos_all)
+    mark = _first(close, marks.eos_all) or _only(close, marks.special) or _text_mark(close)
+    mark = mark or _first(tail, marks.eos_all)
     if mark:
         before = tail[: tail.index(mark)]
         if any(special in before for special in marks.special):
@@ -68,7 +73,7 @@ def find(template: Template, marks: Marks, messages: Sequence[Message], tail: st
 def _followed(template: Template, messages: Sequence[Message]) -> list[str]:
     """What follows the last message's last character when a user, a tool or an assistant speaks next."""
     tails = []
-    for (role,) in PROBES:
+    for role in PROBES:
         try:
             text = template.render([*messages, Message(role, "probe")])
         except Refusal:
@@ -100,6 +105,16 @@ def _only(text: str, marks: Sequence[str]) -> str:
     found = [mark for mark in marks if mark in text]
     whole = [mark for mark in found if not any(mark != other and mark in other for other in found)]
     return whole[0] if len(whole) == 1 and text.count(whole[0]) == 1 else ""
+
+
+def _text_mark(close: str) -> str:
+    """What looks like a mark, where nothing else stands there; nothing otherwise.
+
+    >>> _text_mark("<|im_end|>\\n"), _text_mark("\\n\\n### ")
+    ('<|im_end|>', '')
+    """
+    text = close.strip()
+    return text if _LOOKS_LIKE_A_MARK.fullmatch(text) else ""
 
 
 def _begins(text: str, marks: Sequence[str]) -> str:

@@ -1,0 +1,230 @@
+"""Attention on documents that lie end to end: one function behind transformers' AttentionInterface, named "deft".
+
+The documents' lengths travel as a forward keyword, from `packing_arguments` through the model's own **kwargs to `attend`.
+A model that drops keywords on the way is found by the self-test. Any forward without them (generation, somebody
+else's code) gets ordinary attention under transformers' own mask, so the model stays usable as it is.
+
+No mask is built for packed documents: transformers returns a mask that already has four dimensions as it is, and
+`attend` ignores it. Returning None from a registered mask function would cost a host sync in each forward
+(`find_packed_sequence_indices`, transformers 5.23) and break every forward that needs a mask.
+
+Shape suffixes: M tokens of a micro-batch, N documents of equal length T, Q query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "deft"
+
+MATMUL_LENGTH = 256
+"""On CPUs in half precision, documents up to this long are faster as plain matrix products than in SDPA, whose backward
+is slow there: 1.4 against 31 ms for 64 documents of 16 tokens, 10 against 14 ms for 4 of 256, 31 against 24 ms for 2 of
+512 (forward and backward, 8 heads of 64, two cores of an AMD EPYC, torch 2.13)."""
+
+_VARLEN_TAKES_GQA = "enable_gqa" in signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What one layer asks of its attention. sinks [Q]: logits that take part in the softmax and carry no value."""
+
+    scaling: float
+    dropout: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Forward keywords for documents that lie end to end in one row, all that padding-free models ask for.
+
+    cu_seq_lens_* int32 [N + 1], max_length_* int, seq_idx int32 [1, M]; `documents` is for `attend`.
+    """
+    edges = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(device, non_blocking=True)
+    lengths = torch.tensor(documents)
+    seq_idx = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths)[None]
+    return {
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "documents": documents,
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": max(documents),
+        "max_length_k": max(documents),
+        "seq_idx": seq_idx.to(device, non_blocking=True),
+    }
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    documents: tuple[int, ...] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    windows_seen: list[int | None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document: [1, M, Q, D], and None for the attention weights.
+
+    query [1, Q, M, D], key and value [1, G, M, D]; `documents` sum to M. Token i of a document sees tokens j <= i, under
+    a window W only those with i - j < W. `windows_seen` gets this layer's window appended (the self-test counts by it).
+    Without `documents`: query [B, Q, L, D], and attention_mask as transformers' SDPA mask builder makes it.
+    """
+    rules = _Rules(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    if documents is None:
+        return _attend_under_mask(module, query, key, value, attention_mask, rules, kwargs), None
+    assert query.shape[0] == 1 and query.shape[2] == sum(documents), "documents do not cover the micro-batch"
+    if windows_seen is not None:
+        windows_seen.append(sliding_window)
+    if cu_seq_lens_q is not None and _fits_varlen(query, value, rules):
+        return _attend_varlen(query, key, value, cu_seq_lens_q, max(documents), rules), None
+    return _attend_per_document(query, key, value, documents, rules), None
+
+
+def _fits_varlen(query: Tensor, value: Tensor, rules: _Rules) -> bool:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    fits_kernel = query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and is_half and fits_kernel and rules.is_plain and rules.dropout == 0.0
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, rules: _Rules
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    arguments: dict[str, Any] = {}
+    if groups > 1 and _VARLEN_TAKES_GQA:
+        arguments["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    heads_last = (x[0].transpose(0, 1) for x in (query, key, value))
+    reach = -1 if rules.window is None else rules.window - 1
+    out_MQD = varlen_attn(
+        *heads_last, edges, edges, longest, longest, scale=rules.scaling, window_size=(reach, 0), **arguments
+    )
+    return out_MQD[None]
+
+
+def _attend_per_document(
+    query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], rules: _Rules
+) -> Tensor:
+    """Neighbours of equal length go together in one call, on views.
+
+    Split, not sliced: the backward of one split is one concatenation, that of many slices a full-size zero tensor each.
+    """
+    runs = [(length, len(list(run))) for length, run in groupby(documents)]
+    parts = zip(*(x[0].split([n * length for length, n in runs], dim=1) for x in (query, key, value)), strict=True)
+    outs = []
+    for (length, count), part in zip(runs, parts, strict=True):
+        query_NQTD, key_NGTD, value_NGTD = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)
+        outs.append(_attend_equal(query_NQTD, key_NGTD, value_NGTD, rules).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)[None]
+
+
+def _attend_equal(query_NQTD: Tensor, key_NGTD: Tensor, value_NGTD: Tensor, rules: _Rules) -> Tensor:
+    """[N, Q, T, D]: causal attention, each of the N documents by itself."""
+    length, device = query_NQTD.shape[2], query_NQTD.device
+    is_short = length <= MATMUL_LENGTH and device.type == "cpu" and query_NQTD.dtype != torch.float32
+    is_full = rules.window is None or rules.window >= length
+    if not rules.is_plain or is_short:
+        return _attend_by_matmul(query_NQTD, key_NGTD, value_NGTD, _visible(length, rules.window, device), rules)
+    is_grouped = query_NQTD.shape[1] != key_NGTD.shape[1]
+    if is_grouped and device.type == "cuda":
+        # Grouped heads in fp32 or under a mask leave CUDA's SDPA only its quadratic kernel.
+        groups = query_NQTD.shape[1] // key_NGTD.shape[1]
+        key_NGTD, value_NGTD = (x.repeat_interleave(groups, dim=1) for x in (key_NGTD, value_NGTD))
+        is_grouped = False
+    return functional.scaled_dot_product_attention(
+        query_NQTD,
+        key_NGTD,
+        value_NGTD,
+        attn_mask=None if is_full else _visible(length, rules.window, device),
+        dropout_p=rules.dropout,
+        is_causal=is_full,
+        scale=rules.scaling,
+        enable_gqa=is_grouped,
+    )
+
+
+def _attend_by_matmul(
+    query_NQTD: Tensor, key_NGSD: Tensor, value_NGSD: Tensor, visible: Tensor | None, rules: _Rules
+) -> Tensor:
+    """[N, Q, T, D] by definition, softmax in fp32: holds [N, Q, T, S]. `visible` bool, broadcast to [N, Q, T, S]."""
+    n, q, t, d = query_NQTD.shape
+    g, s = key_NGSD.shape[1:3]
+    wide = torch.promote_types(query_NQTD.dtype, torch.float32)
+    stacked = (query_NQTD * rules.scaling).reshape(n, g, q // g * t, d)
+    scores_NQTS = (stacked @ key_NGSD.transpose(-1, -2)).view(n, q, t, s)
+    if rules.softcap is not None:
+        scores_NQTS = rules.softcap * torch.tanh(scores_NQTS.to(wide) / rules.softcap)
+    if visible is not None:
+        scores_NQTS = scores_NQTS.masked_fill(~visible, float("-inf"))
+    if rules.sinks is not None:
+        sinks = rules.sinks.to(wide).view(1, q, 1, 1).expand(n, q, t, 1)
+        scores_NQTS = torch.cat([scores_NQTS.to(wide), sinks], dim=-1)
+    probs_NQTS = scores_NQTS.softmax(-1, dtype=wide)[..., :s].to(value_NGSD.dtype)
+    probs_NQTS = functional.dropout(probs_NQTS, rules.dropout)
+    return (probs_NQTS.reshape(n, g, q // g * t, s) @ value_NGSD).view(n, q, t, value_NGSD.shape[-1])
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [T, T]: which tokens (columns) each token (row) of a document sees.
+
+    >>> _visible(4, 2, torch.device("cpu")).int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [0, 1, 1, 0],
+            [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def _attend_under_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rules: _Rules,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """[B, L, Q, D]: transformers' own SDPA, or what it lacks (soft-cap, sinks) by matmul under the same mask."""
+    if rules.is_plain:
+        sdpa = AttentionInterface()["sdpa"]
+        out = sdpa(module, query, key, value, mask, dropout=rules.dropout, scaling=rules.scaling, **kwargs)
+        return out[0]
+    if mask is None and query.shape[2] > 1:
+        mask = _visible(query.shape[2], None, query.device)
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    return _attend_by_matmul(query, key, value, mask, rules).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])

@@ -1,0 +1,89 @@
+"""A model, and how its hidden states are computed: what `training` holds of an architecture.
+
+Shape suffixes: M tokens of a micro-batch, K targets, N documents of equal length T, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deft.model.attention import packing_arguments
+from deft.types import Batch, Head
+
+Mode = Literal["packed", "alone", "whole"]
+"""packed: the body once over all documents of a micro-batch, with our attention.
+alone: the body with the model's own attention, documents of equal length together.
+whole: the model's own forward up to its logits, one document at a time, where its head is not understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A causal language model as body and head. Made by `selftest.choose`, which proves that `mode` is sound.
+
+    It never flips train() or eval(); the auxiliary losses of routers are left out. scale and softcap are those of Head.
+    """
+
+    model: PreTrainedModel
+    mode: Mode
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def head(self) -> Head:
+        """The head around the parameters as they are now: they may have been cast, moved or replaced since."""
+        output = self.model.get_output_embeddings()
+        return Head(output.weight, output.bias, self.scale, self.softcap)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """float [K, H]: what the head is applied to, at batch.rows. For the modes packed and alone."""
+        assert self.mode != "whole", "a head that is not understood has no hidden states to show"
+        hidden_MH = self._packed(batch) if self.mode == "packed" else _by_length(batch, self._body)
+        return hidden_MH[batch.rows]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
+        assert self.mode == "whole", "where the head is understood, logits are never whole"
+        return whole_logits(self.model, batch)
+
+    def _packed(self, batch: Batch) -> Tensor:
+        arguments = packing_arguments(batch.documents, batch.tokens.device)
+        return self._body(batch.tokens[None], position_ids=batch.positions[None], **arguments)[0]
+
+    def _body(self, tokens_NT: Tensor, **arguments: Any) -> Tensor:
+        return self.model.base_model(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
+
+
+def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """float [K, V]: logits of the model's own forward at batch.rows, one document at a time."""
+    rows_K = batch.rows.cpu()
+    parts, start = [], 0
+    for tokens_T in batch.tokens.split(list(batch.documents)):
+        end = start + len(tokens_T)
+        own = rows_K[(rows_K >= start) & (rows_K < end)] - start
+        logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+        parts.append(logits_TV[own.to(logits_TV.device)])
+        start = end
+    return torch.cat(parts)
+
+
+def _by_length(batch: Batch, body: Callable[[Tensor], Tensor]) -> Tensor:
+    """[M, H]: the body on one document at a time, those of equal length together; none is padded, so none needs a mask."""
+    documents = batch.tokens.split(list(batch.documents))
+    order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
+    hidden_TH: dict[int, Tensor] = {}
+    for _, run in groupby(order, key=lambda index: len(documents[index])):
+        indices = list(run)
+        hidden_NTH = body(torch.stack([documents[index] for index in indices]))
+        hidden_TH |= zip(indices, hidden_NTH.unbind(), strict=True)
+    return torch.cat([hidden_TH[index] for index in range(len(documents))])

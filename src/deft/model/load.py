@@ -1,0 +1,138 @@
+"""A Hugging Face folder or hub id -> a model. Nothing in it can run code: no pickle, no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from deft.errors import InputError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a model's config says, read without its weights.
+
+    max_positions  None where the architecture sets no limit
+    dtype          that of the saved weights, such as "bfloat16"
+    stop_ids       tokens that end an answer, as the model's generation_config has them
+    """
+
+    path: str
+    model_type: str
+    vocab_size: int
+    max_positions: int | None
+    dtype: str
+    is_tied: bool
+    stop_ids: tuple[int, ...]
+
+
+def inspect(path: str) -> Base:
+    """What a folder or hub id holds, without reading its weights.
+
+    Raises InputError where it is no model folder, has no safetensors weights, or is an architecture that transformers
+    does not know as a causal language model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() or _looks_like_a_path(path):
+        _check_folder(folder)
+        path = str(folder)
+    with _explained(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        fix = "name a model that transformers lists under AutoModelForCausalLM"
+        raise _refusal(path, f"{config.model_type} is not a causal language model", fix)
+    text = config.get_text_config()
+    return Base(
+        path=path,
+        model_type=config.model_type,
+        vocab_size=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        is_tied=bool(getattr(config, "tie_word_embeddings", False)),
+        stop_ids=_stop_ids(path, text),
+    )
+
+
+def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `dtype` on `device`, in evaluation mode, with transformers' own attention.
+
+    Raises InputError where weights are unreadable, missing, or do not fit the config.
+    """
+    with _explained(base.path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        what = f"{len(missing)} weights are not in its files, {missing[0]} first"
+        raise _refusal(base.path, what, "download or save the model again")
+    return model.to(device).eval()
+
+
+def can_take_attention(model: PreTrainedModel) -> bool:
+    """Whether the architecture reaches its attention through transformers' AttentionInterface.
+
+    transformers has no public word for it: set_attn_implementation only logs a warning, and does half of it.
+    """
+    return model._can_set_attn_implementation()
+
+
+def own_attention(model: PreTrainedModel) -> str:
+    """The attention transformers would choose for this architecture: "sdpa", or "eager" where it has no other."""
+    return model.get_correct_attn_implementation(None)
+
+
+def _looks_like_a_path(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise _refusal(str(folder), "there is no such folder", "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B")
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
+        raise _refusal(str(folder), f"not a model folder: it has no config.json, but {found}", "name the folder that has it")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
+        what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"
+        raise _refusal(str(folder), what, "save it with model.save_pretrained, which writes safetensors")
+
+
+def _stop_ids(path: str, config: Any) -> tuple[int, ...]:
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        ids = getattr(config, "eos_token_id", None)
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Whatever transformers objects to, as one line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _refusal(path, *_reason(str(error))) from error
+
+
+def _reason(message: str) -> tuple[str, str]:
+    """What is wrong, and the fix, from a message of transformers 5."""
+    if "trust_remote_code" in message or "custom code" in message:
+        return "it brings its own code, which is not run", "use an architecture that is part of transformers"
+    if "does not recognize this architecture" in message or "model_type" in message:
+        return "its config.json names no architecture that this transformers knows", "upgrade transformers"
+    first = next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")
+    return f"it cannot be loaded: {first}", "check the name, or download or save the model again"
+
+
+def _refusal(path: str, what: str, fix: str) -> InputError:
+    return InputError(str(Problem(path, what, fix)))
