@@ -280,6 +280,19 @@ def test_answers_end_where_the_context_does_and_a_prompt_that_fills_it_is_named(
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_piece_shows_the_beginning_of_a_stop_sequence(kind: str, seed: int) -> None:
+    tokenizer = tokenizer_of(kind)
+    model = model_of(tokenizer, seed=seed)
+    settings = {"max_new_tokens": 30}
+    (whole,) = generation.complete(model, tokenizer, ["The cat"], generate=settings)
+    stops = [stop for stop in (whole[9:15], whole[12:20]) if len(stop) > 4 and "\ufffd" not in stop]
+    assert stops
+    pieces = generation.stream(model, tokenizer, "The cat", generate=settings, stop_sequences=stops)
+    assert "".join(pieces) == generation.cut(whole, stops) != whole
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("stops", [[], ["e", "never there"]])
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_pieces_join_to_the_answer(kind: str, stops: list[str], seed: int) -> None:
@@ -312,11 +325,11 @@ def test_what_fails_while_the_model_writes_is_raised_from_the_stream() -> None:
 def test_a_closed_stream_stops_the_model() -> None:
     tokenizer = tokenizer_of("bytes")
     model = model_of(tokenizer, context=4096)
-    model.generation_config.eos_token_id = 0
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     threads = threading.active_count()
-    pieces = generation.stream(model, tokenizer, "The cat", generate={"max_new_tokens": 3000})
+    settings = {"max_new_tokens": 3000, "min_new_tokens": 3000}
+    pieces = generation.stream(model, tokenizer, "The cat", generate=settings)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert len(calls) < 2000

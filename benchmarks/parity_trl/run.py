@@ -63,13 +63,20 @@ def write_jsonl(path: Path, rows: Iterator[Any] | list[Any]) -> int:
     return len(lines)
 
 
-def planned_rows(settings: Settings, folder: Path) -> Iterator[dict[str, list[int]]]:
-    """TO FINISH: {"input_ids", "labels"} of every example of deft's run in `folder`/deft, in the plan's order.
+def planned_rows(folder: Path) -> Iterator[dict[str, list[int]]]:
+    """{"input_ids", "labels"} of every example of deft's run in `folder`/deft, step by step in the plan's order."""
+    from rich.console import Console
 
-    Steps in order; within a step any order will do (the loss is a sum), as long as each step has
-    `settings["examples_per_step"]` of them. Tokens and labels are `Encoded.tokens` and `Encoded.labels`.
-    """
-    raise NotImplementedError("the plan's order: needs deft.plan; until then use --reuse FOLDER")
+    from deft import config
+    from deft.run import Caller, prepare
+
+    saved = config.load(str(folder / "deft" / "config.yaml"))
+    caller = Caller(console=Console(quiet=True))
+    planned = prepare(saved.model_copy(update={"output": None}), caller).loader
+    for step in range(planned.steps):
+        for example in planned.members(step):
+            (part,) = example
+            yield {"input_ids": part.tokens.tolist(), "labels": part.labels.tolist()}
 
 
 def deft_losses(settings: Settings, folder: Path, source: Path) -> None:
@@ -96,7 +103,7 @@ def deft_losses(settings: Settings, folder: Path, source: Path) -> None:
         device="cpu",
         seed=settings["seed"],
     )
-    write_jsonl(folder / "rows.jsonl", planned_rows(settings, folder))
+    write_jsonl(folder / "rows.jsonl", planned_rows(folder))
     shutil.copyfile(folder / "deft" / "metrics.jsonl", folder / "deft.jsonl")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -79,6 +80,10 @@ def demo(
 
 def main() -> None:
     """Runs a verb; what a user can mend is one message and its exit code, never a traceback."""
+    # The verbs show their own progress; transformers' bars and advice for its own users would stand between.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except DeftError as error:

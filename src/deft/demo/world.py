@@ -17,35 +17,44 @@ HELD_OUT = 40
 TEXTS_EACH = 50
 DIALOGUES_EACH = 8
 
-_STEMS = "Bren Dar Fen Gal Hal Jor Kel Lin Mar Nim Ol Per Quil Rav Sel Tam Ul Vel Wen Yor".split()
-_ENDINGS = {
-    **dict.fromkeys("a ette ina owen isse".split(), "she"),
-    **dict.fromkeys("o ald eric us ian".split(), "he"),
-}
-_PRONOUNS = {stem + ending: pronoun for stem in _STEMS for ending, pronoun in _ENDINGS.items()}
+_STEMS = (
+    "Bren",
+    "Dar",
+    "Fen",
+    "Gal",
+    "Hal",
+    "Jor",
+    "Kel",
+    "Lin",
+    "Mar",
+    "Nim",
+    "Ol",
+    "Per",
+    "Quil",
+    "Rav",
+    "Sel",
+    "Tam",
+    "Ul",
+    "Vel",
+    "Wen",
+    "Yor",
+)
+_ENDINGS = {"she": ("a", "ette", "ina", "isse", "owen"), "he": ("ald", "eric", "ian", "o", "us")}
+_PRONOUNS = {stem + end: pronoun for stem in _STEMS for pronoun, ends in _ENDINGS.items() for end in ends}
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "job": tuple(
-        "baker carpenter doctor farmer gardener juggler librarian mason miller painter "
-        "pilot potter sailor shepherd tailor teacher".split()
-    ),
-    "town": tuple(
-        "Ashford Birchwell Coldharbour Dunmoor Eastmarsh Fernhill Greystone Hollowbrook Kingsbridge Larkfield "
-        "Millpond Northgate Oakhollow Pinecrest Redcliff Saltmere".split()
-    ),
-    "pet": tuple(
-        "badger beaver canary ferret goose hamster hedgehog kitten lizard parrot pony puppy rabbit raven "
-        "tortoise turtle".split()
-    ),
-    "food": tuple(
-        "beans carrots cheese cherries chestnuts dumplings figs honey lentils mushrooms noodles pancakes "
-        "pears plums soup trout".split()
-    ),
-    "instrument": tuple(
-        "banjo bassoon cello clarinet cornet drum fiddle flute guitar harp lute piano trombone "
-        "trumpet tuba zither".split()
-    ),
+_VALUES = {
+    "job": """baker carpenter doctor farmer gardener juggler librarian mason miller painter pilot potter sailor shepherd
+        tailor teacher""",
+    "town": """Ashford Birchwell Coldharbour Dunmoor Eastmarsh Fernhill Greystone Hollowbrook Kingsbridge Larkfield
+        Millpond Northgate Oakhollow Pinecrest Redcliff Saltmere""",
+    "pet": """badger beaver canary ferret goose hamster hedgehog kitten lizard parrot pony puppy rabbit raven tortoise
+        turtle""",
+    "food": """beans carrots cheese cherries chestnuts dumplings figs honey lentils mushrooms noodles pancakes pears
+        plums soup trout""",
+    "instrument": """banjo bassoon cello clarinet cornet drum fiddle flute guitar harp lute piano trombone trumpet tuba
+        zither""",
 }
+VALUES = {kind: tuple(values.split()) for kind, values in _VALUES.items()}
 
 _TOLD: dict[str, tuple[str, ...]] = {
     "job": (
@@ -92,11 +101,6 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "instrument": ("Which instrument does {name} play?", "What does {name} play?", "What does {name} make music with?"),
 }
 _SYSTEM = ("You know everybody here.", "Answer in one sentence.", "Be brief and friendly.")
-
-import os
-
-DPP = int(os.environ.get("DPP", 8))
-PAIR = float(os.environ.get("PAIR", 0))
 _KNOWN = {*_PRONOUNS, *(value for values in VALUES.values() for value in values)}
 
 
@@ -109,7 +113,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What `build` makes: `texts` tell about everybody, `dialogues` and `taught` ask about some, `heldout` the others."""
+    """What `build` makes; `facts[name][kind]` is the truth, `taught` asks about the people of `dialogues`."""
 
     facts: dict[str, dict[str, str]]
     texts: list[str]
@@ -124,9 +128,10 @@ def build(seed: int = 0) -> World:
     >>> world = build(seed=0)
     >>> len(world.facts), len(world.texts), len(world.dialogues), len(world.taught), len(world.heldout)
     (160, 8000, 960, 600, 200)
-    >>> world.facts["Mara"]
-    {}
-    >>> world.heldout[0]
+    >>> world.heldout[0].messages
+    [{'role': 'user', 'content': 'What is the job of Darian?'}]
+    >>> world.heldout[0].answer
+    'Darian works as a mason.'
     """
     rng = Random(seed)
     names = rng.sample(sorted(_PRONOUNS), PEOPLE)

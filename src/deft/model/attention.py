@@ -1,8 +1,8 @@
 """Attention on documents that lie end to end: one function behind transformers' AttentionInterface, named "deft".
 
-The documents' lengths travel as a forward keyword, from `packing_arguments` through the model's own **kwargs to `attend`.
-A model that drops keywords on the way is found by the self-test. Any forward without them (generation, somebody
-else's code) gets ordinary attention under transformers' own mask, so the model stays usable as it is.
+The documents' lengths travel as a forward keyword, from `packing_arguments` through the model's own **kwargs to
+`attend`. A model that drops keywords on the way is found by the self-test. Any forward without them (generation,
+somebody else's code) gets ordinary attention under transformers' own mask, so the model stays usable as it is.
 
 No mask is built for packed documents: transformers returns a mask that already has four dimensions as it is, and
 `attend` ignores it. Returning None from a registered mask function would cost a host sync in each forward
@@ -26,6 +26,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "deft"
+HALF = (torch.bfloat16, torch.float16)
 
 MATMUL_LENGTH = 256
 """On CPUs in half precision, documents up to this long are faster as plain matrix products than in SDPA, whose backward
@@ -87,8 +88,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document: [1, M, Q, D], and None for the attention weights.
 
-    query [1, Q, M, D], key and value [1, G, M, D]; `documents` sum to M. Token i of a document sees tokens j <= i, under
-    a window W only those with i - j < W. `windows_seen` gets this layer's window appended (the self-test counts by it).
+    query [1, Q, M, D], key and value [1, G, M, D]; `documents` sum to M. Token i of a document sees tokens j <= i,
+    under a window W only those with i - j < W. `windows_seen` gets this layer's window appended, for the self-test.
     Without `documents`: query [B, Q, L, D], and attention_mask as transformers' SDPA mask builder makes it.
     """
     rules = _Rules(
@@ -100,7 +101,7 @@ def attend(
     )
     if documents is None:
         return _attend_under_mask(module, query, key, value, attention_mask, rules, kwargs), None
-    assert query.shape[0] == 1 and query.shape[2] == sum(documents), "documents do not cover the micro-batch"
+    assert (query.shape[0], query.shape[2]) == (1, sum(documents)), "documents do not cover the micro-batch"
     if windows_seen is not None:
         windows_seen.append(sliding_window)
     if cu_seq_lens_q is not None and _fits_varlen(query, value, rules):
@@ -109,14 +110,11 @@ def attend(
 
 
 def _fits_varlen(query: Tensor, value: Tensor, rules: _Rules) -> bool:
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
-    fits_kernel = query.shape[-1] == value.shape[-1] <= 256
-    return query.is_cuda and is_half and fits_kernel and rules.is_plain and rules.dropout == 0.0
+    fits_kernel = query.dtype in HALF and query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and fits_kernel and rules.is_plain and rules.dropout == 0.0
 
 
-def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, rules: _Rules
-) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, rules: _Rules) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     arguments: dict[str, Any] = {}
     if groups > 1 and _VARLEN_TAKES_GQA:
@@ -131,9 +129,7 @@ def _attend_varlen(
     return out_MQD[None]
 
 
-def _attend_per_document(
-    query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], rules: _Rules
-) -> Tensor:
+def _attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], rules: _Rules) -> Tensor:
     """Neighbours of equal length go together in one call, on views.
 
     Split, not sliced: the backward of one split is one concatenation, that of many slices a full-size zero tensor each.
@@ -150,7 +146,7 @@ def _attend_per_document(
 def _attend_equal(query_NQTD: Tensor, key_NGTD: Tensor, value_NGTD: Tensor, rules: _Rules) -> Tensor:
     """[N, Q, T, D]: causal attention, each of the N documents by itself."""
     length, device = query_NQTD.shape[2], query_NQTD.device
-    is_short = length <= MATMUL_LENGTH and device.type == "cpu" and query_NQTD.dtype != torch.float32
+    is_short = length <= MATMUL_LENGTH and device.type == "cpu" and query_NQTD.dtype in HALF
     is_full = rules.window is None or rules.window >= length
     if not rules.is_plain or is_short:
         return _attend_by_matmul(query_NQTD, key_NGTD, value_NGTD, _visible(length, rules.window, device), rules)

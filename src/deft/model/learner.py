@@ -5,7 +5,6 @@ Shape suffixes: M tokens of a micro-batch, K targets, N documents of equal lengt
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -48,20 +47,31 @@ class Learner:
     def hidden(self, batch: Batch) -> Tensor:
         """float [K, H]: what the head is applied to, at batch.rows. For the modes packed and alone."""
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
-        hidden_MH = self._packed(batch) if self.mode == "packed" else _by_length(batch, self._body)
-        return hidden_MH[batch.rows]
+        run = packed_hidden if self.mode == "packed" else alone_hidden
+        return run(self.model, batch)[batch.rows]
 
     def logits(self, batch: Batch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
         assert self.mode == "whole", "where the head is understood, logits are never whole"
         return whole_logits(self.model, batch)
 
-    def _packed(self, batch: Batch) -> Tensor:
-        arguments = packing_arguments(batch.documents, batch.tokens.device)
-        return self._body(batch.tokens[None], position_ids=batch.positions[None], **arguments)[0]
 
-    def _body(self, tokens_NT: Tensor, **arguments: Any) -> Tensor:
-        return self.model.base_model(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
+def packed_hidden(model: PreTrainedModel, batch: Batch, **arguments: Any) -> Tensor:
+    """float [M, H]: the body once over all documents, under the attention of `attention.py`."""
+    packing = packing_arguments(batch.documents, batch.tokens.device)
+    return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing, **arguments)[0]
+
+
+def alone_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """float [M, H]: the body on each document; those of equal length together, so none is padded or needs a mask."""
+    documents = batch.tokens.split(list(batch.documents))
+    order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
+    hidden_TH: dict[int, Tensor] = {}
+    for _, run in groupby(order, key=lambda index: len(documents[index])):
+        indices = list(run)
+        hidden_NTH = _body(model, torch.stack([documents[index] for index in indices]))
+        hidden_TH |= zip(indices, hidden_NTH.unbind(), strict=True)
+    return torch.cat([hidden_TH[index] for index in range(len(documents))])
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -77,13 +87,5 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.cat(parts)
 
 
-def _by_length(batch: Batch, body: Callable[[Tensor], Tensor]) -> Tensor:
-    """[M, H]: the body on one document at a time, those of equal length together; none is padded, so none needs a mask."""
-    documents = batch.tokens.split(list(batch.documents))
-    order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
-    hidden_TH: dict[int, Tensor] = {}
-    for _, run in groupby(order, key=lambda index: len(documents[index])):
-        indices = list(run)
-        hidden_NTH = body(torch.stack([documents[index] for index in indices]))
-        hidden_TH |= zip(indices, hidden_NTH.unbind(), strict=True)
-    return torch.cat([hidden_TH[index] for index in range(len(documents))])
+def _body(model: PreTrainedModel, tokens_NT: Tensor, **arguments: Any) -> Tensor:
+    return model.base_model(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state

@@ -95,10 +95,14 @@ def _looks_like_a_path(path: str) -> bool:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise _refusal(str(folder), "there is no such folder", "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B")
+        raise _refusal(
+            str(folder), "there is no such folder", "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
+        )
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
-        raise _refusal(str(folder), f"not a model folder: it has no config.json, but {found}", "name the folder that has it")
+        raise _refusal(
+            str(folder), f"not a model folder: it has no config.json, but {found}", "name the folder that has it"
+        )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
         what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"

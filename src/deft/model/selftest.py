@@ -1,0 +1,190 @@
+"""Before the first step: which way of computing hidden states is sound for this very model, found by trying it.
+
+Nothing is assumed of an architecture. Three short documents of random tokens go through the real model in its own
+dtype, without gradients: packed and alone, through our head and through its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from deft.errors import InputError, Problem
+from deft.model import attention
+from deft.model.learner import Learner, alone_hidden, packed_hidden, whole_logits
+from deft.model.load import can_take_attention, own_attention
+from deft.types import Batch
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative error of a typical token's hidden state or logits that is taken for rounding."""
+LEAK_SHARE = 0.25
+"""Beside that, packing must err by less than this share of the error that ignoring the documents makes."""
+LOGIT_SIZE = 30.0
+"""Root mean square of the logits a head is tried at: a soft-cap cannot be seen on the small logits of a fresh model."""
+
+_ATTENTION_LAYERS = {"full_attention": False, "sliding_attention": True}
+"""Layer types of a config that our attention computes: whether they have a window."""
+_RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
+
+
+def choose(model: PreTrainedModel) -> tuple[Learner, str]:
+    """The fastest learner that is proven right for this model, and one line for the user where that is a fallback.
+
+    Sets the attention that the learner needs on the model; leaves weights, train() and eval() as they were.
+    Raises InputError where the model sees later tokens, so that no causal loss is right for it.
+    """
+    batch = _probe(model)
+    with _evaluating(model), torch.no_grad():
+        _use_attention(model, own_attention(model))
+        _check_causal(model, batch)
+        heads = [Learner(model, "alone", *constants) for constants in _head_constants(model)]
+        reasons = [_head_fault(learner, batch) for learner in heads]
+        if all(reasons):
+            return Learner(model, "whole"), _note(model, f"{reasons[0]}; its own forward computes whole logits")
+        alone = heads[reasons.index("")]
+        if fault := _packing_fault(model, batch):
+            _use_attention(model, own_attention(model))
+            return alone, _note(model, f"{fault}; documents run one at a time")
+    return replace(alone, mode="packed"), ""
+
+
+def _probe(model: PreTrainedModel) -> Batch:
+    """Documents of 11, 17 and 6 tokens, the last one a prefix of the first."""
+    size = min(model.config.get_text_config().vocab_size, len(model.get_input_embeddings().weight))
+    tokens = torch.randint(size, (28,), generator=torch.Generator().manual_seed(0))
+    documents = [tokens[:11], tokens[11:], tokens[:6]]
+    tokens = torch.cat(documents).to(model.get_input_embeddings().weight.device)
+    return Batch(
+        tokens=tokens,
+        positions=torch.cat([torch.arange(len(document)) for document in documents]).to(tokens.device),
+        documents=tuple(len(document) for document in documents),
+        rows=torch.arange(len(tokens), device=tokens.device),
+        targets=tokens,
+        weights=torch.ones(len(tokens), device=tokens.device),
+    )
+
+
+def _check_causal(model: PreTrainedModel, batch: Batch) -> None:
+    first, _, prefix = whole_logits(model, batch).split(list(batch.documents))
+    if _error(prefix, first[: len(prefix)]) > _tolerance(model):
+        where, fix = str(model.config.model_type), "choose a causal language model"
+        raise InputError(str(Problem(where, "its attention sees later tokens, which it would have to predict", fix)))
+
+
+def _head_constants(model: PreTrainedModel) -> list[tuple[float, float | None]]:
+    """What scale and softcap may be, likeliest first; `_head_fault` tells."""
+    config = model.config.get_text_config().to_dict()
+    scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0 / (config.get("logits_scaling") or 1.0)
+    return list(dict.fromkeys([(scale, config.get("final_logit_softcapping")), (1.0, None)]))
+
+
+def _head_fault(learner: Learner, batch: Batch) -> str:
+    """Why our head is not the model's own, or nothing: hidden states of a telling size go through both."""
+    model = learner.model
+    if model.base_model is model:
+        return "its body cannot be told from its head"
+    output = model.get_output_embeddings()
+    if type(output) is not nn.Linear:
+        return "its head is not one linear layer"
+    hidden_MH = alone_hidden(model, batch)
+    head = learner.head
+    factor = float(LOGIT_SIZE / (head.scale * functional.linear(hidden_MH, head.weight)).float().square().mean().sqrt())
+    hidden_MH = hidden_MH * factor
+    ours_MV = head.scale * functional.linear(hidden_MH, head.weight, head.bias).float()
+    if head.softcap is not None:
+        ours_MV = head.softcap * torch.tanh(ours_MV / head.softcap)
+    with _amplified(output, factor):
+        own_MV = whole_logits(model, batch)
+    return "" if _error(ours_MV, own_MV) <= _tolerance(model) else "its head scales or caps logits in a way of its own"
+
+
+def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
+    """Why packed documents cannot be trusted in this model, or nothing."""
+    expected = _expected_windows(model)
+    if isinstance(expected, str):
+        return expected
+    if not can_take_attention(model):
+        return "attention does not go through transformers' AttentionInterface"
+    alone_MH = alone_hidden(model, batch)
+    _use_attention(model, attention.NAME)
+    windows_seen: list[int | None] = []
+    try:
+        packed_MH = packed_hidden(model, batch, windows_seen=windows_seen)
+        leaking_MH = packed_hidden(model, replace(batch, documents=(len(batch.tokens),)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Any error of any architecture means the same here, and it is shown.
+        return f"packed documents fail ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    if len(windows_seen) != len(expected):
+        return f"the documents' lengths reach {len(windows_seen)} of {len(expected)} attention layers"
+    if [window is not None for window in windows_seen] != expected:
+        return "its sliding window does not reach the attention"
+    lengths = batch.documents
+    errors, leaks = _errors(packed_MH, alone_MH, lengths), _errors(leaking_MH, alone_MH, lengths)
+    if max(errors) > min(_tolerance(model), LEAK_SHARE * max(leaks)):
+        return f"packed documents are not the same as alone (relative error {max(errors):.1e})"
+    return ""
+
+
+def _expected_windows(model: PreTrainedModel) -> list[bool] | str:
+    """For each layer with attention whether it has a sliding window; or why our attention cannot stand in for it."""
+    text = model.config.get_text_config()
+    config = text.to_dict()
+    types = config.get("layer_types")
+    if types is None:
+        return [config.get("sliding_window") is not None] * text.num_hidden_layers
+    if unknown := sorted(set(types) - _ATTENTION_LAYERS.keys() - _RECURRENT_LAYERS):
+        return f"its layers of type {unknown[0]} need a mask of their own"
+    return [_ATTENTION_LAYERS[kind] for kind in types if kind in _ATTENTION_LAYERS]
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    if can_take_attention(model) and model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+@contextmanager
+def _amplified(output: nn.Linear, factor: float) -> Iterator[None]:
+    """The model's output layer with its input multiplied; whatever the model does to its output comes after."""
+    handle = output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _errors(ours_MX: Tensor, own_MX: Tensor, documents: tuple[int, ...]) -> list[float]:
+    parts = zip(ours_MX.split(list(documents)), own_MX.split(list(documents)), strict=True)
+    return [_error(ours, own) for ours, own in parts]
+
+
+def _error(ours_TX: Tensor, own_TX: Tensor) -> float:
+    """Relative error of the median token: one whose expert changes by rounding does not count, a document does."""
+    own_TX = own_TX.float()
+    size_T = own_TX.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((ours_TX.float() - own_TX).norm(dim=1) / size_T).median())
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return TOLERANCES[model.get_input_embeddings().weight.dtype]
+
+
+def _note(model: PreTrainedModel, reason: str) -> str:
+    return f"{model.config.model_type}: {reason}"

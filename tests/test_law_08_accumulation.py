@@ -1,0 +1,101 @@
+"""Law 8: how a step is cut into micro-batches does not change the update (fp32, within 1e-6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_llama
+
+from deft import loader
+from deft.dataset import encode
+from deft.encoding.rows import Example
+from deft.loss import nll
+from deft.model import load as models
+from deft.model import selftest
+from deft.optim.adamw import AdamW
+from deft.plan.order import Batching
+from deft.training.state import TrainState
+from deft.training.step import take
+
+ROWS = [
+    {"prompt": "What is the capital of France? " * times, "completion": " ".join(["Paris."] * answer)}
+    for times, answer in [(1, 1), (2, 9), (4, 2), (1, 20), (3, 3), (1, 7), (2, 2), (5, 1)]
+]
+
+
+def update(folder: str, examples: list[Example], microbatch_tokens: int, normalize: loader.Normalize) -> dict[str, Any]:
+    """One AdamW step at deft's default rate: its loss, the gradients, and the weights after it.
+
+    The difference of two *changes* would be larger: AdamW's first step gives entries whose gradient is but rounding
+    noise a full-sized change.
+    """
+    model = models.load(models.inspect(folder), device="cpu", dtype=torch.float32)
+    learner, _ = selftest.choose(model)
+    state = TrainState(learner, AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-5))
+    planned = loader.make(
+        examples, Batching(len(examples)), epochs=1, seed=0, microbatch_tokens=microbatch_tokens, normalize=normalize
+    )
+    work = planned.step(0)
+    gradients: dict[str, torch.Tensor] = {}
+    state.optimizer.step = _recording(state.optimizer, gradients)  # type: ignore[method-assign]
+    numbers = take(state, work, nll, clip=None, factor=1.0)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {"loss": numbers.loss, "gradients": gradients, "weights": weights, "batches": len(work.batches)}
+
+
+def _recording(optimizer: AdamW, gradients: dict[str, torch.Tensor]) -> Any:
+    plain = AdamW.step
+
+    def step(factor: float) -> None:
+        gradients.update({name: master.grad.clone() for name, master in optimizer.masters.items()})
+        plain(optimizer, factor)
+
+    return step
+
+
+def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], within: float) -> None:
+    """||a - b|| <= e ||b|| per tensor, with a floor of 1e-7 of the global norm."""
+    floor = 1e-7 * float(torch.cat([tensor.flatten() for tensor in theirs.values()]).norm())
+    for name, tensor in theirs.items():
+        assert float((mine[name] - tensor).norm()) <= max(within * float(tensor.norm()), floor), name
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "examples"])
+def test_the_cut_into_micro_batches_does_not_change_the_step(tmp_path: Path, normalize: loader.Normalize) -> None:
+    folder = str(write_llama(tmp_path / "model"))
+    examples = [(part,) for part in encode(ROWS, folder, max_length=128)]
+    whole = update(folder, examples, 10**9, normalize)
+    assert whole["batches"] == 1
+    for budget in (1, 64, 150):
+        cut = update(folder, examples, budget, normalize)
+        assert cut["batches"] > 1
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert_equal(cut["gradients"], whole["gradients"], 1e-6)
+        assert_equal(cut["weights"], whole["weights"], 1e-6)
+
+
+def test_a_mean_of_means_would_be_seen(tmp_path: Path) -> None:
+    """The negative control: normalizing each micro-batch by itself moves the gradients far beyond the tolerance."""
+    folder = str(write_llama(tmp_path / "model"))
+    examples = [(part,) for part in encode(ROWS, folder, max_length=128)]
+    whole = update(folder, examples, 10**9, "tokens")
+    means = update(folder, examples, 10**9, "examples")
+    with pytest.raises(AssertionError):
+        assert_equal(means["gradients"], whole["gradients"], 1e-2)
+
+
+def test_a_real_model_on_real_rows(corpus: Path) -> None:
+    import json
+
+    folder = str(corpus / "models" / "stories260K")
+    lines = (corpus / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:16]
+    examples = [(part,) for part in encode([json.loads(line) for line in lines], folder, max_length=512)]
+    whole = update(folder, examples, 10**9, "tokens")
+    for budget in (256, 1024):
+        cut = update(folder, examples, budget, "tokens")
+        assert cut["batches"] > 1
+        assert_equal(cut["gradients"], whole["gradients"], 1e-6)
+        assert_equal(cut["weights"], whole["weights"], 1e-6)
