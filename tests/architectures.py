@@ -177,23 +177,36 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def hugging_face(
-    model: PreTrainedModel, documents: Sequence[Document], attention: str
+    model: PreTrainedModel, documents: Sequence[Document], attention: str, padded: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token-summed loss and gradients of model(input_ids, labels) under its own attention, one document at a time."""
+    """Token-summed loss and gradients of model(input_ids, labels) under its own attention.
+
+    One document at a time, or all of them in one batch, padded on the right.
+    """
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
+    learnt = [document for document in documents if any(weight > 0 for weight in document[1][1:])]
     total = torch.zeros((), dtype=torch.float64)
     sums: dict[str, Tensor] = {}
-    for tokens, learnt in documents:
-        labels = [token if weight > 0 else IGNORED for token, weight in zip(tokens, learnt, strict=True)]
-        count = sum(label != IGNORED for label in labels[1:])
-        if count == 0:
-            continue
-        loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([labels]), use_cache=False).loss * count
+    for batch in [learnt] if padded else [[document] for document in learnt]:
+        inputs = padded_inputs(batch)
+        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        loss = model(**inputs, use_cache=False).loss * count
         total += loss.detach().double()
         for name, gradient in gradients(model, loss).items():
             sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient
     return total, sums
+
+
+def padded_inputs(documents: Sequence[Document]) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels as Hugging Face wants them, padded on the right."""
+    rows = []
+    longest = max(len(tokens) for tokens, _ in documents)
+    for tokens, learnt in documents:
+        labels = [token if weight > 0 else IGNORED for token, weight in zip(tokens, learnt, strict=True)]
+        gap = longest - len(tokens)
+        rows.append([[*tokens, *[0] * gap], [1] * len(tokens) + [0] * gap, [*labels, *[IGNORED] * gap]])
+    return dict(zip(("input_ids", "attention_mask", "labels"), torch.tensor(rows).unbind(1), strict=True))
 
 
 def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

@@ -279,15 +279,13 @@ def test_answers_end_where_the_context_does_and_a_prompt_that_fills_it_is_named(
         generation.complete(model, tokenizer, ["The cat sat on the mat, and the dog ran" * 3], generate={})
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_piece_shows_the_beginning_of_a_stop_sequence(kind: str, seed: int) -> None:
-    tokenizer = tokenizer_of(kind)
+def test_no_piece_shows_the_beginning_of_a_stop_sequence(seed: int) -> None:
+    tokenizer = tokenizer_of("pieces")
     model = model_of(tokenizer, seed=seed)
     settings = {"max_new_tokens": 30}
     (whole,) = generation.complete(model, tokenizer, ["The cat"], generate=settings)
-    stops = [stop for stop in (whole[9:15], whole[12:20]) if len(stop) > 4 and "\ufffd" not in stop]
-    assert stops
+    stops = [whole[12:20], whole[9:15]]
     pieces = generation.stream(model, tokenizer, "The cat", generate=settings, stop_sequences=stops)
     assert "".join(pieces) == generation.cut(whole, stops) != whole
 

@@ -22,6 +22,12 @@ CHATML = (
     LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n" + END
     + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )  # fmt: skip
+
+
+def opens(prompt: str) -> str:
+    return "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+
+
 PROMPTS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 SYSTEM, USER, ANSWER = Message("system", "Be brief."), Message("user", "Hi?"), Message("assistant", "Hello.")
@@ -65,13 +71,20 @@ STOPS = {
     "eos inside": (LOOP + "<|{{ m.role }}|>{{ m.content }}</s>\n" + END + PROMPTS, "So.</s>"),
     "text before the mark": (LOOP + "<|{{ m.role }}|>{{ m.content }}\n</s>" + END + PROMPTS, "So.\n</s>"),
     "left out at the end": (
-        LOOP + "<|{{ m.role }}|>{{ m.content }}{% if not (loop.last and m.role == 'assistant') %}</s>{% endif %}" + END + PROMPTS, "So.</s>"
-    ),
-    "only at the end": (
-        LOOP + "<|{{ m.role }}|>{{ m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}" + END + PROMPTS,
+        LOOP
+        + "<|{{ m.role }}|>{{ m.content }}{% if not (loop.last and m.role == 'assistant') %}</s>{% endif %}"
+        + END
+        + PROMPTS,
         "So.</s>",
     ),
-    "no mark at all": (LOOP + "{{ m.role }}: {{ m.content }}\n" + END + "{% if add_generation_prompt %}assistant: {% endif %}", "So.</s>"),
+    "only at the end": (
+        LOOP
+        + "<|{{ m.role }}|>{{ m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
+        + END
+        + PROMPTS,
+        "So.</s>",
+    ),
+    "no mark at all": (LOOP + "{{ m.role }}: {{ m.content }}\n" + END + opens("assistant: "), "So.</s>"),
 }  # fmt: skip
 
 
@@ -99,11 +112,11 @@ def test_a_template_that_rewrites_history_gives_one_text_per_answer() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (LOOP + "{{ m.content }}</s>" + END + "{% if add_generation_prompt %}assistant:{% endif %}", "contradicts"),
-        (LOOP + "{{ m.role }}{{ m.content[:3] }}</s>" + END + "{% if add_generation_prompt %}assistant{% endif %}", "drops"),
+        (LOOP + "{{ m.content }}</s>" + END + opens("assistant:"), "contradicts"),
+        (LOOP + "{{ m.role }}{{ m.content[:3] }}</s>" + END + opens("assistant"), "drops"),
         ("{{ raise_exception('no') }}", "refuses this conversation: no"),
-        (LOOP + "{{ m.role }}{{ m.content + messages[0].content }}</s>" + END + "{% if add_generation_prompt %}assistant{% endif %}", "another message"),
-        (LOOP + "{{ m.role }}{{ m.content }}<|im_end|></s>" + END + "{% if add_generation_prompt %}assistant{% endif %}", "between"),
+        (LOOP + "{{ m.role }}{{ m.content + messages[0].content }}</s>" + END + opens("assistant"), "another message"),
+        (LOOP + "{{ m.role }}{{ m.content }}<|im_end|></s>" + END + opens("assistant"), "between"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_proven_is_refused(template: str, reason: str) -> None:
@@ -114,7 +127,7 @@ def test_what_cannot_be_proven_is_refused(template: str, reason: str) -> None:
 def test_another_message_inside_an_answer_is_refused() -> None:
     template = LOOP + "{{ m.role }}{{ m.content[:2] ~ messages[0].content ~ m.content[2:] }}</s>" + END
     with pytest.raises(Refusal, match="another message inside"):
-        render(template + "{% if add_generation_prompt %}assistant{% endif %}", [USER, ANSWER])
+        render(template + opens("assistant"), [USER, ANSWER])
 
 
 def test_characters_remember_their_message_through_what_templates_do() -> None:
@@ -125,7 +138,7 @@ def test_characters_remember_their_message_through_what_templates_do() -> None:
         (text.strip().split(", ")[1], "World"),
         (text.strip().upper(), "HELLO, WORLD"),
         (join("-", [text.strip()[:2], "x"]), "He"),
-        ("<%s>" % text.strip(), "Hello, World"),
+        (text.strip().__rmod__("<%s>"), "Hello, World"),
         (text.strip().rsplit(" ", 1)[-1], "World"),
         (text.strip()[::-1], "dlroW ,olleH"),
         (text.strip().partition(",")[0], "Hello"),

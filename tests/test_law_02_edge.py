@@ -18,7 +18,7 @@ from deft.tokenizer import Tokenizer
 from deft.types import Span
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
-TEXT = st.text(st.sampled_from("ab \n.?tThecatso '’é你"), min_size=1, max_size=12)
+TEXT = st.text(st.sampled_from("ab \n.?tThecatso 'é你"), min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

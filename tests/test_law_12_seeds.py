@@ -127,9 +127,8 @@ def test_where_the_seeds_losses_are_defects_deft_gives_the_true_mean(golden: dic
     """Certain tokens count (HALOs drops them), and micro-batches are weighted by their tokens (HALOs averages means)."""
     cases = {case["id"].partition("/")[2]: case for case in golden["halos_loss"]}
     certain = cases["two_certain_tokens"]
-    assert _mean(certain["logits"], certain["labels"]) == pytest.approx(
-        certain["loss_with_all_target_tokens"], abs=1e-6
-    )
+    found = _mean(certain["logits"], certain["labels"])
+    assert found == pytest.approx(certain["loss_with_all_target_tokens"], abs=1e-6)
     split = cases["grad_accum_or_ranks_of_3"]
     whole = cases["fp32"]
     assert _mean(golden["logits"]["values"], whole["labels"]) == pytest.approx(split["global_token_mean"], abs=1e-6)

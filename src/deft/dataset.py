@@ -58,7 +58,8 @@ def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequ
 
 def understand(named: Iterable[Named]) -> list[tuple[Named, Understood]]:
     """Reads all sources; every source that cannot be understood is in one error."""
-    found, problems = [], []
+    found: list[tuple[Named, Understood]] = []
+    problems: list[Problem] = []
     for source in named:
         try:
             found.append((source, shapes.understand(source.read(), source.path, source.format)))

@@ -1,4 +1,4 @@
-"""Every `auto` that depends on the machine, resolved once from configuration and hardware model, never from a timing."""
+"""Every `auto` that depends on the machine, resolved once from the configuration and the hardware, never by timing."""
 
 from __future__ import annotations
 

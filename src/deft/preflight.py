@@ -18,7 +18,8 @@ def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     >>> collect([lambda: 1, lambda: 2])
     [1, 2]
     """
-    results, problems = [], []
+    results: list[Any] = []
+    problems: list[Problem] = []
     for check in checks:
         try:
             results.append(check())

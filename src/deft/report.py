@@ -47,7 +47,7 @@ def _summary(metrics: Sequence[dict[str, Any]]) -> str:
     tokens = sum(line["tokens"] for line in metrics)
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     return (
-        f"<p>{len(metrics)} steps in {seconds:.0f} s, {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens a second. "
+        f"<p>{len(metrics)} steps in {seconds:.0f} s, {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} a second. "
         f"Loss {first:.4f} at the first step, {last:.4f} at the last.</p>"
     )
 

@@ -319,23 +319,39 @@ def _evaluate(prepared: Prepared, state: TrainState, caller: Caller) -> None:
 
 def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     """The export, compared with what is in memory before it is called done, and the report."""
-    checked, config = prepared.checked, prepared.config
+    checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
     folder = checked.folder / "final"
-    chat_template = None if checked.chosen.is_own else checked.chosen.source
-    shared = {
-        "weights": state.optimizer.masters,
-        "stop_ids": _stop_ids(prepared),
-        "chat_template": chat_template if _uses_template(checked) else None,
-    }
-    dtype = getattr(torch, checked.base.dtype)
-    export.export(state.learner.model, checked.tokenizer.hf, folder, dtype=dtype, card=_card(prepared), **shared)
-    rows = [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]]
-    check = export.verify(folder, state.learner.model, checked.tokenizer.hf, rows, _first_chat(prepared), **shared)
+    masters, stop_ids, chat_template = state.optimizer.masters, _stop_ids(prepared), _saved_template(checked)
+    export.export(
+        model,
+        tokenizer,
+        folder,
+        dtype=getattr(torch, checked.base.dtype),
+        stop_ids=stop_ids,
+        chat_template=chat_template,
+        card=_card(prepared),
+        weights=masters,
+    )
+    check = export.verify(
+        folder,
+        model,
+        tokenizer,
+        [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]],
+        _first_chat(prepared),
+        weights=masters,
+        stop_ids=stop_ids,
+        chat_template=chat_template,
+    )
     report.write(checked.folder)
     caller.say(
         f"{folder}: {check.dtype}, reloaded by plain transformers and compared: {check.tensors} tensors equal, "
         f"logits within {check.largest_error:.1e}, {check.texts} texts encoded alike"
     )
+
+
+def _saved_template(checked: Checked) -> str | None:
+    """The template to save with the model, None where the tokenizer's own stays as it is."""
+    return checked.chosen.source if _uses_template(checked) and not checked.chosen.is_own else None
 
 
 def _stop_ids(prepared: Prepared) -> list[int]:

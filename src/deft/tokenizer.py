@@ -73,9 +73,11 @@ class Tokenizer:
     def marks(self, stop_ids: Sequence[int] = ()) -> Marks:
         """What can stop generation; `stop_ids` are those of the model's generation_config."""
         eos = [self.hf.eos_token] if self.hf.eos_token else []
-        more = [self.hf.convert_ids_to_tokens(index) for index in stop_ids if index != self.bos_id]
+        more = [self._backend.id_to_token(index) for index in stop_ids if index != self.bos_id]
         return Marks(
-            self.hf.eos_token or "", tuple(dict.fromkeys([*eos, *filter(None, more)])), (*self.special_tokens,)
+            self.hf.eos_token or "",
+            tuple(dict.fromkeys([*eos, *(token for token in more if token)])),
+            (*self.special_tokens,),
         )
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:

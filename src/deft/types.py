@@ -22,7 +22,7 @@ IGNORED = -100
 """The label Hugging Face gives a token that is not learnt."""
 
 Kind = Literal["text", "dialogue", "chat"]
-"""text: one string, all of it learnt. dialogue: strings without roles, prompts and outputs. chat: messages with roles."""
+"""text: one string, all learnt. dialogue: prompts and outputs without roles. chat: messages with roles."""
 
 
 @dataclass(frozen=True, slots=True)

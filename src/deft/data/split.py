@@ -1,4 +1,4 @@
-"""Hold-out by content: whether a conversation is held out depends on its words alone, never on its place or the seed."""
+"""Hold-out by content: what is held out depends on a conversation's words alone, never on its place or the seed."""
 
 from __future__ import annotations
 

@@ -11,8 +11,6 @@ BASE: Mapping[str, object] = MappingProxyType(
         "epochs": 2,
         "batch__examples": 32,
         "optimizer__lr": 4e-3,
-        "optimizer__weight_decay": 0.1,
-        "schedule__warmup": 0.03,
         "max_length": 256,
         "precision": "fp32",
     }
@@ -24,8 +22,6 @@ CHAT: Mapping[str, object] = MappingProxyType(
         "epochs": 4,
         "batch__examples": 16,
         "optimizer__lr": 5e-4,
-        "optimizer__weight_decay": 0.1,
-        "schedule__warmup": 0.03,
         "max_length": 256,
         "precision": "fp32",
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Coder:
         cuts = sorted({0, len(rendered.text), *_edges(rendered), *(at for pair in literal for at in pair)})
         ids: list[int] = []
         weights: list[float] = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             piece = self._piece(rendered.text[start:end], start > 0, any(a <= start and end <= b for a, b in literal))
             ids += piece
             weights += [_weight_at(start, rendered)] * len(piece)

@@ -1,8 +1,8 @@
 """Text and dialogues -> ids and weights, by trlx's rules (tokenize_dialogue of CarperAI/trlx 3340c2f).
 
-Each message is encoded apart, so no token lies across a prompt's end. The last output is closed by EOS, once. BOS stands
-once: where the tokenizer itself puts one, or where something learnt comes first (EOS where there is no BOS). A cut on
-the right takes EOS away with the tail, so a cut answer does not teach stopping; a cut on the left keeps the end.
+Each message is encoded apart, so no token lies across a prompt's end. The last output is closed by EOS, once. BOS
+stands once: where the tokenizer itself puts one, or where something learnt comes first (EOS where there is no BOS). A
+cut on the right takes EOS away with the tail, so a cut answer does not teach stopping; a cut on the left keeps the end.
 
 Unlike trlx, special tokens inside a message are text, prompt-first dialogues get the BOS that the tokenizer puts, and a
 sentencepiece tokenizer opens only the first message with a space.

@@ -8,8 +8,9 @@ from typing import Literal
 
 from deft.encoding import raw
 from deft.encoding.pieces import Coded, Coder
-from deft.render import policy
+from deft.render import policy as render_policy
 from deft.render.chat import ChatRenderer
+from deft.render.policy import TrainOn
 from deft.render.template import Refusal
 from deft.tokenizer import Tokenizer
 from deft.types import Conversation, Encoded, Fate, Message
@@ -26,7 +27,7 @@ class Policy:
     """How rows become tokens. max_length is the longest example in tokens; train_on None is the shape's default."""
 
     max_length: int
-    train_on: policy.TrainOn | None = None
+    train_on: TrainOn | None = None
     render: Render = "auto"
     overflow: Overflow = "turns"
     truncation_side: raw.Side = "right"
@@ -63,7 +64,7 @@ class RowEncoder:
 
     def encode(self, conversation: Conversation) -> EncodedRow:
         messages = conversation.messages
-        weights = policy.weights(messages, self.train_on(conversation))
+        weights = render_policy.weights(messages, self.train_on(conversation))
         if conversation.kind == "text":
             return self._text(conversation, weights)
         if self.is_raw(conversation):
@@ -76,8 +77,8 @@ class RowEncoder:
             return self.policy.render == "raw"
         return conversation.kind != "chat"
 
-    def train_on(self, conversation: Conversation) -> policy.TrainOn:
-        return self.policy.train_on or policy.DEFAULT[conversation.kind]
+    def train_on(self, conversation: Conversation) -> TrainOn:
+        return self.policy.train_on or render_policy.DEFAULT[conversation.kind]
 
     def _text(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
         parts, literal = raw.pieces(conversation.messages, weights, self.tokenizer)
@@ -127,7 +128,7 @@ class RowEncoder:
         train_on = self.train_on(conversation)
         if train_on == "all":
             return [self.coder.encode(self.renderer.whole(messages, 1.0))]
-        rendered = self.renderer.render(messages, policy.weights(messages, train_on))
+        rendered = self.renderer.render(messages, render_policy.weights(messages, train_on))
         return [self.coder.encode(part) for part in rendered]
 
     def _shorter_chat(

@@ -116,17 +116,18 @@ def _fits_varlen(query: Tensor, value: Tensor, rules: _Rules) -> bool:
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, rules: _Rules) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"window_size": (-1, 0)}
     if groups > 1 and _VARLEN_TAKES_GQA:
         arguments["enable_gqa"] = True
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    heads_last = (x[0].transpose(0, 1) for x in (query, key, value))
-    reach = -1 if rules.window is None else rules.window - 1
-    out_MQD = varlen_attn(
-        *heads_last, edges, edges, longest, longest, scale=rules.scaling, window_size=(reach, 0), **arguments
+    if rules.window is not None:
+        arguments["window_size"] = (rules.window - 1, 0)
+    query_MQD, key_MGD, value_MGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    out: Any = varlen_attn(
+        query_MQD, key_MGD, value_MGD, edges, edges, longest, longest, scale=rules.scaling, **arguments
     )
-    return out_MQD[None]
+    return out[None]
 
 
 def _attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], rules: _Rules) -> Tensor:

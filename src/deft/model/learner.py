@@ -36,7 +36,7 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self.model.device
 
     @property
     def head(self) -> Head:

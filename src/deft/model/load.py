@@ -65,10 +65,12 @@ def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTr
 
     Raises InputError where weights are unreadable, missing, or do not fit the config.
     """
+    loaded: Any
     with _explained(base.path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random numbers in their place.
         what = f"{len(missing)} weights are not in its files, {missing[0]} first"

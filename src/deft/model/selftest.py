@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,13 @@ from deft.model.learner import Learner, alone_hidden, packed_hidden, whole_logit
 from deft.model.load import can_take_attention, own_attention
 from deft.types import Batch
 
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative error of a typical token's hidden state or logits that is taken for rounding."""
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
+"""Relative error of a typical token's hidden state that is taken for rounding. In bf16 two sound attentions differ by
+0.01 (Llama) to 0.05 (gpt-oss, whose own softmax is in bf16) after 32 random layers."""
 LEAK_SHARE = 0.25
 """Beside that, packing must err by less than this share of the error that ignoring the documents makes."""
+HEAD_SHARE = 0.125
+"""The head is one layer: of the tolerance it may use this share."""
 LOGIT_SIZE = 30.0
 """Root mean square of the logits a head is tried at: a soft-cap cannot be seen on the small logits of a fresh model."""
 
@@ -56,10 +60,11 @@ def choose(model: PreTrainedModel) -> tuple[Learner, str]:
 
 def _probe(model: PreTrainedModel) -> Batch:
     """Documents of 11, 17 and 6 tokens, the last one a prefix of the first."""
-    size = min(model.config.get_text_config().vocab_size, len(model.get_input_embeddings().weight))
+    embedding: Any = model.get_input_embeddings().weight
+    size = min(model.config.get_text_config().vocab_size, len(embedding))
     tokens = torch.randint(size, (28,), generator=torch.Generator().manual_seed(0))
     documents = [tokens[:11], tokens[11:], tokens[:6]]
-    tokens = torch.cat(documents).to(model.get_input_embeddings().weight.device)
+    tokens = torch.cat(documents).to(embedding.device)
     return Batch(
         tokens=tokens,
         positions=torch.cat([torch.arange(len(document)) for document in documents]).to(tokens.device),
@@ -101,7 +106,9 @@ def _head_fault(learner: Learner, batch: Batch) -> str:
         ours_MV = head.softcap * torch.tanh(ours_MV / head.softcap)
     with _amplified(output, factor):
         own_MV = whole_logits(model, batch)
-    return "" if _error(ours_MV, own_MV) <= _tolerance(model) else "its head scales or caps logits in a way of its own"
+    if not _error(ours_MV, own_MV) <= HEAD_SHARE * _tolerance(model):
+        return "its head scales or caps logits in a way of its own"
+    return ""
 
 
 def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
@@ -127,7 +134,7 @@ def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
         return "its sliding window does not reach the attention"
     lengths = batch.documents
     errors, leaks = _errors(packed_MH, alone_MH, lengths), _errors(leaking_MH, alone_MH, lengths)
-    if max(errors) > min(_tolerance(model), LEAK_SHARE * max(leaks)):
+    if not max(errors) <= min(_tolerance(model), LEAK_SHARE * max(leaks)):
         return f"packed documents are not the same as alone (relative error {max(errors):.1e})"
     return ""
 
@@ -183,7 +190,7 @@ def _error(ours_TX: Tensor, own_TX: Tensor) -> float:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    return TOLERANCES[model.get_input_embeddings().weight.dtype]
+    return TOLERANCES[model.dtype]
 
 
 def _note(model: PreTrainedModel, reason: str) -> str:

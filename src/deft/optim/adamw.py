@@ -83,7 +83,7 @@ def round_into(master: Tensor, copy: Tensor) -> None:
 
     >>> copy = torch.empty(1, dtype=torch.bfloat16)
     >>> round_into(torch.tensor([1.0 + 2**-8]), copy)
-    ... copy.item()
+    >>> copy.item()
     1.0078125
     """
     if copy.dtype != torch.bfloat16:

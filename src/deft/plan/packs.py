@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of the documents of each micro-batch: first fit, the longest first; a longer one than the budget is alone.
+    """Indices of the documents of each micro-batch: first fit, the longest first; one over the budget is alone.
 
     Documents of equal length come to lie side by side.
 

@@ -20,7 +20,7 @@ class Chosen:
 
 
 def choose(setting: str, own: str | None, puts_bos: bool) -> Chosen:
-    """`auto`: the model's own template, deft's plain one where it has none. Else a .jinja file or a folder that has one.
+    """`auto`: the model's own template, deft's plain one where it has none. Else a .jinja file or a model folder.
 
     >>> choose("auto", None, puts_bos=False).where
     "deft's plain template (role: content), as the model has none"

@@ -47,10 +47,10 @@ PROBES = ("user", "tool", "assistant")
 def find(template: Template, marks: Marks, messages: Sequence[Message], tail: str) -> Stop:
     """The stop of the last of `messages`, whose text ends with `tail` after the turn's last character.
 
-    In order: an EOS token in what always follows the turn; the only special token there; a mark there that the tokenizer
-    has no token for, learnt as text; an EOS token that stands only at the very end of a conversation; a mark that a
-    template leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white space after
-    a mark is never learnt.
+    In order: an EOS token in what always follows the turn; the only special token there; a mark there that the
+    tokenizer has no token for, learnt as text; an EOS token that stands only at the very end of a conversation; a mark
+    that a template leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white
+    space after a mark is never learnt.
     """
     followed = _followed(template, messages)
     close = os.path.commonprefix([tail, *followed])

@@ -1,7 +1,7 @@
-"""A chat template, compiled once, in the sandbox that transformers uses, with characters that remember their message.
+"""A chat template, compiled once in the sandbox that transformers uses; characters remember their message.
 
-The text is the one `tokenizer.apply_chat_template(..., tokenize=False)` gives (law 3 tests it); the code differs only in
-that joins keep the owners of `provenance.Traced`.
+The text is the one `tokenizer.apply_chat_template(..., tokenize=False)` gives (a test of law 1); the code differs only
+in that joins keep the owners of `provenance.Traced`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Template:
 
 
 class _Generator(CodeGenerator):
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802  jinja2's name
         self.write("environment.concat((")
         for argument in node.nodes:
             self.visit(argument, frame)
@@ -92,11 +92,12 @@ class _Generator(CodeGenerator):
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
-    concat = staticmethod(lambda pieces: join("", pieces))  # type: ignore[assignment]
+    concat = staticmethod(lambda pieces: join("", pieces))
 
     def call(self, context: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if getattr(function, "__name__", "") == "join" and isinstance(getattr(function, "__self__", None), str):
-            return join(function.__self__, args[0])  # type: ignore[attr-defined]
+        separator = getattr(function, "__self__", None)
+        if isinstance(separator, str) and getattr(function, "__name__", "") == "join":
+            return join(separator, args[0])
         return super().call(context, function, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""The loop: a generator of step records. What else should happen between steps is written in the `for` body around it."""
+"""The loop: a generator of step records. What else happens between steps is written in the `for` body around it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""Law 11: step-0 loss and gradients equal those of the plain Hugging Face model on the same tokens, -100 on prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import (
+    ARCHITECTURES,
+    as_batch,
+    build,
+    gradients,
+    hugging_face,
+    largest_error,
+    random_documents,
+)
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from deft.loss import nll
+from deft.model import selftest
+from deft.model.learner import Learner
+from deft.types import Batch
+
+TOLERANCE = 1e-5
+
+
+def ours(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    if learner.mode == "whole":
+        loss = nll.loss_from_logits(learner.logits(batch), batch.targets, batch.weights)
+    else:
+        loss = nll.loss(learner.hidden(batch), learner.head, batch.targets, batch.weights)
+    return loss.detach(), gradients(learner.model, loss)
+
+
+def fresh(name: str, mode: str) -> Learner:
+    """The learner that the self-test chooses, or one in a slower mode of the same model."""
+    learner, _ = selftest.choose(build(name))
+    return learner if mode == "chosen" else replace(learner, mode=mode, model=build(name))
+
+
+@pytest.mark.parametrize("mode", ["chosen", "alone", "whole"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_every_gradient_equal_hugging_faces(name: str, mode: str) -> None:
+    documents = random_documents()
+    theirs, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference)
+    loss, our_gradients = ours(fresh(name, mode), as_batch(documents))
+
+    assert their_gradients.keys() == dict(build(name).named_parameters()).keys()
+    assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
+    assert largest_error(our_gradients, their_gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_do_those_of_a_padded_batch(name: str) -> None:
+    documents = random_documents(seed=1)
+    theirs, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference, padded=True)
+    loss, our_gradients = ours(fresh(name, "chosen"), as_batch(documents))
+    assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
+    assert largest_error(our_gradients, their_gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ARCHITECTURES.items() if kind.mode == "packed"])
+def test_the_comparison_fails_for_attention_that_ignores_documents(name: str) -> None:
+    documents = random_documents()
+    _, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference)
+    batch = as_batch(documents)
+    _, leaking = ours(fresh(name, "chosen"), replace(batch, documents=(len(batch.tokens),)))
+    assert largest_error(leaking, their_gradients) > 100 * TOLERANCE
+
+
+class OddHead(LlamaForCausalLM):
+    """A soft-cap that no config speaks of: invisible on the small logits of a fresh model."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object) -> CausalLMOutputWithPast:
+        logits = 50.0 * torch.tanh(super().forward(input_ids, **kwargs).logits / 50.0)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def odd_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return OddHead(ARCHITECTURES["llama"].config()).eval()
+
+
+def test_a_head_that_is_not_understood_is_left_to_the_model() -> None:
+    documents = random_documents()
+    theirs, their_gradients = hugging_face(odd_model(), documents, "sdpa")
+    learner, note = selftest.choose(odd_model())
+    loss, our_gradients = ours(learner, as_batch(documents))
+
+    assert learner.mode == "whole"
+    assert note == "llama: its head scales or caps logits in a way of its own; its own forward computes whole logits"
+    assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
+    assert largest_error(our_gradients, their_gradients) <= TOLERANCE
+
+
+def test_the_head_is_made_of_the_parameters_as_they_are_now() -> None:
+    learner = fresh("llama_tied", "chosen")
+    embedding = learner.model.get_input_embeddings()
+    assert learner.head.weight is embedding.weight
+    learner.model.set_input_embeddings(nn.Embedding.from_pretrained(embedding.weight.detach() * 2, freeze=False))
+    learner.model.tie_weights()
+    assert learner.head.weight is learner.model.get_input_embeddings().weight
+    assert learner.model.bfloat16() is learner.model
+    assert learner.head.weight.dtype == torch.bfloat16
