@@ -292,7 +292,7 @@ def test_no_piece_shows_the_beginning_of_a_stop_sequence(seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("stops", [[], ["e", "never there"]])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_streamed_pieces_join_to_the_answer(kind: str, stops: list[str], seed: int) -> None:
     tokenizer = tokenizer_of(kind)
     model = model_of(tokenizer, seed=seed)

@@ -57,13 +57,12 @@ def weighted_batch(lengths: tuple[int, ...] = (9, 9, 31, 5, 9, 1, 17, 17)) -> Ba
 @pytest.mark.parametrize("name", PACKED)
 def test_a_pack_sums_to_its_members(name: str) -> None:
     batch = weighted_batch()
-    packed, _ = selftest.choose(build(name, torch.float64))
-    alone = replace(packed, mode="alone", model=build(name, torch.float64))
+    packed, _ = selftest.choose(build(name))
+    alone = replace(packed, mode="alone", model=build(name))
     loss, our_gradients = sums(packed, batch)
     expected, their_gradients = sums(alone, batch)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-7)
-    # In fp64 up to what transformers computes in fp32 whatever the dtype: rotary angles, norms, softmax.
-    assert largest_error(our_gradients, their_gradients) < 1e-6
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert largest_error(our_gradients, their_gradients) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
@@ -76,13 +75,14 @@ def test_the_order_of_documents_does_not_matter(name: str) -> None:
     assert largest_error(our_gradients, other_gradients) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2", "qwen3_moe"])
 def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     batch = weighted_batch()
     learner, _ = selftest.choose(build(name))
     learner.model.train()
     loss, expected = sums(learner, batch)
-    learner.model.gradient_checkpointing_enable()
+    learner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again, our_gradients = sums(learner, batch)
     assert torch.equal(loss, again)
     assert largest_error(our_gradients, expected) < 1e-6
@@ -163,7 +163,9 @@ def test_half_precision_is_as_exact_by_products_as_by_sdpa(lengths: tuple[int, .
     ours, _ = attention.attend(nn.Module(), *qkv, None, documents=lengths, **settings)
     exact = by_definition(*(x.double() for x in qkv), lengths, **settings)
     assert ours.dtype == torch.bfloat16
-    assert float((ours.double() - exact).norm() / exact.norm()) < 1.5 * torch.finfo(torch.bfloat16).eps
+    assert (
+        float((ours.double() - exact).detach().norm() / exact.detach().norm()) < 1.5 * torch.finfo(torch.bfloat16).eps
+    )
 
 
 @pytest.mark.parametrize("takes_gqa", [True, False])
@@ -297,11 +299,19 @@ class DropsDocuments(transformers.LlamaModel):
 
 
 class RefusesKeywords(transformers.LlamaModel):
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+    ) -> Any:
         return super().forward(input_ids=input_ids, use_cache=use_cache)
 
 
-class IgnoresPositions(transformers.LlamaModel):
+class IgnoresPositions(transformers.GPT2Model):
     def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
@@ -320,15 +330,15 @@ class HidesItsWindow(transformers.MistralModel):
     [
         ("llama", DropsDocuments, "llama: the documents' lengths reach 0 of 2 attention layers"),
         ("llama", RefusesKeywords, "llama: packed documents fail (TypeError: "),
-        ("llama", IgnoresPositions, "llama: packed documents are not the same as alone"),
+        ("gpt2", IgnoresPositions, "gpt2: packed documents are not the same as alone"),
         ("mistral", HidesItsWindow, "mistral: its sliding window does not reach the attention"),
     ],
 )
 def test_a_body_that_breaks_packing_runs_alone(name: str, body: Callable[..., nn.Module], reason: str) -> None:
     model = build(name)
-    weights = model.model.state_dict()
-    model.model = body(model.config)
-    model.model.load_state_dict(weights)
+    broken = body(model.config)
+    broken.load_state_dict(model.base_model.state_dict())
+    setattr(model, model.base_model_prefix, broken)
     learner, note = selftest.choose(model.eval())
     assert learner.mode == "alone"
     assert note.startswith(reason)
@@ -350,8 +360,8 @@ def test_attention_that_ignores_documents_is_found(monkeypatch: pytest.MonkeyPat
 
 OTHERS = {
     "chunked attention": (
-        llama_like("Llama4Text", attention_chunk_size=4, intermediate_size_mlp=48, head_dim=8, **EXPERTS),
-        "llama4_text: its layers of type chunked_attention need a mask of their own; documents run one at a time",
+        llama_like("Llama", layer_types=["full_attention", "chunked_attention"]),
+        "llama: its layers of type chunked_attention need a mask of their own; documents run one at a time",
     ),
     "recurrent layers, which are not told of documents on CPUs": (
         llama_like(
@@ -365,7 +375,7 @@ OTHERS = {
             shared_expert_intermediate_size=24,
             **EXPERTS,
         ),
-        "qwen3_next: packed documents are not the same as alone",
+        "qwen3_next: packed documents fail (ValueError: ",
     ),
 }
 
@@ -377,6 +387,14 @@ def test_layers_that_our_attention_cannot_stand_in_for_run_alone(case: str) -> N
     learner, note = selftest.choose(AutoModelForCausalLM.from_config(config()).eval())
     assert learner.mode == "alone"
     assert note.startswith(reason)
+
+
+def test_a_body_that_cannot_be_found_leaves_all_to_the_model() -> None:
+    """Llama 4's text model names a base model that it does not have (transformers 5.23)."""
+    config = llama_like("Llama4Text", attention_chunk_size=4, intermediate_size_mlp=48, head_dim=8, **EXPERTS)()
+    learner, note = selftest.choose(AutoModelForCausalLM.from_config(config).eval())
+    assert learner.mode == "whole"
+    assert note.startswith("llama4_text: its body cannot be told from its head")
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:

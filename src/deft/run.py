@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +82,7 @@ class Checked:
     tokenizer: Tokenizer
     chosen: Chosen
     policy: Policy
+    is_chat: bool
     prompts: tuple[Prompt, ...]
     train: list[tuple[Named, Understood]]
     held_out: list[tuple[Named, Understood]]
@@ -153,7 +154,34 @@ def _check(config: Config, caller: Caller) -> Checked:
         ]
     )
     policy = Policy(length, config.data.train_on, config.data.render, config.overflow, config.truncation_side)
-    return Checked(base, loss, machine, tokenizer, chosen, policy, prompts, understood, held_out, folder)
+    is_chat = _is_chat(policy, understood)
+    return Checked(
+        base=base,
+        loss=loss,
+        machine=machine,
+        tokenizer=tokenizer.with_template(chosen.source) if is_chat and not chosen.is_own else tokenizer,
+        chosen=chosen,
+        policy=policy,
+        is_chat=is_chat,
+        prompts=tuple(_as_user(prompt) for prompt in prompts) if is_chat else prompts,
+        train=understood,
+        held_out=held_out,
+        folder=folder,
+    )
+
+
+def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Understood]]) -> bool:
+    """Whether the training rows go through the chat template."""
+    if policy.render != "auto":
+        return policy.render == "chat"
+    return any(known.conversations[0].kind == "chat" for _, known in understood if known.conversations)
+
+
+def _as_user(prompt: Prompt) -> Prompt:
+    """A text prompt as the user's message: a model that was trained on chats is asked in a chat."""
+    if not isinstance(prompt.prompt, str):
+        return prompt
+    return replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
 
 
 def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
@@ -176,7 +204,7 @@ def _encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: C
 
 def _described(checked: Checked, data: Dataset) -> list[str]:
     """What a user should know of the rows before training."""
-    lines = [f"template: {checked.chosen.where}"] if _uses_template(checked) else []
+    lines = [f"template: {checked.chosen.where}"] if checked.is_chat else []
     for source in data.ledgers:
         fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
         share = source.target_tokens / max(1, source.tokens)
@@ -187,12 +215,6 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
         if source.literal:
             lines.append(f"  {source.literal} rows hold special tokens as text; they are encoded as text")
     return lines
-
-
-def _uses_template(checked: Checked) -> bool:
-    if checked.policy.render != "auto":
-        return checked.policy.render == "chat"
-    return any(c.kind == "chat" for _, known in checked.train for c in known.conversations[:1])
 
 
 def _stop_unless_trainable(config: Config, data: Dataset) -> None:
@@ -226,7 +248,7 @@ def _write_beginnings(prepared: Prepared) -> None:
     described = manifest.collect(
         seed=config.seed,
         device=checked.machine.device.type,
-        dtype=str(checked.machine.dtype).removeprefix("torch."),
+        dtype=_name(checked.machine.dtype),
         data=[source.source for source in prepared.data.ledgers],
         tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
     )
@@ -251,7 +273,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
     )
     model.train(config.dropout == "config")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype = str(checked.machine.dtype).removeprefix("torch.")
+    dtype = _name(checked.machine.dtype)
     caller.say(
         f"{config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
         f"{prepared.loader.steps} steps -> {checked.folder}"
@@ -261,7 +283,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
 
 def _loaded_dtype(checked: Checked) -> torch.dtype:
     """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
-    is_half = checked.base.dtype == "bfloat16" and checked.machine.dtype == torch.bfloat16
+    is_half = checked.base.dtype == _name(checked.machine.dtype) == "bfloat16"
     return torch.bfloat16 if is_half else torch.float32
 
 
@@ -321,14 +343,14 @@ def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     """The export, compared with what is in memory before it is called done, and the report."""
     checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
     folder = checked.folder / "final"
-    masters, stop_ids, chat_template = state.optimizer.masters, _stop_ids(prepared), _saved_template(checked)
+    masters, stop_ids = _masters(prepared, state), _stop_ids(prepared)
     export.export(
         model,
         tokenizer,
         folder,
         dtype=getattr(torch, checked.base.dtype),
         stop_ids=stop_ids,
-        chat_template=chat_template,
+        chat_template=None,
         card=_card(prepared),
         weights=masters,
     )
@@ -340,7 +362,6 @@ def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
         _first_chat(prepared),
         weights=masters,
         stop_ids=stop_ids,
-        chat_template=chat_template,
     )
     report.write(checked.folder)
     caller.say(
@@ -349,9 +370,10 @@ def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     )
 
 
-def _saved_template(checked: Checked) -> str | None:
-    """The template to save with the model, None where the tokenizer's own stays as it is."""
-    return checked.chosen.source if _uses_template(checked) and not checked.chosen.is_own else None
+def _masters(prepared: Prepared, state: TrainState) -> Mapping[str, torch.Tensor] | None:
+    """The fp32 weights to export; None where the model's own already have the dtype that is saved."""
+    is_saved_as_is = prepared.checked.base.dtype == _name(prepared.checked.machine.dtype)
+    return None if is_saved_as_is else state.optimizer.masters
 
 
 def _stop_ids(prepared: Prepared) -> list[int]:
@@ -364,7 +386,7 @@ def _stop_ids(prepared: Prepared) -> list[int]:
 
 def _first_chat(prepared: Prepared) -> list[dict[str, str]] | None:
     """The messages of the first chat that is trained, for comparing templates."""
-    if not _uses_template(prepared.checked):
+    if not prepared.checked.is_chat:
         return None
     conversation = prepared.checked.train[0][1].conversations[0]
     return [{"role": message.role, "content": message.content} for message in as_chat(conversation.messages)]
@@ -392,3 +414,7 @@ def _card(prepared: Prepared) -> str:
             "versions": manifest.versions(),
         }
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -65,6 +66,12 @@ class Tokenizer:
         template = self.hf.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        hf = copy.copy(self.hf)
+        hf.chat_template = template
+        return Tokenizer(hf)
+
     @cached_property
     def template_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like as text: what transformers hands to a chat template."""
@@ -112,10 +119,10 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
-        copy = tokenizers.Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
-        copy.no_truncation()
-        copy.no_padding()
-        return copy
+        backend = tokenizers.Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -164,9 +171,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _literally(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
-    copy.encode_special_tokens = True
-    return copy
+    literal = tokenizers.Tokenizer.from_str(backend.to_str())
+    literal.encode_special_tokens = True
+    return literal
 
 
 def _without_prefix(part: Any) -> Any:

@@ -181,7 +181,8 @@ def _attend_by_matmul(
     if rules.softcap is not None:
         scores_NQTS = rules.softcap * torch.tanh(scores_NQTS.to(wide) / rules.softcap)
     if visible is not None:
-        scores_NQTS = scores_NQTS.masked_fill(~visible, float("-inf"))
+        # Not -inf: a row of padding sees nothing, and would be NaN.
+        scores_NQTS = scores_NQTS.masked_fill(~visible, torch.finfo(scores_NQTS.dtype).min)
     if rules.sinks is not None:
         sinks = rules.sinks.to(wide).view(1, q, 1, 1).expand(n, q, t, 1)
         scores_NQTS = torch.cat([scores_NQTS.to(wide), sinks], dim=-1)

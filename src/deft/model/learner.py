@@ -88,4 +88,5 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _body(model: PreTrainedModel, tokens_NT: Tensor, **arguments: Any) -> Tensor:
-    return model.base_model(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
+    body: Any = model.base_model
+    return body(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
