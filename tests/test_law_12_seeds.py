@@ -124,7 +124,7 @@ def test_the_seeds_losses_and_gradients(golden: dict[str, Any], fast: Any) -> No
 
 
 def test_where_the_seeds_losses_are_defects_deft_gives_the_true_mean(golden: dict[str, Any]) -> None:
-    """Certain tokens count (HALOs drops them), and micro-batches are weighted by their tokens (HALOs: mean of means)."""
+    """Certain tokens count (HALOs drops them), and micro-batches are weighted by tokens (HALOs: mean of means)."""
     cases = {case["id"].partition("/")[2]: case for case in golden["halos_loss"]}
     certain = cases["two_certain_tokens"]
     found = _mean(certain["logits"], certain["labels"])

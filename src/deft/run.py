@@ -334,6 +334,7 @@ def _evaluate(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     found |= samples.means
     if found:
         JsonLines(checked.folder / "eval.jsonl").write({"step": state.step, **found})
+    if found or samples.rows:
         caller.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     for row in samples.rows[:SHOWN_SAMPLES]:
         caller.say(f"  {row.prompt!r} -> {row.output!r}")

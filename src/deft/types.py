@@ -9,6 +9,7 @@ Shape suffixes: M tokens of a micro-batch, K targets of a micro-batch, H hidden 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,24 +50,42 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant makes; `arguments` as the row has them: an object, or JSON text."""
+
+    name: str
+    arguments: Any
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message. In a chat `role` is the template's; in text and dialogues it is "prompt" or "output".
 
-    `weight` is how much each of its tokens is learnt; None leaves it to `train_on`.
+    weight        how much each of its tokens is learnt; None leaves it to `train_on`
+    reasoning     what the assistant thought before it answered, without marks
+    tool_calls    what the assistant calls
+    name          of the tool that answers, or of the speaker
+    tool_call_id  of the call that a tool's message answers
     """
 
     role: str
     content: str
     weight: float | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row, understood."""
+    """One row, understood. `tools` are JSON schemas, as OpenAI writes them, that the assistant may call."""
 
     origin: Origin
     kind: Kind
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
     files.write_json(folder / "demo.json", found)
     caller.say(
         f"Questions about people whom no dialogue mentions: {before.accuracy:.1%} right before, "
-        f"{after.accuracy:.1%} after ({found['seconds']:.0f} s in all).\nThe dialogues taught it to answer; the facts it had read before.\n"
+        f"{after.accuracy:.1%} after ({found['seconds']:.0f} s in all).\n"
+        "The dialogues taught it to answer; the facts it had read before.\n"
         f"Report: {answerer.folder / 'report.html'}\nTalk to it: deft chat {answerer.folder / 'final'}"
     )
     return found

@@ -19,8 +19,8 @@ def convert(row: Row) -> Conversation:
 
     >>> from deft.types import Origin
     >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0.5}]
-    >>> convert(Row(Origin("a.jsonl", 1), {"messages": chat})).messages[1]
-    Message(role='assistant', content='Hello', weight=0.5)
+    >>> convert(Row(Origin("a.jsonl", 1), {"messages": chat})).messages[1].weight
+    0.5
     """
     found = list_of(row.value["messages"], "messages")
     messages = [_message(value, f"messages[{index}]") for index, value in enumerate(found)]

@@ -15,8 +15,8 @@ def matches(value: Any) -> bool:
 def convert(row: Row) -> Conversation:
     """
     >>> from deft.types import Origin
-    >>> convert(Row(Origin("a.jsonl", 1), {"question": "2+2?", "answer": "4"})).messages[0]
-    Message(role='user', content='2+2?', weight=None)
+    >>> convert(Row(Origin("a.jsonl", 1), {"question": "2+2?", "answer": "4"})).messages[0].content
+    '2+2?'
     """
     for field in ("question", "answer"):
         if field not in row.value:

@@ -15,8 +15,9 @@ def matches(value: Any) -> bool:
 def convert(row: Row) -> Conversation:
     """
     >>> from deft.types import Origin
-    >>> convert(Row(Origin("a.jsonl", 1), {"text": "Once upon a time"})).messages
-    (Message(role='output', content='Once upon a time', weight=None),)
+    >>> (message,) = convert(Row(Origin("a.jsonl", 1), {"text": "Once upon a time"})).messages
+    >>> message.role, message.content
+    ('output', 'Once upon a time')
     """
     text = row.value if isinstance(row.value, str) else text_of(row.value["text"], "text")
     if not text.strip():
