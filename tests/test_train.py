@@ -136,6 +136,26 @@ def test_trlx_s_call(tmp_path: Path, model: Path) -> None:
     assert all("." not in output for each in seen for output in each["outputs"])
 
 
+def test_eos_is_learnt_where_it_is_also_the_pad_token(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    for row in (PAIRS[0], CHATS[0], "the cat"):
+        (example,) = deft.encode([row], str(folder))
+        assert example.labels[-1] == tokenizer.pad_token_id == tokenizer.eos_token_id
+    run = train(tmp_path, folder, rows(tmp_path, PAIRS), epochs=1)
+    assert sum(line["target_tokens"] for line in run.metrics) == sum(
+        int((e.labels != -100).sum()) for e in deft.encode(PAIRS, str(folder))
+    )
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(tmp_path: Path, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"broken")
+    assert "cannot be loaded" in refusal(tmp_path, model, rows(tmp_path, PAIRS))
+    assert not (tmp_path / "run").exists()
+
+
 def test_plain_text_is_learnt_to_the_last_token(tmp_path: Path, model: Path) -> None:
     run = deft.train(
         model, samples=["the cat sat on the mat", "What is the capital of France? " * 40], output=str(tmp_path / "r")

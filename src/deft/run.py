@@ -104,8 +104,8 @@ def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job. Raises DeftError for whatever a user can mend."""
     caller = caller or Caller()
     prepared = prepare(config, caller)
-    _write_beginnings(prepared)
     state = _load(prepared, caller)
+    _write_beginnings(prepared)
     metrics = _train(prepared, state, caller)
     _finish(prepared, state, caller)
     return Run(state.learner.model, prepared.checked.tokenizer.hf, prepared.checked.folder, tuple(metrics))
@@ -231,7 +231,7 @@ def _stop_unless_trainable(config: Config, data: Dataset) -> None:
 
 
 def _write_beginnings(prepared: Prepared) -> None:
-    """The run folder with what is known before training: config.yaml, manifest.json, ledger.json."""
+    """The run folder with what is known before the first step: config.yaml, manifest.json, ledger.json."""
     checked, config = prepared.checked, prepared.config
     preflight.make_folder(checked.folder)
     resolved = config.model_copy(
