@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deft.model.learner import Mode
+from deft.model import attention, selftest
+from deft.model.learner import Learner, Mode
 from deft.types import IGNORED, Batch
 
 VOCABULARY = 130
@@ -129,6 +130,15 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype).eval()
 
 
+def learner_of(name: str, mode: Mode) -> Learner:
+    """The architecture in this mode, whatever the self-test would choose; constants of the head as it found them."""
+    chosen, _ = selftest.choose(build(name))
+    model = build(name)
+    if mode == "packed":
+        model.set_attn_implementation(attention.NAME)
+    return replace(chosen, model=model, mode=mode)
+
+
 def random_documents(seed: int = 0) -> list[Document]:
     """Lengths 5, 17, 17, 31 and 1, each a prompt that is not learnt, then targets, with a hole of weight 0."""
     rng = torch.Generator().manual_seed(seed)
@@ -177,14 +187,14 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def hugging_face(
-    model: PreTrainedModel, documents: Sequence[Document], attention: str, padded: bool = False
+    model: PreTrainedModel, documents: Sequence[Document], own_attention: str, padded: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token-summed loss and gradients of model(input_ids, labels) under its own attention.
 
     One document at a time, or all of them in one batch, padded on the right.
     """
-    if model.config._attn_implementation != attention:
-        model.set_attn_implementation(attention)
+    if model.config._attn_implementation != own_attention:
+        model.set_attn_implementation(own_attention)
     learnt = [document for document in documents if any(weight > 0 for weight in document[1][1:])]
     total = torch.zeros((), dtype=torch.float64)
     sums: dict[str, Tensor] = {}

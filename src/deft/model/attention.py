@@ -179,7 +179,7 @@ def _attend_by_matmul(
     stacked = (query_NQTD * rules.scaling).reshape(n, g, q // g * t, d)
     scores_NQTS = (stacked @ key_NGSD.transpose(-1, -2)).view(n, q, t, s)
     if rules.softcap is not None:
-        scores_NQTS = rules.softcap * (scores_NQTS.to(wide) / rules.softcap)
+        scores_NQTS = rules.softcap * torch.tanh(scores_NQTS.to(wide) / rules.softcap)
     if visible is not None:
         # Not -inf: a row of padding sees nothing, and would be NaN.
         scores_NQTS = scores_NQTS.masked_fill(~visible, torch.finfo(scores_NQTS.dtype).min)

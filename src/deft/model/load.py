@@ -33,15 +33,15 @@ class Base:
     stop_ids: tuple[int, ...]
 
 
-def inspect(path: str) -> Base:
+def inspect(path: str, needs_weights: bool = True) -> Base:
     """What a folder or hub id holds, without reading its weights.
 
-    Raises InputError where it is no model folder, has no safetensors weights, or is an architecture that transformers
-    does not know as a causal language model.
+    Raises InputError where it is no model folder, has no safetensors weights (unless it needs none), or is an
+    architecture that transformers does not know as a causal language model.
     """
     folder = Path(path).expanduser()
     if folder.is_dir() or _looks_like_a_path(path):
-        _check_folder(folder)
+        _check_folder(folder, needs_weights)
         path = str(folder)
     with _explained(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -95,7 +95,7 @@ def _looks_like_a_path(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, needs_weights: bool) -> None:
     if not folder.is_dir():
         raise _refusal(
             str(folder), "there is no such folder", "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
@@ -105,7 +105,7 @@ def _check_folder(folder: Path) -> None:
         raise _refusal(
             str(folder), f"not a model folder: it has no config.json, but {found}", "name the folder that has it"
         )
-    if not any(folder.glob("*.safetensors")):
+    if needs_weights and not any(folder.glob("*.safetensors")):
         pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
         what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"
         raise _refusal(str(folder), what, "save it with model.save_pretrained, which writes safetensors")
