@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_generate import CORPUS, TEMPLATE, model_of, needs_stories, tokenizer_of
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -26,10 +25,10 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deft.errors import DiskError, InputError
 from deft.export import ExportError, export, model_card, remove_staging, verify
+from deft.model import attention
 
 MESSAGES = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "sat"}]
 ROWS = [[1, 20, 21, 22, 23, 24], [1, 30], [1, *range(10, 60)]]
@@ -167,12 +166,11 @@ def test_experts_are_written_as_the_base_has_them(tmp_path: Path) -> None:
 
 
 def test_nothing_of_training_is_in_the_configs(tmp_path: Path) -> None:
-    AttentionInterface.register("deft", sdpa_attention_forward)
     tokenizer = tokenizer_of("bytes")
     model = model_of(tokenizer).train()
     model.config.use_cache = False
     model.generation_config.use_cache = False
-    model.set_attn_implementation("deft")
+    model.set_attn_implementation(attention.NAME)
     tokenizer("The cat sat on the mat", truncation=True, max_length=3)
     before = snapshot(model, tokenizer)
     folder = write(model, tokenizer, tmp_path / "final", dtype=torch.bfloat16)

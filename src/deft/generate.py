@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -22,12 +21,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from jinja2 import TemplateError
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from deft import hardware
 from deft import tokenizer as tokenizers
 from deft.errors import InputError, Problem, Problems
+from deft.model import load as models
 from deft.tokenizer import Tokenizer
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -54,15 +54,14 @@ _REFUSED = {
 
 
 def load(path: str | Path, *, device: str = "auto") -> tuple[Any, Tokenizer]:
-    """The model (dtype as saved, evaluation mode) and the tokenizer of a Hugging Face folder.
+    """The model (dtype as saved, evaluation mode) and the tokenizer of a Hugging Face folder or hub id.
 
-    Nothing in the folder can run code, and nothing is fetched. `device`: auto (cuda, mps, cpu), or its name.
+    Nothing in the folder can run code. `device`: auto (cuda, mps, cpu), or its name.
     Raises InputError, with what to do, where there is no such folder or it is not a causal language model.
     """
-    folder = Path(path)
-    _check_folder(folder)
-    tokenizer = tokenizers.load(str(folder))
-    return _load_model(folder).to(_device(device)).eval(), tokenizer
+    base = models.inspect(str(path))
+    tokenizer = tokenizers.load(str(path))
+    return models.load(base, device=hardware.device(device), dtype=getattr(torch, base.dtype)), tokenizer
 
 
 def complete(
@@ -566,47 +565,3 @@ def _typed_lines() -> Iterator[str]:
             yield console.input("[bold]> [/bold]")
         except (EOFError, KeyboardInterrupt):
             return
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name the folder of a model, such as runs/name/final")
-    if (folder / "config.json").is_file():
-        if not any(folder.glob("*.safetensors")):
-            raise InputError(f"{folder}: no .safetensors weights (pickled ones can run code); convert them first")
-        return
-    if (folder / "final" / "config.json").is_file():
-        raise InputError(f"{folder}: this is a run; its model is {folder / 'final'}")
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: this is an adapter, not a model; merge it with `deft export`")
-    raise InputError(f"{folder}: no config.json, so this is not a model; name the folder that holds one")
-
-
-def _load_model(folder: Path) -> Any:
-    """The model, all of whose weights are in the folder: transformers would draw missing ones at random."""
-    options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-    safe = {"trust_remote_code": False, "local_files_only": True}
-    # The attention is named, so that a config.json cannot ask for a kernel to be fetched.
-    load_as: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, folder, **options, **safe)
-    try:
-        try:
-            model, loading = load_as(attn_implementation="sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            model, loading = load_as(attn_implementation="eager")
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: no causal language model can be loaded ({first}); is it complete?") from error
-    if loading["missing_keys"]:
-        names = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InputError(f"{folder}: {len(loading['missing_keys'])} weights missing ({names}); is it complete?")
-    return model
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -21,12 +21,12 @@ class Machine:
     microbatch_tokens: int
 
 
-def resolve(device: str, precision: str, microbatch_tokens: int | str) -> Machine:
+def resolve(name: str, precision: str, microbatch_tokens: int | str) -> Machine:
     """Settings, `auto` among them -> the machine. bf16 is chosen on GPUs that have it, fp32 elsewhere.
 
     Raises InputError for a device that is not there.
     """
-    chosen = _device(device)
+    chosen = device(name)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -35,14 +35,15 @@ def resolve(device: str, precision: str, microbatch_tokens: int | str) -> Machin
     return Machine(chosen, dtype, microbatch_tokens)
 
 
-def _device(name: str) -> torch.device:
+def device(name: str) -> torch.device:
+    """The device of a name; `auto` is CUDA, then MPS, then the CPU. InputError where it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        named = torch.device(name)
+        torch.empty(0, device=named)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} is not on this machine; auto, cpu, cuda or mps") from error
-    return device
+    return named

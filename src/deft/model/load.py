@@ -65,17 +65,31 @@ def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTr
 
     Raises InputError where weights are unreadable, missing, or do not fit the config.
     """
-    loaded: Any
     with _explained(base.path):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    model, report = loaded
+        try:
+            model, report = _read(base, dtype, "sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = _read(base, dtype, "eager")
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random numbers in their place.
         what = f"{len(missing)} weights are not in its files, {missing[0]} first"
         raise _refusal(base.path, what, "download or save the model again")
     return model.to(device).eval()
+
+
+def _read(base: Base, dtype: torch.dtype, attention: str) -> Any:
+    """The model and what was missing in its files. The attention is named so that a config.json cannot choose one: that
+    could be a kernel to be fetched and run."""
+    return AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
 
 
 def can_take_attention(model: PreTrainedModel) -> bool:
@@ -97,14 +111,14 @@ def _looks_like_a_path(path: str) -> bool:
 
 def _check_folder(folder: Path, needs_weights: bool) -> None:
     if not folder.is_dir():
-        raise _refusal(
-            str(folder), "there is no such folder", "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
-        )
+        fix = "name a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
+        raise _refusal(str(folder), "there is no such folder", fix)
+    if (folder / "final" / "config.json").is_file():
+        raise _refusal(str(folder), "this is a run", f"its model is {folder / 'final'}")
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
-        raise _refusal(
-            str(folder), f"not a model folder: it has no config.json, but {found}", "name the folder that has it"
-        )
+        what = f"not a model folder: it has no config.json, but {found}"
+        raise _refusal(str(folder), what, "name the folder that has it")
     if needs_weights and not any(folder.glob("*.safetensors")):
         pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
         what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"

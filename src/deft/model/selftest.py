@@ -23,9 +23,9 @@ from deft.model.load import can_take_attention, own_attention
 from deft.types import Batch
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
-"""Relative error of a typical token's hidden state that is taken for rounding. Parts of a model in fp64
-are in fp32 all the same (angles, norms, softmax). In bf16 two sound attentions differ by
-0.01 (Llama) to 0.05 (gpt-oss, whose own softmax is in bf16) after 32 random layers."""
+"""Relative error of a typical token's hidden state that is taken for rounding. Angles, norms and softmax of a model in
+fp64 are in fp32 all the same. In bf16 two sound attentions differ by 0.01 (Llama) to 0.05 (gpt-oss, whose own softmax
+is in bf16) after 32 random layers."""
 LEAK_SHARE = 0.25
 """Beside that, packing must err by less than this share of the error that ignoring the documents makes."""
 HEAD_SHARE = 0.125
