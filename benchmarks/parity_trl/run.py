@@ -44,16 +44,15 @@ Record = dict[str, float]
 
 def demonstrations(settings: Settings, source: Path) -> Iterator[dict[str, str]]:
     """Questions and answers as prompt and completion, those that fit the model's context whole."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    room = AutoConfig.from_pretrained(settings["model"]).max_position_embeddings - 2  # BOS and EOS
-    for line in source.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        prompt, completion = row["question"] + "\n", row["answer"]
-        pieces = (tokenizer(text, add_special_tokens=False, verbose=False) for text in (prompt, completion))
-        if sum(len(piece["input_ids"]) for piece in pieces) <= room:
-            yield {"prompt": prompt, "completion": completion}
+    import deft
+
+    found = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    pairs = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in found]
+    context = AutoConfig.from_pretrained(settings["model"]).max_position_embeddings
+    for example in deft.encode(pairs, settings["model"], max_length=context, overflow="drop"):
+        yield pairs[example.origin.line - 1]
 
 
 def write_jsonl(path: Path, rows: Iterator[Any] | list[Any]) -> int:
