@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deft.errors import DeftError, InputError
+
+if TYPE_CHECKING:
+    from deft.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +26,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="a YAML or TOML file, and keys of it that are set here"),
 ]
+DataOrOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN.YAML | DATA...] [KEY=VALUE]...", help="a YAML or TOML file, or data files, and keys"),
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model folder, such as RUN/final")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a generation setting, such as temperature=0.7")
@@ -34,11 +42,38 @@ def train(arguments: Overrides = None) -> None:
     from deft import config
     from deft.run import train as run
 
-    files = [argument for argument in arguments or [] if "=" not in argument]
+    files, overrides = _sorted(arguments)
     if len(files) > 1:
         raise InputError(f"{files[1]}: one configuration file at most; other arguments are key=value")
-    overrides = [argument for argument in arguments or [] if "=" in argument]
     run(config.load(files[0] if files else None, overrides))
+
+
+@app.command()
+def check(
+    arguments: DataOrOverrides = None,
+    report: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="write what is found to a file as well")
+    ] = None,
+) -> None:
+    """Do everything but train, without weights: exit code 0, or 2 where training would not start."""
+    from deft.check import run
+
+    run(_config(arguments), report)
+
+
+@app.command()
+def show(
+    arguments: DataOrOverrides = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="so many rows (10; 500 on a page)", min=1)] = None,
+    only: Annotated[str | None, typer.Option(metavar="FATE", help="rows of one fate, such as refused or cut")] = None,
+    source: Annotated[str, typer.Option(metavar="FILE", help="rows of one source: the end of its path")] = "",
+    from_line: Annotated[int, typer.Option("--from", metavar="LINE", help="rows from this line on", min=1)] = 1,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="write one self-contained page instead")] = None,
+) -> None:
+    """Show what is learnt: every token, coloured by its weight. A data file alone needs model=FOLDER, its tokenizer."""
+    from deft.show.command import run
+
+    run(_config(arguments), count=rows, only=only, source=source, from_line=from_line, html=html)
 
 
 @app.command()
@@ -92,6 +127,24 @@ def main() -> None:
     except DeftError as error:
         print(f"deft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _sorted(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """Files, and key=value."""
+    given = arguments or []
+    return [each for each in given if "=" not in each], [each for each in given if "=" in each]
+
+
+def _config(arguments: list[str] | None) -> Config:
+    """A configuration file or data files, with key=value -> the configuration."""
+    from deft import config
+
+    files, overrides = _sorted(arguments)
+    settings = [file for file in files if file.endswith((".yaml", ".yml", ".toml"))]
+    if len(settings) > 1 or (settings and len(files) > 1):
+        raise InputError(f"{files[1]}: one configuration file, or data files; other arguments are key=value")
+    data = [] if settings or not files else [f"data.train={json.dumps(files)}"]
+    return config.load(settings[0] if settings else None, [*data, *overrides])
 
 
 def _generation(settings: list[str] | None) -> dict[str, object]:

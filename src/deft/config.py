@@ -10,9 +10,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deft.data.choices import Answers, Control
+from deft.data.fields import LARGEST_WEIGHT
 from deft.encoding.raw import Side
 from deft.encoding.rows import Overflow, Render
 from deft.errors import InputError, Problem, Problems
+from deft.render.chat import Reasoning
 from deft.render.policy import TrainOn
 from deft.schedule import Name as ScheduleName
 
@@ -24,10 +27,27 @@ class Room(BaseModel):
 
 
 class Source(Room):
-    """One file of rows; `format` is found by looking unless it is named."""
+    """Rows: a file, a folder, a glob, - or a Hub id; `format` is found by looking unless it is named.
+
+    columns      what a format calls a field -> what the rows call it: {prompt: question, completion: answer}
+    answers      of several to one prompt: the best, or all good ones; each format has its default
+    control      HALOs' control tokens: text before good and bad answers
+    subset       of a Hub data set; split: of a Hub data set or HALOs file, train (test for data.eval) by default
+    times        how often its rows are learnt in an epoch; a share of them, drawn by seed, where it is not whole
+    loss_weight  multiplies the weight of every token
+    max_rows     reads no further
+    """
 
     path: str
     format: str = "auto"
+    columns: dict[str, str] = {}
+    answers: Answers | None = None
+    control: Control | None = None
+    subset: str | None = None
+    split: str | None = None
+    times: float = Field(1.0, gt=0, le=1000)
+    loss_weight: float = Field(1.0, gt=0, le=LARGEST_WEIGHT)
+    max_rows: int | None = Field(None, ge=1)
 
 
 class Data(Room):
@@ -36,6 +56,8 @@ class Data(Room):
     train: tuple[Source, ...]
     eval: float | tuple[Source, ...] = 0.0
     train_on: TrainOn | None = None
+    learn_reasoning: bool = True
+    learn_tool_calls: bool = True
     render: Render = "auto"
     allow_refused: int = Field(0, ge=0)
 
@@ -115,6 +137,8 @@ class Config(Room):
     model: str
     data: Data
     template: str = "auto"
+    template_kwargs: dict[str, Any] = {}
+    reasoning: Reasoning = "auto"
     output: str | None = None
     max_length: int | None = Field(None, ge=2)
     overflow: Overflow = "turns"
@@ -185,6 +209,7 @@ OTHER_NAMES = {
     "assistant_only_loss": "data.train_on",
     "completion_only_loss": "data.train_on",
     "chat_template": "template",
+    "chat_template_kwargs": "template_kwargs",
     "output_dir": "output",
     "eval_steps": "evaluate.every",
     "eval_prompts": "evaluate.prompts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from deft.model import selftest
 from deft.model.load import Base
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
+from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.schedule import factor
 from deft.tokenizer import Tokenizer
@@ -73,19 +74,29 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Reading:
+    """The rows, understood, and how they become tokens."""
+
+    tokenizer: Tokenizer
+    chosen: Chosen
+    policy: Policy
+    is_chat: bool
+    stop_ids: tuple[int, ...]
+    train: list[tuple[Named, Understood]]
+    held_out: list[tuple[Named, Understood]]
+
+    def encoder(self) -> RowEncoder:
+        return dataset.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
+
+
+@dataclass(frozen=True)
+class Checked(Reading):
     """What is known once nothing in the input is wrong."""
 
     base: Base
     loss: ModuleType
     machine: Machine
-    tokenizer: Tokenizer
-    chosen: Chosen
-    policy: Policy
-    is_chat: bool
     prompts: tuple[Prompt, ...]
-    train: list[tuple[Named, Understood]]
-    held_out: list[tuple[Named, Understood]]
     folder: Path
 
 
@@ -113,13 +124,93 @@ def train(config: Config, caller: Caller | None = None) -> Run:
 
 def prepare(config: Config, caller: Caller) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
-    checked = _check(config, caller)
-    row_encoder = dataset.encoder(checked.tokenizer, checked.chosen, checked.policy, checked.base.stop_ids)
-    data = _encode(config, checked, row_encoder, caller)
+    checked = check(config, caller)
+    row_encoder = checked.encoder()
+    data = encode(config, checked, row_encoder, caller)
     for line in _described(checked, data):
         caller.say(line)
-    _stop_unless_trainable(config, data)
-    planned = loader.make(
+    stop_unless_trainable(config, checked, data)
+    return Prepared(config, checked, row_encoder, data, plan(config, checked, data))
+
+
+def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
+    """Every check that needs no weights; what is wrong comes in one error."""
+    base, loss, machine, prompts, _, folder, *found = preflight.collect(
+        [
+            lambda: models.inspect(config.model, needs_weights),
+            lambda: registry.load("loss", config.loss.name, "loss.name"),
+            lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
+            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
+            lambda: evaluate.settings(config.evaluate.generate),
+            lambda: preflight.output_folder(config.output),
+            *_readers(config, caller),
+        ]
+    )
+    reading = _reading(config, base, *found)
+    prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
+    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
+
+
+def read(config: Config, caller: Caller) -> Reading:
+    """The part of `check` that rows need; the model's folder may hold a tokenizer alone."""
+    base, *found = preflight.collect([lambda: _base_if_any(config.model), *_readers(config, caller)])
+    return _reading(config, base, *found)
+
+
+def _base_if_any(path: str) -> Base | None:
+    folder = Path(path).expanduser()
+    is_tokenizer_alone = folder.is_dir() and not (folder / "config.json").is_file()
+    return None if is_tokenizer_alone else models.inspect(path, needs_weights=False)
+
+
+def _readers(config: Config, caller: Caller) -> list[Callable[[], Any]]:
+    """What reads tokenizer, training rows and held-out rows."""
+    train_sources, held_out_sources = _sources(config, caller)
+    return [
+        lambda: edge.load(config.model),
+        lambda: dataset.understand(train_sources),
+        lambda: dataset.understand(held_out_sources),
+    ]
+
+
+def _reading(
+    config: Config,
+    base: Base | None,
+    tokenizer: Tokenizer,
+    train: list[tuple[Named, Understood]],
+    held_out: list[tuple[Named, Understood]],
+) -> Reading:
+    chosen, length = preflight.collect(
+        [
+            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
+            lambda: preflight.max_length(config.max_length, base.max_positions if base else None),
+        ]
+    )
+    rules = Rules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
+    policy = Policy(
+        length,
+        config.data.train_on,
+        config.data.render,
+        config.overflow,
+        config.truncation_side,
+        rules,
+        config.template_kwargs,
+    )
+    is_chat = _is_chat(policy, train)
+    return Reading(
+        tokenizer=tokenizer.with_template(chosen.source) if is_chat and not chosen.is_own else tokenizer,
+        chosen=chosen,
+        policy=policy,
+        is_chat=is_chat,
+        stop_ids=base.stop_ids if base else (),
+        train=train,
+        held_out=held_out,
+    )
+
+
+def plan(config: Config, checked: Checked, data: Dataset) -> Loader:
+    """Which example stands in which step, for the whole run."""
+    return loader.make(
         data.train,
         Batching(config.batch.examples, config.batch.tokens),
         epochs=config.epochs,
@@ -127,46 +218,6 @@ def prepare(config: Config, caller: Caller) -> Prepared:
         microbatch_tokens=checked.machine.microbatch_tokens,
         normalize=config.loss.normalize,
         limit=config.steps,
-    )
-    return Prepared(config, checked, row_encoder, data, planned)
-
-
-def _check(config: Config, caller: Caller) -> Checked:
-    """Every check that needs no weights; what is wrong comes in one error."""
-    train_sources, held_out_sources = _sources(config, caller)
-    base, tokenizer, loss, machine, prompts, _, understood, held_out, folder = preflight.collect(
-        [
-            lambda: models.inspect(config.model),
-            lambda: edge.load(config.model),
-            lambda: registry.load("loss", config.loss.name, "loss.name"),
-            lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
-            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
-            lambda: evaluate.settings(config.evaluate.generate),
-            lambda: dataset.understand(train_sources),
-            lambda: dataset.understand(held_out_sources),
-            lambda: preflight.output_folder(config.output),
-        ]
-    )
-    chosen, length = preflight.collect(
-        [
-            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos),
-            lambda: preflight.max_length(config.max_length, base.max_positions),
-        ]
-    )
-    policy = Policy(length, config.data.train_on, config.data.render, config.overflow, config.truncation_side)
-    is_chat = _is_chat(policy, understood)
-    return Checked(
-        base=base,
-        loss=loss,
-        machine=machine,
-        tokenizer=tokenizer.with_template(chosen.source) if is_chat and not chosen.is_own else tokenizer,
-        chosen=chosen,
-        policy=policy,
-        is_chat=is_chat,
-        prompts=tuple(_as_user(prompt) for prompt in prompts) if is_chat else prompts,
-        train=understood,
-        held_out=held_out,
-        folder=folder,
     )
 
 
@@ -186,18 +237,21 @@ def _as_user(prompt: Prompt) -> Prompt:
 
 def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
-    train_sources = [Named(source.path, source.format) for source in config.data.train]
+    train_sources = [dataset.named(source, "train") for source in config.data.train]
     if caller.samples is not None:
         train_sources = [Named("samples", rows=tuple(caller.samples))]
-    return train_sources, [Named(source.path, source.format) for source in held_out]
+    return train_sources, [dataset.named(source, "test") for source in held_out]
 
 
-def _encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
+def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
+    """Every row's tokens and fate."""
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    rows = sum(len(known.conversations) for _, known in checked.train + checked.held_out)
+    rows = sum(1 for _, known in checked.train + checked.held_out for _ in known.rows())
     with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
         advance = partial(progress.advance, progress.add_task("encoding", total=rows))
-        trained = dataset.encode_sources(checked.train, row_encoder, share=share, advance=advance)
+        trained = dataset.encode_sources(
+            checked.train, row_encoder, share=share, held_out=checked.held_out, seed=config.seed, advance=advance
+        )
         held_out = dataset.encode_sources(checked.held_out, row_encoder, is_eval=True, advance=advance)
     return trained + held_out
 
@@ -212,12 +266,12 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
             f"{source.source}: {source.shape}, {source.rows} rows ({fates}), {source.tokens} tokens, "
             f"{share:.0%} learnt, longest {source.longest}"
         )
-        if source.literal:
-            lines.append(f"  {source.literal} rows hold special tokens as text; they are encoded as text")
+        lines += [f"  {finding}" for finding in ledger.findings([source])]
     return lines
 
 
-def _stop_unless_trainable(config: Config, data: Dataset) -> None:
+def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
+    """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
     refused = ledger.named(data.ledgers, Fate.REFUSED)
     if len(refused) > config.data.allow_refused:
         heading = f"{len(refused)} rows are refused (data.allow_refused={len(refused)} trains without them):"
@@ -228,6 +282,22 @@ def _stop_unless_trainable(config: Config, data: Dataset) -> None:
     if not data.train:
         lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
         raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+    if len(checked.tokenizer.hf) > checked.base.vocab_size:
+        _stop_if_unknown_to_the_model(checked, data)
+
+
+def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
+    """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
+    size = checked.base.vocab_size
+    parts = [part for example in data.train + data.held_out for part in example]
+    largest = {str(part.origin): int(part.tokens.max()) for part in parts if part.tokens.max() >= size}
+    if largest:
+        text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
+        problems = [
+            Problem(row, f"token {index} ({text(index)!r}) is past the model's {size}", fix)
+            for row, index in largest.items()
+        ]
+        raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
 
 
 def _write_beginnings(prepared: Prepared) -> None:

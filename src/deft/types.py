@@ -28,17 +28,31 @@ Kind = Literal["text", "dialogue", "chat"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row came from; lines count from 1.
+    """Where a row came from; lines count from 1, in tables rows do.
 
-    >>> str(Origin("train.jsonl", 812))
-    'train.jsonl:812'
+    item  which element of a JSON array it is, from 1, where it does not begin its line; 0 otherwise
+
+    >>> str(Origin("train.jsonl", 812)), str(Origin("train.json", 1, item=37))
+    ('train.jsonl:812', 'train.json:1 (row 37)')
     """
 
     source: str
     line: int
+    item: int = 0
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}"
+        return f"{self.source}:{self.line}" + (f" (row {self.item})" if self.item else "")
+
+    @classmethod
+    def at(cls, place: str) -> Origin:
+        """The origin that was written as `place`.
+
+        >>> Origin.at("train.json:1 (row 37)")
+        Origin(source='train.json', line=1, item=37)
+        """
+        place, _, item = place.removesuffix(")").partition(" (row ")
+        source, _, line = place.rpartition(":")
+        return cls(source, int(line), int(item or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +94,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row, understood. `tools` are JSON schemas, as OpenAI writes them, that the assistant may call."""
+    """One row, or one of several that a row holds, understood.
+
+    tools   JSON schemas, as OpenAI writes them, that the assistant may call
+    weight  of the row: it multiplies the weight of every token
+    """
 
     origin: Origin
     kind: Kind
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +138,11 @@ class Encoded:
 
 
 class Fate(StrEnum):
-    """What became of a row. Each row has exactly one."""
+    """What became of a row. Each row has exactly one. Left out: sound, and not trained because its source says so."""
 
     TRAINED = "trained"
     HELD_OUT = "held_out"
+    LEFT_OUT = "left_out"
     CUT = "cut"
     TOO_LONG = "too_long"
     NO_TARGET = "no_target"

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from deft.types import Message
+from deft.data import json_text
+
+LARGEST_WEIGHT = 1e6
 
 
 class RowError(Exception):
@@ -14,8 +16,17 @@ class RowError(Exception):
 
     def __init__(self, field: str, what: str, fix: str = "") -> None:
         super().__init__(f"{field}: {what}" if field else what)
-        self.what = str(self)
+        self.field = field
+        self.bare = what
         self.fix = fix
+
+    @property
+    def what(self) -> str:
+        return str(self)
+
+
+class LeftOut(Exception):
+    """A sound row that is not trained on purpose; the text says why."""
 
 
 def kind_of(value: Any) -> str:
@@ -28,15 +39,53 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+def described(value: Any) -> str:
+    """What a row is, for an error about the whole of it.
+
+    >>> described({"a": 1, "b": 2}), described(3)
+    ("the keys 'a', 'b'", 'a number')
+    """
+    if isinstance(value, dict):
+        return "the keys " + ", ".join(repr(shortened(str(key))) for key in list(value)[:8]) if value else "no keys"
+    return kind_of(value)
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """At most `length` characters of a text, for an error."""
+    return text if len(text) <= length else text[:length] + "..."
+
+
 def text_of(value: Any, field: str) -> str:
-    """`value` if it is text; RowError names the field otherwise."""
+    """`value` if it is text that can be written as UTF-8; RowError names the field otherwise."""
     if not isinstance(value, str):
         raise RowError(field, f"{kind_of(value)}, not text", "give text, or remove the row")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = "half a character (a lone surrogate, \\ud800 to \\udfff)"
+            raise RowError(field, what, "write the row with a JSON library") from error
     return value
 
 
+def json_of(value: Any, field: str) -> Any:
+    """`value`, or what it says where it is JSON text; RowError where the text is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json_text.decode(value)
+    except json_text.NotJson as error:
+        raise RowError(field, error.what, "write it with json.dumps") from error
+
+
 def list_of(value: Any, field: str) -> list[Any]:
-    """`value` as a list that is not empty; RowError otherwise."""
+    """`value` as a list that is not empty, from JSON text too (as tables hold it); RowError otherwise.
+
+    >>> list_of('[{"role": "user"}]', "messages")
+    [{'role': 'user'}]
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json_of(value, field)
     if not isinstance(value, list | tuple):
         raise RowError(field, f"{kind_of(value)}, not a list", "give a list of messages")
     if not value:
@@ -44,34 +93,80 @@ def list_of(value: Any, field: str) -> list[Any]:
     return list(value)
 
 
-def role_of(value: Any, field: str, roles: Mapping[str, str]) -> str:
-    """The chat role that `value` stands for; RowError with the closest name otherwise."""
+def object_of(value: Any, field: str, what: str) -> dict[str, Any]:
+    """`value` if it is an object; RowError otherwise. `what` says what it should have been.
+
+    >>> object_of({"a": 1}, "messages[0]", "a message")
+    {'a': 1}
+    """
+    if not isinstance(value, dict):
+        raise RowError(field, f"{kind_of(value)}, not {what}", "give an object, or remove the row")
+    return value
+
+
+def need(value: Mapping[str, Any], keys: tuple[str, ...], what: str, field: str = "") -> None:
+    """RowError for the first of `keys` that is missing; the fix offers a `columns` mapping where it could help."""
+    for key in keys:
+        if key not in value:
+            others = [other for other in value if other not in keys and isinstance(value[other], str)]
+            fix = f"{what} needs {' and '.join(keys)}"
+            if not field and others:
+                fix += f"; if {shortened(others[0])!r} is it, say columns: {{{key}: {shortened(others[0])}}}"
+            raise RowError(f"{field}.{key}" if field else key, "missing", fix)
+
+
+def role_of(value: Any, field: str, roles: Mapping[str, str], meant: Mapping[str, str] | None = None) -> str:
+    """The chat role that `value` stands for; RowError with the closest name otherwise.
+
+    meant  names that other formats use -> the right one here
+    """
     if not isinstance(value, str):
         raise RowError(field, f"{kind_of(value)}, not a role", f"one of {', '.join(roles)}")
     if value in roles:
         return roles[value]
-    near = get_close_matches(value.lower(), roles, n=1)
+    lower = value.strip().lower()[:60]
+    near = [meant[lower]] if meant and lower in meant else get_close_matches(lower, roles, n=1)
     known = ", ".join(roles)
-    raise RowError(field, f"{value!r} is not a role ({known})", f"did you mean {near[0]!r}?" if near else "")
+    raise RowError(
+        field,
+        f"{shortened(value)!r} is not a role ({known})",
+        f"did you mean {near[0]!r}?" if near else "name one of these roles",
+    )
 
 
 def weight_of(value: Any, field: str) -> float | None:
-    """How much a message is learnt, None where the row does not say; RowError unless a finite number >= 0."""
+    """How much something is learnt, None where the row does not say; RowError unless a number from 0 to a million."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise RowError(field, f"{value!r} is not a weight", "give a number of 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
+        shown = "a huge number" if isinstance(value, int) and abs(value) > LARGEST_WEIGHT else shortened(repr(value))
+        raise RowError(field, f"{shown} is not a weight", "give a number of 0 or more, 1 is usual")
     return float(value)
 
 
-def as_chat(messages: list[Message], field: str) -> tuple[Message, ...]:
-    """The messages of a chat that has something to learn.
+def label_of(value: Any, field: str) -> bool:
+    """Whether an answer is a good one: true or false, 1 or 0, or their names as tables write them; RowError otherwise.
 
-    RowError where no assistant speaks, or where an assistant message has no words.
+    >>> label_of(1, "label"), label_of("False", "label")
+    (True, False)
     """
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
-            raise RowError(f"{field}[{index}]", "an assistant message without words", "fill it in or remove the row")
-    if not any(message.role == "assistant" for message in messages):
-        raise RowError(field, "no assistant message: nothing to learn", "add the answer or remove the row")
-    return tuple(messages)
+    if isinstance(value, str) and value.lower() in _LABELS:
+        return _LABELS[value.lower()]
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    shown = repr(value) if isinstance(value, str | bool) else kind_of(value)
+    raise RowError(field, f"{shortened(shown)} is neither true nor false", "say true for a good answer")
+
+
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def number_of(value: Any) -> float | None:
+    """`value` if it is a finite number, None otherwise.
+
+    >>> number_of(3), number_of("3"), number_of(float("nan"))
+    (3.0, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e300:
+        return None
+    return float(value)

@@ -1,220 +1,214 @@
-"""A file of rows -> rows with their origin. What cannot be read becomes a Problem that names its line.
+"""A source by name -> its rows with their origin. What cannot be read becomes a Problem that names its line.
 
-JSONL (.jsonl, .ndjson): a row a line. JSON (.json): an array of rows, one object, or JSONL under another name.
-Text (.txt): the whole file is one document.
+A name is a file, a folder, a glob, `-` for standard input, or the id of a Hub data set. The suffix says what a file is
+(JSONL, JSON, CSV, TSV, Parquet, Arrow, text); gzip, zstd, Parquet and Arrow are known by their first bytes, whatever
+the name. Rows are read as they are asked for.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import glob
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+from deft.data import hub
+from deft.data.readers import csv, json, jsonl, tables, text
 from deft.errors import InputError, Problem
 from deft.types import Origin, Row
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "text"}
+STDIN = "-"
+STREAMED: dict[str, Callable[[BinaryIO, str], Iterator[Row | Problem]]] = {
+    ".jsonl": jsonl.read,
+    ".ndjson": jsonl.read,
+    ".json": json.read,
+    ".csv": csv.read,
+    ".tsv": csv.read,
+    ".txt": text.read,
+}
+TABLES = {".parquet": tables.parquet, ".arrow": tables.arrow, ".feather": tables.arrow}
+COMPRESSED = (".gz", ".zst", ".zstd")
+SUFFIXES = (*STREAMED, *TABLES)
 
+_TABLE_MARKS = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _NOT_DATA = (
     (b"<!doctype html", "is an HTML page, not data", "download the file itself"),
     (b"<html", "is an HTML page, not data", "download the file itself"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data", "run `git lfs pull`"),
-    (b"\x1f\x8b", "is compressed with gzip", "decompress it first"),
-    (b"PAR1", "is a Parquet file", "convert it to JSONL first"),
     (b"\xff\xfe", "is UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "is UTF-16 text", "save it as UTF-8"),
+    (b"pk\x03\x04", "is a zip archive or a spreadsheet", "unpack it, or save it as CSV"),
+    (b"bzh", "is compressed with bzip2", "use gzip or zstd"),
+    (b"\xfd7zxz\x00", "is compressed with xz", "use gzip or zstd"),
+    (b"%pdf", "is a PDF", "take the text out first"),
+    (b"sqlite format 3", "is a database", "export its rows as JSONL"),
+    (b"fea1", "is a Feather file of version 1", "write it with pyarrow.feather.write_feather again"),
+    (b"\x80\x04\x95", "is a Python pickle, which can run code", "write the rows as JSONL"),
+    (b"\x80\x05\x95", "is a Python pickle, which can run code", "write the rows as JSONL"),
 )
+_HUGGING_FACE_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+_HEAD = 64
 
 
-def read(path: str) -> Iterator[Row | Problem]:
-    """The rows of a file in their order, with a Problem in place of each that cannot be read.
+def read(path: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Row | Problem]:
+    """The rows of a source in their order, files sorted by name; a Problem in place of each that cannot be read.
 
-    Raises InputError if the file is missing, is no file, has an unknown suffix, cannot be read or is empty.
+    subset, split  of a Hub data set; the split is train unless it is named
+
+    Raises InputError where there is no such source, or a file of it is of an unknown kind, damaged or empty.
     """
-    content = _bytes(path)
-    readers = {"jsonl": _jsonl, "json": _json, "text": _text}
-    yield from readers[SUFFIXES[Path(path).suffix.lower()]](path, content)
+    if path == STDIN:
+        return _not_empty(_stream(_stdin(), "stdin", ".json"), "stdin")
+    if not Path(path).exists() and not _is_glob(path) and hub.is_id(path):
+        return _not_empty(hub.read(path, subset, split or "train"), path)
+    return _files(path)
 
 
 def from_values(values: Iterable[Any], source: str = "rows") -> list[Row]:
     """Rows that a caller already holds.
 
     >>> from_values(["a", "b"])[1].origin
-    Origin(source='rows', line=2)
+    Origin(source='rows', line=2, item=0)
     """
     return [Row(Origin(source, line), value) for line, value in enumerate(values, start=1)]
 
 
-def check(path: str) -> None:
-    """Raises InputError if a file of rows cannot be at `path`: the cheap part of `read`."""
-    file = Path(path)
-    if not file.exists():
-        raise InputError(f"{path}: no such file{_similar(file)}")
-    if not file.is_file():
-        raise InputError(f"{path}: not a file; name a file ({', '.join(SUFFIXES)})")
-    if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: unknown kind of file; deft reads {', '.join(SUFFIXES)}")
+def files(path: str) -> list[str]:
+    """The files of a file, folder or glob, sorted. Raises InputError if there is none.
+
+    In a folder and below it, all files with a suffix that deft reads; hidden ones and Hugging Face's notes are no data.
+    """
+    if _is_glob(path):
+        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        if not found:
+            raise InputError(f"{path}: no file fits this pattern")
+        return found
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{path}: no such file or folder{_similar(place)}")
+    if place.is_file():
+        return [path]
+    inside = [file for file in sorted(place.rglob("*")) if file.is_file() and _is_data(file.relative_to(place))]
+    if not inside:
+        raise InputError(f"{path}: no data in this folder; deft reads {', '.join(SUFFIXES)}")
+    return [str(file) for file in inside]
 
 
-def _bytes(path: str) -> bytes:
-    check(path)
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    head = content[:64].lstrip().lower()
-    for mark, what, fix in _NOT_DATA:
-        if head.startswith(mark.lower()):
-            raise InputError(f"{path}:1: {what}; {fix}")
-    if not content.strip():
-        raise InputError(f"{path}: the file is empty")
-    return content.removeprefix(b"\xef\xbb\xbf")
+def _is_glob(path: str) -> bool:
+    return glob.has_magic(path) and not Path(path).exists()
+
+
+def _is_data(file: Path) -> bool:
+    is_hidden = any(part.startswith((".", "_")) for part in file.parts)
+    return not is_hidden and file.name not in _HUGGING_FACE_NOTES and _suffix(file.name) in SUFFIXES
+
+
+def _suffix(name: str) -> str:
+    """What a name says its rows are in, compression aside.
+
+    >>> _suffix("a.jsonl.gz"), _suffix("A.JSON")
+    ('.jsonl', '.json')
+    """
+    place = Path(name.lower())
+    return Path(place.stem).suffix if place.suffix in COMPRESSED else place.suffix
 
 
 def _similar(file: Path) -> str:
-    from difflib import get_close_matches
-
     if not file.parent.is_dir():
         return f"; the folder {file.parent} does not exist either"
     near = get_close_matches(file.name, [entry.name for entry in file.parent.iterdir()], n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _jsonl(path: str, content: bytes) -> Iterator[Row | Problem]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield _line(Origin(path, number), line)
+def _files(path: str) -> Iterator[Row | Problem]:
+    for name in files(path):
+        yield from _not_empty(_file(name), name)
 
 
-def _line(origin: Origin, line: bytes) -> Row | Problem:
+def _file(path: str) -> Iterator[Row | Problem]:
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Problem(str(origin), f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
-    try:
-        return Row(origin, _checked(_DECODER.decode(text), text))
-    except json.JSONDecodeError as error:
-        return Problem(str(origin), f"not valid JSON: {error.msg} at column {error.colno}", _hint(text, error))
-    except (ValueError, RecursionError) as error:
-        return Problem(str(origin), *_reason(error))
+        with Path(path).open("rb") as raw:
+            head = raw.peek(_HEAD)
+            kind = next((kind for mark, kind in _TABLE_MARKS.items() if head.startswith(mark)), _suffix(path))
+            if kind not in TABLES:
+                yield from _stream(raw, path, kind)
+                return
+        _refuse_what_is_no_data(head, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if head:
+        yield from TABLES[kind](path)
 
 
-def _json(path: str, content: bytes) -> Iterator[Row | Problem]:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        yield Problem(f"{path}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
-        return
-    if _is_jsonl(text):
-        yield from _jsonl(path, content)
-        return
-    yield from _document(path, text)
+def _stream(raw: io.BufferedReader, source: str, kind: str) -> Iterator[Row | Problem]:
+    stream = _decompressed(raw, source)
+    head = stream.peek(_HEAD)
+    _refuse_what_is_no_data(head, source)
+    if any(head.startswith(mark) for mark in _TABLE_MARKS):
+        raise InputError(f"{source}: a table inside a compressed file or a pipe; give the file itself, unpacked")
+    if kind not in STREAMED and stream is not raw and head.lstrip()[:1] in (b"{", b"["):
+        kind = ".json"
+    if kind not in STREAMED:
+        raise InputError(f"{source}: unknown kind of file; deft reads {', '.join(SUFFIXES)}, also as .gz or .zst")
+    yield from STREAMED[kind](cast(BinaryIO, stream), source)
 
 
-def _is_jsonl(text: str) -> bool:
-    """True where the first line is a whole value and more values follow: JSONL under the name .json."""
-    first, _, rest = text.lstrip().partition("\n")
-    if not rest.strip():
-        return False
-    try:
-        json.loads(first)
-    except ValueError:
-        return False
-    return True
+def _decompressed(raw: io.BufferedReader, source: str) -> io.BufferedReader:
+    """What a stream holds behind gzip or zstd, or the stream itself."""
+    head = raw.peek(_HEAD)
+    if head.startswith(_GZIP):
+        return io.BufferedReader(_Guarded(gzip.GzipFile(fileobj=raw), source))
+    if head.startswith(_ZSTD):
+        import pyarrow as pa
+
+        return io.BufferedReader(_Guarded(pa.CompressedInputStream(raw, "zstd"), source))
+    return raw
 
 
-def _document(path: str, text: str) -> Iterator[Row | Problem]:
-    """The elements of an array, each at its own line; anything else is one row."""
-    at, line = _skip(text, 0), 1
-    line += text.count("\n", 0, at)
-    is_array = text[at] == "["
-    position = _skip(text, at + 1) if is_array else at
-    while not (is_array and text[position : position + 1] == "]"):
-        line += text.count("\n", at, position)
-        at = position
+class _Guarded(io.RawIOBase):
+    """A decompressor whose every error is an InputError: what follows a damaged place is not known."""
+
+    def __init__(self, inner: Any, source: str) -> None:
+        self._inner = inner
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            value, end = _DECODER.raw_decode(text, position)
-            yield Row(Origin(path, line), _checked(value, text[position:end]))
-            position = _skip(text, end)
-            if not is_array:
-                break
-            position = _after_comma(text, position)
-        except json.JSONDecodeError as error:
-            yield Problem(f"{path}:{error.lineno}", f"not valid JSON: {error.msg} at column {error.colno}")
-            return
-        except (ValueError, RecursionError) as error:
-            yield Problem(f"{path}:{line}", *_reason(error))
-            return
-    rest = _skip(text, position + is_array)
-    if rest < len(text):
-        yield Problem(f"{path}:{text.count(chr(10), 0, rest) + 1}", "more text after the end of the JSON document")
+            chunk = self._inner.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            fix = "it is damaged or cut short: copy it again"
+            raise InputError(f"{self._source}: cannot be decompressed ({error}); {fix}") from error
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
-def _after_comma(text: str, position: int) -> int:
-    """The start of the next element, or of the closing bracket; raises JSONDecodeError elsewhere."""
-    if text[position : position + 1] == "]":
-        return position
-    if text[position : position + 1] != ",":
-        raise json.JSONDecodeError("expected ',' or ']'", text, position)
-    following = _skip(text, position + 1)
-    if text[following : following + 1] == "]":
-        raise json.JSONDecodeError("a comma before ']'", text, position)
-    return following
+def _refuse_what_is_no_data(head: bytes, source: str) -> None:
+    start = head[:_HEAD].lstrip().lower()
+    for mark, what, fix in _NOT_DATA:
+        if start.startswith(mark):
+            raise InputError(f"{source}:1: {what}; {fix}")
 
 
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+def _stdin() -> io.BufferedReader:
+    if sys.stdin.isatty():
+        raise InputError("-: nothing is piped into this command; give a file, or pipe rows in")
+    return cast(io.BufferedReader, sys.stdin.buffer)
 
 
-def _text(path: str, content: bytes) -> Iterator[Row | Problem]:
-    try:
-        yield Row(Origin(path, 1), content.decode("utf-8").replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        yield Problem(f"{path}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
-
-
-def _checked(value: Any, text: str) -> Any:
-    """`value`, or ValueError where its text holds half a character (a lone surrogate escape)."""
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError("a lone surrogate escape (\\ud800 to \\udfff) is not a character") from error
-    return value
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    if isinstance(error, RecursionError):
-        return "nested too deeply", "flatten the row"
-    return str(error), "write the row with a JSON library"
-
-
-def _hint(text: str, error: json.JSONDecodeError) -> str:
-    if error.msg == "Extra data":
-        return "one row a line"
-    if text.strip() in "[]{}":
-        return "this looks like one JSON document: name the file .json"
-    if "'" in text[error.pos : error.pos + 1] or "True" in text or "None" in text:
-        return "this looks like Python's repr: write it with json.dumps"
-    return "write the row with a JSON library"
+def _not_empty(rows: Iterable[Row | Problem], source: str) -> Iterator[Row | Problem]:
+    """The rows, or InputError where there is none."""
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    if is_empty:
+        raise InputError(f"{source}: the file is empty; name another")

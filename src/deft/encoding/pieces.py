@@ -89,6 +89,9 @@ class Coder:
 
 
 def _edges(rendered: Rendered) -> list[int]:
+    """Where prompts and answers meet; what is learnt inside an answer by choice is no edge."""
+    if rendered.edges is not None:
+        return list(rendered.edges)
     return sorted({edge for span in rendered.spans for edge in (span.start, span.end)})
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from deft.encoding import raw
 from deft.encoding.pieces import Coded, Coder
 from deft.render import policy as render_policy
-from deft.render.chat import ChatRenderer
+from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rendered, Rules
 from deft.render.policy import TrainOn
 from deft.render.template import Refusal
 from deft.tokenizer import Tokenizer
@@ -24,13 +25,19 @@ Example = tuple[Encoded, ...]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How rows become tokens. max_length is the longest example in tokens; train_on None is the shape's default."""
+    """How rows become tokens. max_length is the longest example in tokens; train_on None is the shape's default.
+
+    rules            what of an answer is learnt: reasoning, tool calls
+    template_kwargs  variables that every render of the chat template gets
+    """
 
     max_length: int
     train_on: TrainOn | None = None
     render: Render = "auto"
     overflow: Overflow = "turns"
     truncation_side: raw.Side = "right"
+    rules: Rules = DEFAULT_RULES
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class EncodedRow:
     reason   why it was refused or too long
     literal  special tokens in its messages, encoded as text
     apart    an edge where one encoding of the whole text would have merged prompt and answer
+    notes    the fallbacks that its masks needed
     """
 
     conversation: Conversation
@@ -48,6 +56,15 @@ class EncodedRow:
     reason: str = ""
     literal: int = 0
     apart: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One text of a row, rendered and encoded."""
+
+    rendered: Rendered
+    coded: Coded
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,9 @@ class RowEncoder:
         return _finished(conversation, examples, Fate.TRAINED, literal)
 
     def _dialogue(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
+        if any(message.reasoning or message.tool_calls for message in conversation.messages):
+            reason = "render: raw has no place for reasoning and tool calls; render it as a chat"
+            return EncodedRow(conversation, Fate.REFUSED, reason=reason)
         messages = as_raw(conversation.messages)
         parts, literal = raw.pieces(messages, weights, self.tokenizer)
         whole = raw.fit(parts, self.tokenizer, _whole(parts), "right")
@@ -112,42 +132,77 @@ class RowEncoder:
 
     def _chat(self, conversation: Conversation) -> EncodedRow:
         messages = as_chat(conversation.messages)
+        weights = render_policy.weights(messages, self.train_on(conversation))
         try:
-            coded = self._coded(messages, conversation)
-            longest = max(len(part.tokens) for part in coded)
-            if longest <= self.policy.max_length:
-                return self._chat_row(conversation, coded, Fate.TRAINED)
-            shorter = self._shorter_chat(messages, coded, conversation)
+            parts = self._parts(messages, weights, conversation)
         except Refusal as refusal:
             return EncodedRow(conversation, Fate.REFUSED, reason=str(refusal))
-        if shorter is None:
+        longest = max(_tokens(part) for part in parts)
+        if longest <= self.policy.max_length:
+            return self._chat_row(conversation, parts, Fate.TRAINED)
+        shorter = self._shorter_chat(messages, weights, parts, conversation)
+        if not shorter:
             return self._too_long(conversation, longest)
         return self._chat_row(conversation, shorter, Fate.CUT)
 
-    def _coded(self, messages: Sequence[Message], conversation: Conversation) -> list[Coded]:
-        train_on = self.train_on(conversation)
-        if train_on == "all":
-            return [self.coder.encode(self.renderer.whole(messages, 1.0))]
-        rendered = self.renderer.render(messages, render_policy.weights(messages, train_on))
-        return [self.coder.encode(part) for part in rendered]
+    def _parts(self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation) -> list[_Part]:
+        if self.train_on(conversation) == "all":
+            rendered = [self.renderer.whole(messages, 1.0, conversation.tools)]
+        else:
+            rendered = self.renderer.render(messages, weights, conversation.tools)
+        return [_Part(each, self.coder.encode(each)) for each in rendered]
 
     def _shorter_chat(
-        self, messages: Sequence[Message], coded: Sequence[Coded], conversation: Conversation
-    ) -> list[Coded] | None:
+        self,
+        messages: Sequence[Message],
+        weights: Sequence[float],
+        parts: Sequence[_Part],
+        conversation: Conversation,
+    ) -> list[_Part]:
+        """The parts that fit, and those that do not made shorter; empty where nothing can be kept."""
+        limit, side = self.policy.max_length, self.policy.truncation_side
         if self.policy.overflow == "cut":
-            return [_cut(part, self.policy.max_length, self.policy.truncation_side) for part in coded]
+            return [replace(part, coded=_cut(part.coded, limit, side)) for part in parts]
         if self.policy.overflow != "turns":
-            return None
-        for fewer in _without_first_turns(messages):
-            candidate = self._coded(fewer, conversation)
-            if max(len(part.tokens) for part in candidate) <= self.policy.max_length:
-                return candidate
-        return None
+            return []
+        kept: list[_Part] = []
+        for part in parts:
+            if _tokens(part) <= limit:
+                kept.append(part)
+            else:
+                end = max(part.rendered.turns, default=len(messages) - 1) + 1
+                learnt = [w if i in part.rendered.turns else 0.0 for i, w in enumerate(weights[:end])]
+                kept += self._without_turns(messages[:end], learnt, conversation)
+        return kept
 
-    def _chat_row(self, conversation: Conversation, coded: Sequence[Coded], fate: Fate) -> EncodedRow:
-        parts = tuple(Encoded(conversation.origin, part.tokens, part.weights) for part in coded)
-        apart = any(part.apart and not part.literal for part in coded)
-        return _finished(conversation, (parts,), fate, max(part.literal for part in coded), apart)
+    def _without_turns(
+        self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation
+    ) -> list[_Part]:
+        """The conversation without as few of its first turns as possible, so that it fits; empty if none does.
+
+        The system messages in front, the tools, and the last question with its answer always stay.
+        """
+        body = _body(messages)
+        starts = _questions(messages, body)
+        tried: dict[int, list[_Part]] = {}
+
+        def fits(start: int) -> bool:
+            try:
+                fewer, learnt = [*messages[:body], *messages[start:]], [*weights[:body], *weights[start:]]
+                tried[start] = self._parts(fewer, learnt, conversation)
+            except Refusal:
+                return False
+            return max(map(_tokens, tried[start])) <= self.policy.max_length
+
+        first = bisect_left(starts, True, key=fits)
+        return tried[starts[first]] if first < len(starts) else []
+
+    def _chat_row(self, conversation: Conversation, parts: Sequence[_Part], fate: Fate) -> EncodedRow:
+        coded = [part.coded for part in parts]
+        encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in coded)
+        apart = any(each.apart and not each.literal for each in coded)
+        row = _finished(conversation, (encoded,), fate, max(each.literal for each in coded), apart)
+        return replace(row, notes=tuple(dict.fromkeys(note for part in parts for note in part.rendered.notes)))
 
     def _too_long(self, conversation: Conversation, length: int) -> EncodedRow:
         reason = f"{length} tokens, max_length is {self.policy.max_length}"
@@ -169,13 +224,19 @@ def _has_target(part: Encoded) -> bool:
     return bool((part.weights[1:] > 0).any())
 
 
-def _without_first_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The conversation without its first question, its first two, ...; the system messages in front always stay."""
-    body = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), len(messages))
-    questions = [i for i in range(body + 1, len(messages)) if messages[i].role == "user"]
-    for start in questions:
-        if messages[start - 1].role != "user":
-            yield [*messages[:body], *messages[start:]]
+def _body(messages: Sequence[Message]) -> int:
+    """The index of the first message after the system messages in front."""
+    return next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), len(messages))
+
+
+def _questions(messages: Sequence[Message], body: int) -> list[int]:
+    """Where a conversation may begin, system messages aside, if its first turns go: at each later question."""
+    later = range(body + 1, len(messages))
+    return [i for i in later if messages[i].role == "user" and messages[i - 1].role != "user"]
+
+
+def _tokens(part: _Part) -> int:
+    return len(part.coded.tokens)
 
 
 def _cut(part: Coded, max_length: int, side: raw.Side) -> Coded:
@@ -192,7 +253,7 @@ def as_raw(messages: Sequence[Message]) -> list[Message]:
 def as_chat(messages: Sequence[Message]) -> list[Message]:
     """The messages as a chat: prompts are the user's, outputs the assistant's."""
     roles = {"prompt": "user", "output": "assistant"}
-    return [Message(roles.get(m.role, m.role), m.content, m.weight) for m in messages]
+    return [replace(message, role=roles.get(message.role, message.role)) for message in messages]
 
 
 def _whole(parts: Sequence[raw.Piece]) -> int:

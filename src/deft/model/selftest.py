@@ -112,13 +112,19 @@ def _head_fault(learner: Learner, batch: Batch) -> str:
     return ""
 
 
-def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
-    """Why packed documents cannot be trusted in this model, or nothing."""
+def unpackable(model: PreTrainedModel) -> str:
+    """Why documents of this model cannot be packed, as far as its config tells, or nothing. It needs no weights."""
     expected = _expected_windows(model)
     if isinstance(expected, str):
         return expected
-    if not can_take_attention(model):
-        return "attention does not go through transformers' AttentionInterface"
+    return "" if can_take_attention(model) else "attention does not go through transformers' AttentionInterface"
+
+
+def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
+    """Why packed documents cannot be trusted in this model, or nothing."""
+    if fault := unpackable(model):
+        return fault
+    expected = _expected_windows(model)
     alone_MH = alone_hidden(model, batch)
     _use_attention(model, attention.NAME)
     windows_seen: list[int | None] = []

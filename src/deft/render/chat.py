@@ -7,100 +7,240 @@ them. What cannot be proven is refused with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from deft.render.provenance import TEMPLATE, Traced
-from deft.render.stop import Marks, Stop, find, last_character
+from deft.render import anchor, handing, stop, words
+from deft.render.anchor import Anchor, Anchored, Shot
+from deft.render.handing import DEFAULT, Way
+from deft.render.provenance import Part, Traced
+from deft.render.stop import Ending, Marks, Stop
 from deft.render.template import Refusal, Template
+from deft.render.ways import ways
 from deft.types import Message, Span
+
+Reasoning = Literal["auto", "require", "empty"]
+"""Where the prompt opens a reasoning block: answers without reasoning are refused, or close it at once (`empty`).
+
+`require` refuses every learnt answer without reasoning, whatever the template.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A text, what is learnt in it, and which of its characters were written by messages.
+    """A text, what is learnt in it, and which of its characters were written by messages and tools.
 
-    In the `written` ranges special tokens are text, never control tokens.
+    In the `written` ranges special tokens are text, never control tokens. At `edges` the text is cut at inference:
+    where prompts end, and where answers do. `notes` say which fallbacks were needed; `turns` are the learnt messages.
     """
 
     text: str
     spans: tuple[Span, ...]
     written: tuple[tuple[int, int], ...]
+    edges: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What of a learnt turn is learnt: its reasoning, its tool calls; and what a missing reasoning means."""
+
+    reasoning: Reasoning = "auto"
+    learn_reasoning: bool = True
+    learn_tool_calls: bool = True
+
+
+DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """One learnt turn: the text up to its stop mark, which is learnt from `start` on."""
+    """One learnt turn: the text up to its stop mark, which is the model's own from `start` on."""
 
+    index: int
     text: Traced
     start: int
-    weight: float
+    spans: tuple[Span, ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A template, asked with the same tools and in the same way."""
+
+    template: Template
+    tools: Sequence[Mapping[str, Any]]
+    way: Way
+
+    def __call__(self, messages: Sequence[Message]) -> Traced:
+        return self.template.render(messages, tools=self.tools, way=self.way)
+
+    def prompt(self, messages: Sequence[Message]) -> Traced:
+        return self.template.render(messages, add_generation_prompt=True, tools=self.tools, way=self.way)
 
 
 @dataclass(frozen=True)
 class ChatRenderer:
     """Renders chats with one template.
 
-    `stops` remembers the stop rule's answer per sequence of roles and characters after the turn, which is all that it
-    depends on; `used` collects the marks that were found, for the exported generation_config.
+    `_stops` remembers the stop rule's answer per shape of conversation, way and characters after the turn, which is all
+    that it depends on; it also holds the marks that were found, for the exported generation_config.
     """
 
     template: Template
     marks: Marks
-    _stops: dict[tuple[tuple[str, ...], str], Stop] = field(default_factory=dict, repr=False)
+    rules: Rules = DEFAULT_RULES
+    _stops: dict[tuple[Any, ...], Stop] = field(default_factory=dict, repr=False)
 
-    def render(self, messages: Sequence[Message], weights: Sequence[float]) -> list[Rendered]:
+    def render(
+        self, messages: Sequence[Message], weights: Sequence[float], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Rendered]:
         """One text, or several where history is rewritten; `weights[i]` > 0 says that message i is learnt.
 
         Raises Refusal where a mask cannot be proven. No learnt message gives the whole text without spans.
         """
         learnt = [index for index, weight in enumerate(weights) if weight > 0]
         if not learnt:
-            text = self.template.render(messages)
-            return [Rendered(str.__str__(text), (), _written(text))]
-        turns = [self._turn(messages[: index + 1], weights[index]) for index in learnt]
+            text = self.template.render(messages, tools=tools)
+            return [Rendered(str.__str__(text), (), words.written(text))]
+        turns = [self._turn(messages[: index + 1], weights[index], tools) for index in learnt]
         return [_as_rendered(group) for group in _grouped(turns)]
 
-    def whole(self, messages: Sequence[Message], weight: float) -> Rendered:
+    def whole(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]] = ()) -> Rendered:
         """The text of all messages, every character of it learnt (train_on: all)."""
-        text = self.template.render(messages)
-        plain = str.__str__(text)
-        return Rendered(plain, (Span(0, len(plain), weight),), _written(text))
+        text = self.template.render(messages, tools=tools)
+        return Rendered(str.__str__(text), (Span(0, len(text), weight),), words.written(text))
 
     def stop_marks(self) -> frozenset[str]:
         """The marks that ended the turns seen so far."""
         return frozenset(stop.mark for stop in self._stops.values())
 
-    def _turn(self, messages: Sequence[Message], weight: float) -> _Turn:
-        prompt = self.template.render(messages[:-1], add_generation_prompt=True)
-        text = self.template.render(messages)
-        start = len(prompt)
-        if not text.startswith(prompt):
-            raise Refusal(_contradiction(prompt, text))
-        last = _check_words(text, start, messages)
-        stop = self._stop(messages, str.__getitem__(text, slice(last, None)))
-        end = last + stop.length
-        if any(owner not in (len(messages) - 1, TEMPLATE) for owner, _ in text[start:end].runs):
-            raise Refusal(f"the template writes another message inside messages[{len(messages) - 1}]")
-        return _Turn(text[:end] + stop.appended, start, weight)
+    def _turn(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]]) -> _Turn:
+        """The first anchor and way that prove the turn; Refusal where none does, with the ordinary reason."""
+        said = handing.said(messages[-1], self.template.marks)
+        if self.rules.reasoning == "require" and not said.reasoning.strip():
+            raise Refusal(f"messages[{len(messages) - 1}] has no reasoning, and reasoning: require asks for it")
+        reasons: dict[Way, str] = {}
+        shots: dict[Way, Shot | None] = {}
+        for try_anchor, way in self._attempts([*messages[:-1], said], tools):
+            try:
+                if way not in shots:
+                    shots[way] = None
+                    shots[way] = self._shot(messages, said, _Asked(self.template, tools, way))
+                shot = shots[way]
+                turn = shot and self._proven(try_anchor, shot, messages, weight, _Asked(self.template, tools, way))
+                if turn:
+                    return turn
+            except Refusal as refusal:
+                reasons.setdefault(way, str(refusal))
+        raise Refusal(self._reason(shots, reasons))
 
-    def _stop(self, messages: Sequence[Message], tail: str) -> Stop:
-        key = (tuple(message.role for message in messages), tail)
+    def _attempts(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[Anchor, Way]]:
+        anchors = (anchor.prefix, *anchor.FALLBACKS, *((anchor.empty,) if self.rules.reasoning == "empty" else ()))
+        for try_anchor in anchors:
+            for way in ways(self.template, messages, tools):
+                yield try_anchor, way
+
+    def _shot(self, messages: Sequence[Message], said: Message, asked: _Asked) -> Shot:
+        block = handing.block_of(messages[-1], self.template.marks)
+        return Shot(
+            prompt=asked.prompt(messages[:-1]),
+            text=asked(messages),
+            index=len(messages) - 1,
+            message=said,
+            block=(block.opening, block.closing) if block else None,
+            marks=self.template.marks,
+        )
+
+    def _proven(
+        self, try_anchor: Anchor, shot: Shot, messages: Sequence[Message], weight: float, asked: _Asked
+    ) -> _Turn | None:
+        """The turn where the anchor holds and every check passes; None where it does not hold."""
+        found = try_anchor(shot)
+        if found is None:
+            return None
+        last = _check(found, shot, asked.way)
+        if asked.way.inline and not _opens_with(found, shot.index, asked.way.inline[0]):
+            return None
+        ended = self._stop(messages, shot, str.__getitem__(found.text, slice(last, None)), asked)
+        end = last + ended.length
+        if words.strangers(found.text, found.start, end, shot.index):
+            raise Refusal(f"the template writes another message inside messages[{shot.index}]")
+        text = found.text[:end] + ended.appended
+        spans = tuple(Span(a, b, weight) for a, b in self._learnt(text, found.start, shot) if a < b)
+        note = ", ".join(note for note in (str(asked.way), found.how) if note)
+        return _Turn(shot.index, text, found.start, spans, note)
+
+    def _stop(self, messages: Sequence[Message], shot: Shot, tail: str, asked: _Asked) -> Stop:
+        key = (tuple(map(_shape, messages)), bool(asked.tools), asked.way, tail)
         if key not in self._stops:
-            self._stops[key] = find(self.template, self.marks, messages, tail)
+            is_plain = not messages[-1].tool_calls and bool(messages[-1].content.strip())
+            bare = asked(messages[:-1])
+            header = str.removeprefix(shot.prompt, bare) if shot.prompt.startswith(bare) else ""
+            ending = Ending(tail, header, None if is_plain else self._plain_mark(messages, asked))
+            self._stops[key] = stop.find(asked, self.marks, messages, ending)
         return self._stops[key]
 
+    def _plain_mark(self, messages: Sequence[Message], asked: _Asked) -> str:
+        """The mark that would end a plain answer in place of the last of `messages`; nothing if none can be found."""
+        answered = [*messages[:-1], Message("assistant", "probe")]
+        try:
+            text = asked(answered)
+            last = words.last_character(text, len(messages) - 1)
+            tail = str.__getitem__(text, slice(last, None))
+            return "" if last is None else stop.find(asked, self.marks, answered, Ending(tail)).mark
+        except Refusal:
+            return ""
 
-def _check_words(text: Traced, start: int, messages: Sequence[Message]) -> int:
-    """One past the last character of the last message; Refusal unless the turn holds all its words."""
-    index = len(messages) - 1
-    own = "".join(piece for owner, piece in _pieces(text[start:]) if owner == index)
-    if "".join(own.split()) != "".join(messages[-1].content.split()):
-        raise Refusal(f"the template drops words of messages[{index}], which is learnt: {_shortened(own)} is left")
-    last = last_character(text, index)
-    if last is None:
-        raise Refusal(f"messages[{index}] has no words to learn")
+    def _learnt(self, text: Traced, start: int, shot: Shot) -> list[tuple[int, int]]:
+        """The ranges of a turn that the rules let learn: all, or what follows the reasoning, or precedes the calls."""
+        end = len(text)
+        if not self.rules.learn_reasoning and shot.message.reasoning:
+            answer = words.first_character(text, shot.index, (Part.CONTENT, Part.CALL_NAME, Part.ARGUMENT), start)
+            start = end if answer is None else answer
+        if not self.rules.learn_tool_calls and shot.message.tool_calls:
+            end = words.end_of_content(text, shot.index) or start
+        return [(start, end)]
+
+    def _reason(self, shots: Mapping[Way, Shot | None], reasons: Mapping[Way, str]) -> str:
+        """Why no way proves the turn, in the words that help most: of the first way that renders it at all."""
+        way, usual = next(((way, shot) for way, shot in shots.items() if shot is not None), (DEFAULT, None))
+        if usual is None:
+            return reasons[DEFAULT]
+        opened = anchor.opens(usual)
+        if opened and not usual.message.reasoning:
+            return (
+                f"the prompt opens a reasoning block ({opened[0].strip()!r}) that messages[{usual.index}] does not"
+                " have; give it reasoning, or say reasoning: empty to learn an empty block"
+            )
+        return reasons[way] if way in reasons else _contradiction(usual.prompt, usual.text)
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    """What of a message decides the marks around it."""
+    return message.role, bool(message.content.strip()), bool(message.reasoning), len(message.tool_calls)
+
+
+def _check(found: Anchored, shot: Shot, way: Way) -> int:
+    """One past the last character of the turn; Refusal unless it holds all its words."""
+    dropped = words.dropped(words.by_owner(found.text), shot.message, shot.index, way)
+    if dropped:
+        raise Refusal(f"the template drops words of messages[{shot.index}], which is learnt: {', '.join(dropped)}")
+    last = words.last_character(found.text, shot.index)
+    if last is None or last <= found.start:
+        raise Refusal(f"messages[{shot.index}] has no words to learn")
     return last
+
+
+def _opens_with(found: Anchored, index: int, opening: str) -> bool:
+    """True if the block of reasoning comes first in the answer, or the prompt has opened it."""
+    first = words.first_character(found.text, index, (Part.REASONING,), found.start)
+    before = found.text[found.start : first].strip()
+    return before == opening.strip() or (not before and found.text[: found.start].rstrip().endswith(opening.rstrip()))
 
 
 def _grouped(turns: Sequence[_Turn]) -> list[list[_Turn]]:
@@ -118,35 +258,20 @@ def _grouped(turns: Sequence[_Turn]) -> list[list[_Turn]]:
 def _as_rendered(group: Sequence[_Turn]) -> Rendered:
     longest = group[0].text
     turns = sorted(group, key=lambda turn: turn.start)
-    spans = tuple(Span(turn.start, len(turn.text), turn.weight) for turn in turns)
-    return Rendered(str.__str__(longest), spans, _written(longest))
-
-
-def _written(text: Traced) -> tuple[tuple[int, int], ...]:
-    at, ranges = 0, []
-    for owner, length in text.runs:
-        if owner != TEMPLATE:
-            ranges.append((at, at + length))
-        at += length
-    return tuple(ranges)
-
-
-def _pieces(text: Traced) -> list[tuple[int, str]]:
-    at, pieces = 0, []
-    for owner, length in text.runs:
-        pieces.append((owner, str.__getitem__(text, slice(at, at + length))))
-        at += length
-    return pieces
+    return Rendered(
+        str.__str__(longest),
+        tuple(span for turn in turns for span in turn.spans),
+        words.written(longest),
+        tuple(sorted({edge for turn in turns for edge in (turn.start, len(turn.text))})),
+        tuple(dict.fromkeys(turn.note for turn in turns if turn.note)),
+        tuple(turn.index for turn in turns),
+    )
 
 
 def _contradiction(prompt: str, text: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
-    shown, written = prompt[at : at + 30], text[at : at + 30]
+    shown, written = str.__getitem__(prompt, slice(at, at + 30)), str.__getitem__(text, slice(at, at + 30))
     return (
         f"the template contradicts itself: at inference the prompt has {shown!r} "
         f"where the conversation has {written!r} (character {at})"
     )
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")

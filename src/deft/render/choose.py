@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from deft.errors import InputError
-from deft.render.template import plain
+from deft.render.template import CHATML_END, chatml, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +20,16 @@ class Chosen:
     is_own: bool
 
 
-def choose(setting: str, own: str | None, puts_bos: bool) -> Chosen:
-    """`auto`: the model's own template, deft's plain one where it has none. Else a .jinja file or a model folder.
+def choose(setting: str, own: str | None, puts_bos: bool, special: Collection[str] = ()) -> Chosen:
+    """`auto`: the model's own template, deft's plain one where it has none. Else chatml, a .jinja file or a folder.
+
+    special   the tokenizer's special tokens: chatml's marks are text where they are not among them
 
     >>> choose("auto", None, puts_bos=False).where
     "deft's plain template (role: content), as the model has none"
     """
+    if setting == "chatml":
+        return Chosen(chatml(puts_bos, CHATML_END in special), "deft's chatml", False)
     if setting != "auto":
         return Chosen(_read(setting), setting, False)
     if own is not None:
@@ -45,4 +50,5 @@ def _read(setting: str) -> str:
                 return found
     except (OSError, ValueError) as error:
         raise InputError(f"template: {setting}: {error}") from error
-    raise InputError(f"template: {setting}: no chat template there; name a .jinja file or a model folder, or auto")
+    known = "name a .jinja file or a model folder, or say auto or chatml"
+    raise InputError(f"template: {setting}: no chat template there; {known}")

@@ -1,20 +1,59 @@
 """Strings that remember where their characters came from, through everything that a chat template does to them.
 
-A `Traced` is a str made of runs: (owner, length). The owner is the index of the message that a character belongs to, or
-TEMPLATE. Operators and the string methods that templates use keep it; whatever loses it yields characters that belong
-to the template, which the prompt law then notices as words of a message that are missing.
+A `Traced` is a str made of runs: (owner, length). An owner names the message, and the part of it, that a character
+belongs to; or it is TEMPLATE, or TOOLS. Operators and the string methods that templates use keep it; whatever loses it
+yields characters that belong to the template, which the prompt law then notices as words of a message that are missing.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from string import Formatter
 from typing import Any, SupportsIndex
 
 TEMPLATE = -1
-"""The owner of characters that no message wrote."""
+"""The owner of characters that neither a message nor a tool wrote."""
+
+TOOLS = -2
+"""The owner of what the conversation's tools say."""
 
 Run = tuple[int, int]
+
+_MESSAGE, _LEAF = 24, 4
+"""Bits: an owner is message << 24 | leaf << 4 | part."""
+
+
+class Part(IntEnum):
+    """The part of a message that a character belongs to."""
+
+    CONTENT = 0
+    REASONING = 1
+    CALL_NAME = 2
+    ARGUMENT = 3
+    CALL_ID = 4
+    SPEAKER = 5
+
+
+def owner_of(message: int, part: Part = Part.CONTENT, leaf: int = 0) -> int:
+    """The owner's number; `leaf` tells the keys and values of a message's tool calls apart.
+
+    >>> owner = owner_of(3, Part.ARGUMENT, leaf=2)
+    >>> message_of(owner), part_of(owner)
+    (3, <Part.ARGUMENT: 3>)
+    """
+    return message << _MESSAGE | leaf << _LEAF | part
+
+
+def message_of(owner: int) -> int:
+    """The index of the message that an owner belongs to; negative for TEMPLATE and TOOLS."""
+    return owner >> _MESSAGE
+
+
+def part_of(owner: int) -> Part:
+    """The part of a message that an owner is; not for TEMPLATE and TOOLS."""
+    return Part(owner & (1 << _LEAF) - 1)
 
 
 class Traced(str):
@@ -52,10 +91,10 @@ class Traced(str):
     __rmul__ = __mul__
 
     def __mod__(self, values: Any) -> Traced:
-        return _format(self, values)
+        return percent(self, values)
 
     def __rmod__(self, pattern: str) -> Traced:
-        return _format(pattern, self)
+        return percent(pattern, self)
 
     def __getitem__(self, key: Any) -> Traced:
         start, stop, step = _bounds(key, len(self))
@@ -80,16 +119,25 @@ class Traced(str):
     def strip(self, chars: str | None = None, /) -> Traced:
         return self.lstrip(chars).rstrip(chars)
 
+    def ljust(self, width: SupportsIndex, fillchar: str = " ", /) -> Traced:
+        return self + fillchar * max(0, operator.index(width) - len(self))
+
+    def rjust(self, width: SupportsIndex, fillchar: str = " ", /) -> Traced:
+        return fillchar * max(0, operator.index(width) - len(self)) + self
+
     def removeprefix(self, prefix: str, /) -> Traced:
         return self[len(prefix) :] if prefix and self.startswith(prefix) else self
 
     def removesuffix(self, suffix: str, /) -> Traced:
         return self[: -len(suffix)] if suffix and self.endswith(suffix) else self
 
+    def join(self, pieces: Iterable[Any], /) -> Traced:
+        return join(self, pieces)
+
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Traced:
         if not old:
             return Traced.of(str.replace(self, old, new, count), TEMPLATE)
-        return join(new, self.split(old, count))
+        return join(new, self.split(old, count)) if old in self else self
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
         return self._located(str.split(self, sep, maxsplit))
@@ -149,6 +197,34 @@ def join(separator: str, pieces: Iterable[Any]) -> Traced:
     return Traced(str.join(separator, texts), runs)
 
 
+class TracedInt(int):
+    """A whole number from a row: written out, it has an owner."""
+
+    owner: int
+
+    def __new__(cls, value: int, owner: int) -> TracedInt:
+        self = super().__new__(cls, value)
+        self.owner = owner
+        return self
+
+    def __str__(self) -> str:
+        return Traced.of(int.__repr__(self), self.owner)
+
+
+class TracedFloat(float):
+    """A number from a row: written out, it has an owner."""
+
+    owner: int
+
+    def __new__(cls, value: float, owner: int) -> TracedFloat:
+        self = super().__new__(cls, value)
+        self.owner = owner
+        return self
+
+    def __str__(self) -> str:
+        return Traced.of(float.__repr__(self), self.owner)
+
+
 def _runs(text: str) -> tuple[Run, ...]:
     return text.runs if isinstance(text, Traced) else ((TEMPLATE, len(text)),)
 
@@ -180,13 +256,44 @@ def _bounds(key: Any, length: int) -> tuple[int, int, int]:
     return index, index + 1, 1
 
 
-def _format(pattern: str, values: Any) -> Traced:
+def percent(pattern: str, values: Any) -> Traced:
     """`pattern % values`; owners are kept where the pattern is plain %s, else the result is the template's."""
     text = str.__mod__(str.__str__(pattern), values)
     filled = values if isinstance(values, tuple) else (values,)
     literals = str.split(pattern, "%s")
     if "%%" in pattern or len(literals) != len(filled) + 1:
         return Traced.of(text, TEMPLATE)
-    pieces = [piece for pair in zip(literals, (*map(str, filled), ""), strict=True) for piece in pair]
-    traced = join("", pieces)
+    return _checked(join("", [piece for pair in zip(literals, (*filled, ""), strict=True) for piece in pair]), text)
+
+
+def braces(pattern: str, args: Sequence[Any], kwargs: Mapping[str, Any], text: str) -> Traced:
+    """`pattern.format(*args, **kwargs)`, whose text is `text`; owners are kept where the fields are plain.
+
+    >>> braces("{}: {name}", ["a"], {"name": Traced.of("b", 0)}, "a: b").runs
+    ((-1, 3), (0, 1))
+    """
+    pieces: list[Any] = []
+    unnamed = 0
+    for literal, name, spec, conversion in Formatter().parse(pattern):
+        pieces.append(literal)
+        if name is None:
+            continue
+        key = name or str(unnamed)
+        unnamed += not name
+        if spec or conversion or not (key in kwargs or (key.isdigit() and int(key) < len(args))):
+            return Traced.of(text, TEMPLATE)
+        pieces.append(kwargs[key] if key in kwargs else args[int(key)])
+    return _checked(join("", pieces), text)
+
+
+def escaped(text: Traced, escape: Any) -> Traced:
+    """`text` with each run escaped on its own by `escape`, so that the owners stay."""
+    at, pieces = 0, []
+    for owner, length in text.runs:
+        pieces.append(Traced.of(escape(str.__getitem__(text, slice(at, at + length))), owner))
+        at += length
+    return join("", pieces)
+
+
+def _checked(traced: Traced, text: str) -> Traced:
     return traced if str.__eq__(traced, text) else Traced.of(text, TEMPLATE)

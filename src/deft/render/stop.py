@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deft.render.provenance import Traced
-from deft.render.template import Refusal, Template
+from deft.render.template import Refusal
+from deft.render.words import last_character
 from deft.types import Message
+
+Render = Callable[[Sequence[Message]], Traced]
+"""Renders messages as a template does, always with the same tools and switches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +42,42 @@ class Marks:
     special: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What is known of a turn's end.
+
+    tail     the text after the turn's last character, where the turn is the last one
+    header   what the template writes before an answer: a turn must end before the next one
+    plain    the mark that ends plain answers; None if this is one
+    """
+
+    tail: str
+    header: str = ""
+    plain: str | None = None
+
+
 _LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 
 PROBES = ("user", "tool", "assistant")
 """What may follow an assistant turn; a template that refuses one of them is not asked about it."""
 
 
-def find(template: Template, marks: Marks, messages: Sequence[Message], tail: str) -> Stop:
-    """The stop of the last of `messages`, whose text ends with `tail` after the turn's last character.
+def find(render: Render, marks: Marks, messages: Sequence[Message], ending: Ending) -> Stop:
+    """The stop of the last of `messages`.
 
-    In order: an EOS token in what always follows the turn; the only special token there; a mark there that the
-    tokenizer has no token for, learnt as text; an EOS token that stands only at the very end of a conversation; a mark
-    that a template leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white
-    space after a mark is never learnt.
+    In order: an EOS token in what always follows the turn; for tool calls, the mark of plain answers; the only special
+    token there; a mark there that the tokenizer has no token for, learnt as text; an EOS token that stands only at the
+    very end of a conversation; a mark that a template leaves out at the end but writes before the next turn; the
+    tokenizer's EOS, appended. The white space after a mark is never learnt.
     """
-    followed = _followed(template, messages)
+    tail = ending.tail
+    followed = _followed(render, messages)
     close = os.path.commonprefix([tail, *followed])
-    mark = _first(close, marks.eos_all) or _only(close, marks.special) or _text_mark(close)
-    mark = mark or _first(tail, marks.eos_all)
+    mark = _first(close, marks.eos_all) or _first(close, [ending.plain] if ending.plain else [])
+    mark = mark or _only(close, marks.special) or _text_mark(close) or _first(tail, marks.eos_all)
     if mark:
         before = tail[: tail.index(mark)]
-        if any(special in before for special in marks.special):
-            raise Refusal(f"the template writes {before!r} between the assistant's words and {mark!r}, which ends them")
+        _check_before(before, mark, marks, ending)
         return Stop(len(before) + len(mark), "", mark)
     if not tail.strip() and followed:
         begun = _begins(os.path.commonprefix(followed).lstrip(), marks.special) or _begins(followed[0], marks.eos_all)
@@ -67,15 +85,24 @@ def find(template: Template, marks: Marks, messages: Sequence[Message], tail: st
             return Stop(0, begun, begun)
     if not marks.eos:
         raise Refusal("nothing ends the assistant's turn: the template writes no mark and the tokenizer has no EOS")
-    return Stop(0, marks.eos, marks.eos)
+    length = len(os.path.commonprefix([tail.rstrip(), *followed])) if ending.plain is not None else 0
+    _check_before(tail[:length], marks.eos, marks, ending)
+    return Stop(length, marks.eos, marks.eos)
 
 
-def _followed(template: Template, messages: Sequence[Message]) -> list[str]:
+def _check_before(before: str, mark: str, marks: Marks, ending: Ending) -> None:
+    """A plain answer is followed by its mark; tool calls may be closed first, but no next turn may begin."""
+    refused = marks.special if ending.plain is None else [m for m in marks.special if m in ending.header and m != mark]
+    if any(special in before for special in refused):
+        raise Refusal(f"the template writes {before!r} between the assistant's words and {mark!r}, which ends them")
+
+
+def _followed(render: Render, messages: Sequence[Message]) -> list[str]:
     """What follows the last message's last character when a user, a tool or an assistant speaks next."""
     tails = []
     for role in PROBES:
         try:
-            text = template.render([*messages, Message(role, "probe")])
+            text = render([*messages, _probe(role, messages[-1])])
         except Refusal:
             continue
         last = last_character(text, len(messages) - 1)
@@ -84,14 +111,11 @@ def _followed(template: Template, messages: Sequence[Message]) -> list[str]:
     return tails
 
 
-def last_character(text: Traced, owner: int) -> int | None:
-    """One past the last character of `owner`; None if it has none."""
-    at, last = 0, None
-    for run_owner, length in text.runs:
-        at += length
-        if run_owner == owner:
-            last = at
-    return last
+def _probe(role: str, turn: Message) -> Message:
+    if role != "tool" or not turn.tool_calls:
+        return Message(role, "probe")
+    call = turn.tool_calls[0]
+    return Message(role, "probe", name=call.name, tool_call_id=call.id)
 
 
 def _first(text: str, marks: Sequence[str]) -> str:

@@ -1,25 +1,23 @@
-"""A chat template, compiled once in the sandbox that transformers uses; characters remember their message.
+"""A chat template, compiled once in the sandbox; characters remember their message.
 
-The text is the one `tokenizer.apply_chat_template(..., tokenize=False)` gives (a test of law 1); the code differs only
-in that joins keep the owners of `provenance.Traced`.
+The text is the one `tokenizer.apply_chat_template(..., tokenize=False)` gives (a test of law 1).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, meta
+from jinja2.exceptions import SecurityError
 
 from deft.errors import InputError
-from deft.render.provenance import TEMPLATE, Traced, join
+from deft.render import handing
+from deft.render.handing import DEFAULT, KNOWN_MARKS, Marks, Way
+from deft.render.provenance import TEMPLATE, Traced
+from deft.render.sandbox import SIZE, STEPS, Exhausted, Meter, Sandbox, TracingSandbox
 from deft.types import Message
 
 _PLAIN = """\
@@ -41,6 +39,54 @@ def plain(puts_bos: bool) -> str:
     return ("{{- bos_token -}}\n" if puts_bos else "") + _PLAIN
 
 
+_MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template's own code raises on a conversation that it cannot render."""
+
+_PATIENCE = 3
+"""So many renders may go over their limits before the template is not used at all."""
+
+
+CHATML_END = "<|im_end|>"
+
+_CHATML = """\
+{%- macro turn(role) -%}{{- '<|im_start|>' + role + '\\n' + caller() + END + '\\n' -}}{%- endmacro -%}
+{%- if tools -%}
+    {%- call turn('system') -%}
+        {{- messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -}}
+        {{- '# Tools\\n\\nCall these functions, each call as JSON in <tool_call></tool_call>:\\n<tools>' -}}
+        {%- for tool in tools -%}{{- '\\n' + tool | tojson -}}{%- endfor -%}
+        {{- '\\n</tools>' -}}
+    {%- endcall -%}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'tool' -%}
+        {%- call turn('user') -%}
+            {{- '<tool_response>\\n' + message['content'] + '\\n</tool_response>' -}}
+        {%- endcall -%}
+    {%- elif not (loop.first and tools and message['role'] == 'system') -%}
+        {%- call turn(message['role']) -%}
+            {%- if message['reasoning_content'] -%}
+                {{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' -}}
+            {%- endif -%}
+            {{- message['content'] -}}
+            {%- for call in message['tool_calls'] or [] -%}
+                {{- '' if loop.first and not message['content'] else '\\n' -}}
+                {{- '<tool_call>\\n{"name": ' + call['function']['name'] | tojson -}}
+                {{- ', "arguments": ' + call['function']['arguments'] | tojson + '}\\n</tool_call>' -}}
+            {%- endfor -%}
+        {%- endcall -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def chatml(puts_bos: bool, has_end: bool) -> str:
+    """`<|im_start|>role ... <|im_end|>`, with tools, tool calls and reasoning; EOS where there is no such end token."""
+    end = "'" + CHATML_END + "'" if has_end else "eos_token"
+    return ("{{- bos_token -}}\n" if puts_bos else "") + _CHATML.replace("END", end)
+
+
 class Refusal(Exception):
     """A conversation whose mask cannot be proven, with the reason."""
 
@@ -49,7 +95,10 @@ class Refusal(Exception):
 class Template:
     """A compiled chat template and the special tokens it may name.
 
-    `tokens` holds bos_token, eos_token and the like, as transformers hands them to a template.
+    tokens   bos_token, eos_token and the like, as transformers hands them to a template
+    kwargs   the user's own variables for every render (`template_kwargs`)
+
+    Dates are those of the moment at which it was compiled, so that one run has one date.
 
     >>> template = Template(plain(puts_bos=True), {"bos_token": "<s>", "eos_token": "</s>"})
     >>> template.render([Message("user", "Hi"), Message("assistant", "Hello")])
@@ -58,89 +107,99 @@ class Template:
 
     source: str
     tokens: Mapping[str, str]
-    _compiled: Any = field(init=False, repr=False, compare=False)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _plain: _Compiled = field(init=False, repr=False, compare=False)
+    _tracing: _Compiled = field(init=False, repr=False, compare=False)
+    _over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        now = datetime.now()
+        object.__setattr__(self, "_plain", _Compiled(self.source, Sandbox(), now))
+        object.__setattr__(self, "_tracing", _Compiled(self.source, TracingSandbox(), now))
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Its variables that say whether the answer begins with reasoning, unless the user sets them."""
+        return tuple(name for name in handing.switches_of(self._plain.variables) if name not in self.kwargs)
+
+    @property
+    def missing_tokens(self) -> tuple[str, ...]:
+        """The special tokens that it reads and the tokenizer does not have."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return tuple(name for name in names if name in self._plain.variables and name not in self.tokens)
+
+    @property
+    def marks(self) -> tuple[Marks, ...]:
+        """The known marks of reasoning that it writes or looks for."""
+        return tuple(pair for pair in KNOWN_MARKS if any(mark.strip() in self.source for mark in pair))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        way: Way = DEFAULT,
+    ) -> Traced:
+        """The text of `messages`, each character owned by a part of its message, by the tools or by the template.
+
+        Raises Refusal with the template's own words where it refuses the conversation, and InputError where it goes
+        over its limits of time and size again and again.
+        """
+        named = {**dict.fromkeys(way.blank, ""), **self.tokens, **self.kwargs, **dict(way.switches)}
+        variables = {**named, "add_generation_prompt": add_generation_prompt}
+        meters = [_meter(messages, tools) for _ in range(2)]
+        expected = self._run(self._plain, meters[0], self._handed(messages, tools, way, handing.plain), variables)
+        found = self._run(self._tracing, meters[1], self._handed(messages, tools, way, handing.traced), variables)
+        if not str.__eq__(found, expected):
+            raise Refusal("the template changes what messages say in a way that cannot be followed")
+        return found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
+
+    def _handed(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], way: Way, text: handing.Text
+    ) -> dict[str, Any]:
+        return {
+            "messages": handing.chat(messages, way, text, self.marks),
+            "tools": handing.schemas(tools, way, text),
+            "documents": None,
+        }
+
+    def _run(self, compiled: _Compiled, meter: Meter, handed: Mapping[str, Any], variables: Mapping[str, Any]) -> str:
         try:
-            object.__setattr__(self, "_compiled", _ENVIRONMENT.from_string(self.source))
-        except TemplateError as error:
+            return compiled.render(meter, {**handed, **variables})
+        except Exhausted as error:
+            self._over.append(str(error))
+            if len(self._over) >= _PATIENCE:
+                raise InputError(f"chat template: {error}; name another with template=") from error
+            raise Refusal(f"the chat template goes over its limits: {error}") from error
+        except _MISHAPS as error:
+            raise Refusal(f"the chat template refuses this conversation: {error}") from error
+
+
+class _Compiled:
+    """One template in one sandbox."""
+
+    def __init__(self, source: str, sandbox: Sandbox, now: datetime) -> None:
+        self._sandbox = sandbox
+        self._now = now
+        try:
+            parsed = sandbox.parse(source)
+            self.variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
+            self._template = sandbox.from_string(source)
+        except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise InputError(f"chat template: {error}; name another with template=") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Traced:
-        """The text of `messages`, each character owned by the index of its message or by the template.
+    def render(self, meter: Meter, variables: Mapping[str, Any]) -> str:
+        self._sandbox.meter = meter
+        return self._template.render({"strftime_now": self._strftime_now, **variables})
 
-        Raises Refusal with the template's own words where it refuses the conversation.
-        """
-        chat = [{"role": m.role, "content": Traced.of(m.content, index)} for index, m in enumerate(messages)]
-        try:
-            text = self._compiled.render(
-                messages=chat, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.tokens
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise Refusal(f"the chat template refuses this conversation: {error}") from error
-        return text if isinstance(text, Traced) else Traced.of(text, TEMPLATE)
+    def _strftime_now(self, pattern: str) -> str:
+        if any(character.isdigit() for character in pattern):
+            raise SecurityError("wide fields in a date")
+        return self._now.strftime(pattern)
 
 
-class _Generator(CodeGenerator):
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802  jinja2's name
-        self.write("environment.concat((")
-        for argument in node.nodes:
-            self.visit(argument, frame)
-            self.write(", ")
-        self.write("))")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    code_generator_class = _Generator
-    concat = staticmethod(lambda pieces: join("", pieces))
-
-    def call(self, context: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        separator = getattr(function, "__self__", None)
-        if isinstance(separator, str) and getattr(function, "__name__", "") == "join":
-            return join(separator, args[0])
-        return super().call(context, function, *args, **kwargs)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote; its text is rendered as if the tags were not there."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _join(values: Sequence[Any], d: str = "", attribute: str | None = None) -> Traced:
-    return join(d, values if attribute is None else [value[attribute] for value in values])
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> Traced:
-    """JSON as transformers writes it; a string alone keeps its owner, anything else is the template's."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    owners = {owner for owner, _ in value.runs} if isinstance(value, Traced) else set()
-    return Traced.of(text, owners.pop() if len(owners) == 1 else TEMPLATE)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters.update(tojson=_tojson, join=_join)
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment
-
-
-_ENVIRONMENT = _environment()
+def _meter(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Meter:
+    """Limits that grow with the conversation."""
+    length = sum(len(m.content) + len(m.reasoning) + len(str(m.tool_calls or "")) for m in messages)
+    length += len(str(tools)) if tools else 0
+    return Meter(STEPS + length + 64 * len(messages) ** 2, SIZE + 256 * length)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from deft.data.choices import Choices
 from deft.data.fields import RowError, list_of, text_of
 from deft.types import Conversation, Message, Row
 
-
-def matches(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+KEYS = ({"<list of text>"},)
 
 
-def convert(row: Row) -> Conversation:
+def convert(row: Row, choices: Choices) -> list[Conversation]:
     """Empty strings are kept: they follow trlx's rules (the last output then is the EOS token alone).
 
     >>> from deft.types import Origin
-    >>> [m.role for m in convert(Row(Origin("a.jsonl", 1), ["Hi", "Hello", "Bye", "Bye"])).messages]
+    >>> (dialogue,) = convert(Row(Origin("a.jsonl", 1), ["Hi", "Hello", "Bye", "Bye"]), Choices())
+    >>> [message.role for message in dialogue.messages]
     ['prompt', 'output', 'prompt', 'output']
     """
     texts = list_of(row.value, "dialogue")
@@ -24,4 +22,4 @@ def convert(row: Row) -> Conversation:
         raise RowError("dialogue", f"{len(texts)} messages", "prompts and outputs alternate: an even number")
     roles = ("prompt", "output") * (len(texts) // 2)
     messages = (Message(role, text_of(text, f"[{i}]")) for i, (role, text) in enumerate(zip(roles, texts, strict=True)))
-    return Conversation(row.origin, "dialogue", tuple(messages))
+    return [Conversation(row.origin, "dialogue", tuple(messages))]

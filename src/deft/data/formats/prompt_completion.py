@@ -1,27 +1,29 @@
-"""Pairs: {"prompt": "...", "completion": "..."}. The completion is learnt; neither is put in a chat template."""
+"""Pairs: {"prompt": "...", "completion": "..."}, strings or messages. The completion alone is learnt.
+
+Two strings are never put in a chat template; messages always are.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from deft.data import pairs
+from deft.data.choices import Choices
+from deft.data.fields import need
+from deft.types import Conversation, Row
 
-from deft.data.fields import RowError, text_of
-from deft.types import Conversation, Message, Row
-
-
-def matches(value: Any) -> bool:
-    return isinstance(value, dict) and ("completion" in value or "prompt" in value)
+KEYS = ({"prompt", "completion"},)
 
 
-def convert(row: Row) -> Conversation:
+def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     >>> from deft.types import Origin
-    >>> [m.role for m in convert(Row(Origin("a.jsonl", 1), {"prompt": "2+2=", "completion": "4"})).messages]
+    >>> (pair,) = convert(Row(Origin("a.jsonl", 1), {"prompt": "2+2=", "completion": "4"}), Choices())
+    >>> [message.role for message in pair.messages]
     ['prompt', 'output']
+    >>> asked = [{"role": "user", "content": "2+2?"}]
+    >>> (chat,) = convert(Row(Origin("a.jsonl", 1), {"prompt": asked, "completion": "4"}), Choices())
+    >>> [message.role for message in chat.messages]
+    ['user', 'assistant']
     """
-    for field in ("prompt", "completion"):
-        if field not in row.value:
-            raise RowError(field, "missing", "a pair needs prompt and completion")
-    prompt, completion = (text_of(row.value[field], field) for field in ("prompt", "completion"))
-    if not completion:
-        raise RowError("completion", "empty: nothing to learn", "fill it in or remove the row")
-    return Conversation(row.origin, "dialogue", (Message("prompt", prompt), Message("output", completion)))
+    need(row.value, ("prompt", "completion"), "a pair")
+    prompt, completion = (pairs.side(row.value[field], field) for field in ("prompt", "completion"))
+    return [pairs.joined(row, prompt, completion, ("prompt", "completion"), row.value.get("tools"))]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from deft.data.fields import RowError, as_chat, text_of
+from deft.data.choices import Choices
+from deft.data.fields import RowError, need, text_of
 from deft.types import Conversation, Message, Row
 
-
-def matches(value: Any) -> bool:
-    return isinstance(value, dict) and ("question" in value or "answer" in value)
+KEYS = ({"question", "answer"},)
 
 
-def convert(row: Row) -> Conversation:
+def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     >>> from deft.types import Origin
-    >>> convert(Row(Origin("a.jsonl", 1), {"question": "2+2?", "answer": "4"})).messages[0].content
-    '2+2?'
+    >>> (chat,) = convert(Row(Origin("a.jsonl", 1), {"question": "2+2?", "answer": "4"}), Choices())
+    >>> [(message.role, message.content) for message in chat.messages]
+    [('user', '2+2?'), ('assistant', '4')]
     """
-    for field in ("question", "answer"):
-        if field not in row.value:
-            raise RowError(field, "missing", "a row needs question and answer")
-    question, answer = (text_of(row.value[field], field) for field in ("question", "answer"))
-    return Conversation(row.origin, "chat", as_chat([Message("user", question), Message("assistant", answer)], "row"))
+    need(row.value, ("question", "answer"), "a row")
+    question, answer = text_of(row.value["question"], "question"), text_of(row.value["answer"], "answer")
+    if not answer.strip():
+        raise RowError("answer", "an assistant message without words", "fill it in or remove the row")
+    return [Conversation(row.origin, "chat", (Message("user", question), Message("assistant", answer)))]

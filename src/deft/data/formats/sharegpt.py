@@ -1,50 +1,86 @@
-"""ShareGPT: {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}."""
+"""ShareGPT: {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], "tools": "[...]"}.
+
+A function_call is the assistant's, an observation a tool's. Messages in OpenAI's keys are read under this name as well.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from deft.data.fields import RowError, as_chat, kind_of, list_of, role_of, text_of, weight_of
+from deft.data import messages
+from deft.data.choices import Choices
+from deft.data.fields import list_of, need, object_of, role_of, text_of, weight_of
 from deft.types import Conversation, Message, Row
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
+KEYS = ({"conversations"},)
+
+_CALL = "call"
+_NAMES = {
+    "system": ("system",),
+    "user": ("human", "user", "prompter"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bot", "model", "ai", "bing", "bard", "claude"),
+    "tool": ("observation", "tool", "tool_response", "tool_result", "function_response", "function"),
+    _CALL: ("function_call", "tool_call", "function-call"),
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
 
 
-def matches(value: Any) -> bool:
-    return isinstance(value, dict) and "conversations" in value
-
-
-def convert(row: Row) -> Conversation:
+def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     >>> from deft.types import Origin
     >>> chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-    >>> [m.role for m in convert(Row(Origin("a.json", 1), {"conversations": chat})).messages]
+    >>> (found,) = convert(Row(Origin("a.json", 1), {"conversations": chat}), Choices())
+    >>> [message.role for message in found.messages]
     ['user', 'assistant']
     """
-    found = list_of(row.value["conversations"], "conversations")
-    messages = [_message(value, f"conversations[{index}]") for index, value in enumerate(found)]
-    if isinstance(row.value.get("system"), str) and row.value["system"]:
-        messages.insert(0, Message("system", row.value["system"]))
-    return Conversation(row.origin, "chat", as_chat(messages, "conversations"))
+    need(row.value, ("conversations",), "a row")
+    found = read_all(row.value["conversations"], "conversations")
+    if row.value.get("system"):
+        found.insert(0, Message("system", text_of(row.value["system"], "system")))
+    return [messages.chat(row, found, "conversations", row.value.get("tools"))]
 
 
-def _message(value: Any, field: str) -> Message:
-    if not isinstance(value, dict):
-        raise RowError(field, f"{kind_of(value)}, not a message", "give an object with from and value")
-    for key in ("from", "value"):
-        if key not in value:
-            raise RowError(f"{field}.{key}", "missing", "a ShareGPT message needs from and value")
-    return Message(
-        role_of(value["from"], f"{field}.from", ROLES),
-        text_of(value["value"], f"{field}.value"),
-        weight_of(value.get("weight"), f"{field}.weight"),
-    )
+def read_all(value: Any, field: str) -> list[Message]:
+    """The messages of a list. A call right after the assistant's words belongs to the same message.
+
+    >>> found = read_all([{"from": "gpt", "value": "Wait."}, {"from": "function_call", "value": '{"name": "f"}'}], "c")
+    >>> [(message.content, message.tool_calls[0].name) for message in found]
+    [('Wait.', 'f')]
+    """
+    found: list[Message] = []
+    for index, each in enumerate(list_of(value, field)):
+        message = read(each, f"{field}[{index}]")
+        if message.tool_calls and not message.content and found and _takes_call(found[-1], message):
+            found[-1] = replace(found[-1], tool_calls=message.tool_calls)
+        else:
+            found.append(message)
+    return found
+
+
+def read(value: Any, field: str) -> Message:
+    """One message in ShareGPT's keys, or in OpenAI's."""
+    value = object_of(value, field, "a message")
+    if "role" in value and "from" not in value:
+        return messages.read(value, field)
+    need(value, ("from", "value"), "a ShareGPT message", field)
+    role = role_of(value["from"], f"{field}.from", ROLES)
+    weight = value.get("weight") if value.get("weight") is not None else value.get("loss_weight")
+    learnt = weight_of(weight, f"{field}.weight")
+    if role == _CALL:
+        return replace(_call(value["value"], f"{field}.value"), weight=learnt)
+    return Message(role, text_of(value["value"], f"{field}.value"), learnt)
+
+
+def _call(value: Any, field: str) -> Message:
+    """A call, or a list of parallel calls, mostly as JSON text."""
+    calls = messages.json_of(value, field)
+    return Message("assistant", "", tool_calls=messages.tool_calls({"tool_calls": _as_list(calls)}, field))
+
+
+def _as_list(calls: Any) -> list[Any]:
+    return list(calls) if isinstance(calls, list | tuple) and calls else [calls]
+
+
+def _takes_call(before: Message, call: Message) -> bool:
+    return before.role == "assistant" and not before.tool_calls and before.weight == call.weight

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from deft.data.fields import RowError, text_of
+from deft.data.choices import Choices
+from deft.data.fields import RowError, need, text_of
 from deft.types import Conversation, Message, Row
 
-
-def matches(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and "text" in value)
+KEYS = ({"text"}, {"<text>"})
 
 
-def convert(row: Row) -> Conversation:
+def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     >>> from deft.types import Origin
-    >>> (message,) = convert(Row(Origin("a.jsonl", 1), {"text": "Once upon a time"})).messages
-    >>> message.role, message.content
+    >>> (whole,) = convert(Row(Origin("a.jsonl", 1), {"text": "Once upon a time"}), Choices())
+    >>> whole.messages[0].role, whole.messages[0].content
     ('output', 'Once upon a time')
     """
-    text = row.value if isinstance(row.value, str) else text_of(row.value["text"], "text")
+    value = {"text": row.value} if isinstance(row.value, str) else row.value
+    need(value, ("text",), "a row")
+    text = text_of(value["text"], "text")
     if not text.strip():
         raise RowError("text", "no words", "remove the row")
-    return Conversation(row.origin, "text", (Message("output", text),))
+    return [Conversation(row.origin, "text", (Message("output", text),))]

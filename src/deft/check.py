@@ -1,0 +1,225 @@
+"""`deft check`: everything but training: what a run would learn and do, and what is wrong, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deft import files, ledger
+from deft import run as running
+from deft.config import Config
+from deft.dataset import Dataset
+from deft.encoding.rows import RowEncoder
+from deft.ledger import SourceLedger
+from deft.loader import Loader
+from deft.model.outline import Outline, outline
+from deft.plan.outlook import Outlook, outlook
+from deft.run import Caller, Checked
+from deft.symptoms import Finding
+from deft.tokenizer import Tokenizer
+from deft.types import Fate
+
+BAR = 24
+"""Width of the longest bar of a histogram."""
+PIPED_WIDTH = 140
+"""Cells of a line where there is no terminal."""
+LOST_SHARE = 0.05
+"""From this share of rows on, what max_length takes away is a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What `deft check` found; `plan` is None where no row is left to plan with."""
+
+    ledgers: tuple[SourceLedger, ...]
+    model: Outline
+    plan: Outlook | None
+    findings: tuple[Finding, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "sources": [source.as_json() for source in self.ledgers],
+            "model": asdict(self.model),
+            "plan": None if self.plan is None else asdict(self.plan),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def run(config: Config, report: str | None = None, console: Console | None = None) -> Checkup:
+    """Prints what is found, writes it to `report` (JSON) if that is named; makes no output folder and loads no weights.
+
+    Raises DeftError, with exit code 2, for whatever would keep the run from starting: first all that needs no row's
+    tokens, in one error, then, after everything is printed, what became of the rows.
+    """
+    console = console or _console()
+    caller = Caller(console=console)
+    checked = running.check(config, caller, needs_weights=False)
+    row_encoder = checked.encoder()
+    data = running.encode(config, checked, row_encoder, caller)
+    planned = running.plan(config, checked, data) if data.train else None
+    checkup = Checkup(
+        ledgers=data.ledgers,
+        model=outline(checked.base),
+        plan=_outlook(planned) if planned else None,
+        findings=tuple(_findings(config, checked, row_encoder, data)),
+    )
+    _print(console, config, checked, checkup)
+    if report:
+        files.write_json(Path(report), checkup.as_json())
+    running.stop_unless_trainable(config, checked, data)
+    console.print("Nothing keeps this run from starting.")
+    return checkup
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def _outlook(planned: Loader) -> Outlook:
+    examples = planned.examples
+    return outlook(
+        planned.epochs,
+        planned.steps,
+        lambda index: [len(part.tokens) for part in examples[index]],
+        lambda index: sum(int((part.weights[1:] > 0).sum()) for part in examples[index]),
+        planned.microbatch_tokens,
+    )
+
+
+def _findings(config: Config, checked: Checked, row_encoder: RowEncoder, data: Dataset) -> Iterator[Finding]:
+    """What a user should know, the gravest kinds first: rows, then tokens that stop the model, then the folder."""
+    yield from ledger.findings(data.ledgers)
+    yield from _too_long(checked, data.ledgers)
+    if config.data.train_on == "all" and checked.is_chat:
+        what = "data.train_on is all: what users and tools say is learnt as well"
+        yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
+    yield from stop_findings(checked.tokenizer, checked.base.stop_ids, row_encoder.renderer.stop_marks())
+    folder = Path(checked.base.path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        yield Finding("warning", f"{folder} has no weights", "deft train needs its *.safetensors files")
+
+
+def _too_long(checked: Checked, ledgers: Sequence[SourceLedger]) -> Iterator[Finding]:
+    """Rows that max_length took something from, or altogether."""
+    rows = sum(source.rows for source in ledgers)
+    for fate, what in ((Fate.CUT, "cut"), (Fate.TOO_LONG, "left out")):
+        lost = ledger.named(ledgers, fate)
+        if lost:
+            first = tuple(problem.where for problem in lost[: ledger.FIRST_ROWS])
+            yield Finding(
+                "warning" if len(lost) >= LOST_SHARE * rows else "note",
+                f"{what}, as longer than {checked.policy.max_length} tokens: {len(lost)} of {rows} rows",
+                "raise max_length, or choose another overflow",
+                first if len(first) == len(lost) else (*first, "..."),
+            )
+
+
+def stop_findings(tokenizer: Tokenizer, stop_ids: Sequence[int], marks: frozenset[str]) -> Iterator[Finding]:
+    """Where tokenizer, generation_config and chat template disagree on what ends an answer.
+
+    stop_ids  those of generation_config
+    marks     what ended the learnt turns of chats
+    """
+    eos, eos_id = tokenizer.hf.eos_token, tokenizer.eos_id
+    stops = ", ".join(str(tokenizer.hf.convert_ids_to_tokens(index)) for index in stop_ids)
+    if eos_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        yield Finding("warning", "the tokenizer has no EOS token, so strings without roles are not closed", fix)
+    elif stop_ids and eos_id not in stop_ids:
+        what = f"the tokenizer's EOS {eos!r} is not among the stop tokens of generation_config ({stops})"
+        yield Finding("warning", what, "see which of them the model was trained with; final/ will name all of them")
+    for mark in sorted(marks):
+        mark_id = tokenizer.special_tokens.get(mark)
+        if mark_id is None:
+            what = f"the chat template ends turns with {mark!r}, which is no token of this tokenizer"
+            yield Finding("warning", what, "name another with template=, or stop at this text when serving")
+        elif mark_id != eos_id and mark_id not in stop_ids:
+            what = f"the chat template ends turns with {mark!r}, which is not yet a stop token of the model"
+            yield Finding("note", what, "final/generation_config.json will name it")
+    if eos_id is not None and tokenizer.hf.pad_token_id == eos_id:
+        what = f"padding and EOS are the same token {eos!r}"
+        yield Finding("note", what, "harmless: deft pads nothing, and takes no mask from a token's id")
+
+
+def _print(console: Console, config: Config, checked: Checked, checkup: Checkup) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    console.print(_table(checkup.ledgers))
+    for source in checkup.ledgers:
+        for line in _source_lines(source):
+            say(line)
+    say("")
+    if checked.is_chat:
+        say(f"template  {checked.chosen.where}")
+    for line in _model_lines(config, checked, checkup.model):
+        say(line)
+    for line in _plan_lines(checkup.plan) if checkup.plan else ["plan      no row is left to train on"]:
+        say(line)
+    say("")
+    for finding in checkup.findings:
+        style = "yellow" if finding.level == "warning" else ""
+        console.print(str(finding), style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def _size(count: int) -> str:
+    """
+    >>> _size(3 * 2**20), _size(5 * 2**30)
+    ('3.0 MiB', '5.0 GiB')
+    """
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _table(ledgers: Sequence[SourceLedger]) -> Table:
+    """A line per source; fates that nobody met are left out."""
+    fates = [fate for fate in Fate if any(source.fates[fate.value] for source in ledgers)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("source", "shape"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", *(fate.value.replace("_", " ") for fate in fates), "examples", "tokens", "learnt", "share"):
+        table.add_column(name, justify="right")
+    for source in ledgers:
+        counts = [source.rows, *(source.fates[fate.value] for fate in fates), source.examples, source.tokens]
+        numbers = [f"{number:,}" for number in (*counts, source.target_tokens)]
+        table.add_row(source.source, source.shape, *numbers, f"{source.target_share:.1%}")
+    return table
+
+
+def _source_lines(source: SourceLedger) -> Iterator[str]:
+    if not source.lengths:
+        return
+    yield f"\n{source.source}: tokens of a text"
+    most = max(count for _, count in source.lengths)
+    for tokens, count in source.lengths:
+        yield f"  {tokens:>13}  {'█' * -(-BAR * count // most):{BAR}}  {count:,}"
+    yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
+
+
+def _model_lines(config: Config, checked: Checked, model: Outline) -> Iterator[str]:
+    base, machine = checked.base, checked.machine
+    limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
+    yield (
+        f"model     {config.model}: {base.model_type}, {model.parameters / 1e6:,.2f} M parameters, {base.dtype}, "
+        f"{limit}, vocabulary {base.vocab_size:,}"
+    )
+    dtype, size = str(machine.dtype).removeprefix("torch."), _size(model.state_bytes(machine.dtype))
+    yield f"memory    {size} for weights, gradients and moments ({dtype} on {machine.device}); activations on top"
+    packing = (
+        f"one document at a time, as {model.against_packing}" if model.against_packing else "by all the config says"
+    )
+    yield f"packing   {packing}; the self-test of the loaded model decides before the first step"
+
+
+def _plan_lines(plan: Outlook) -> Iterator[str]:
+    epochs = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps over {plan.examples:,} examples"
+    yield f"plan      {plan.steps:,} steps: {epochs}"
+    yield (
+        f"a step    {plan.examples_per_step} examples, {plan.tokens_per_step} tokens, {plan.targets_per_step} learnt, "
+        f"in {plan.packs_per_step} micro-batches ({plan.fill:.0%} full)"
+    )

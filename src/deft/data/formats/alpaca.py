@@ -1,0 +1,70 @@
+"""Alpaca: {"instruction": "...", "input": "...", "output": "..."}, a chat.
+
+The input stands under the instruction, a blank line between. `response` is output and `context` is input in other data
+sets of the kind; `system` and `history` ([[question, answer], ...]) come before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deft.data import messages
+from deft.data.choices import Choices
+from deft.data.fields import RowError, kind_of, text_of
+from deft.types import Conversation, Message, Row
+
+KEYS = ({"instruction", "output"}, {"instruction", "response"}, {"instruction", "input"}, {"instruction", "context"})
+
+
+def convert(row: Row, choices: Choices) -> list[Conversation]:
+    """
+    >>> from deft.types import Origin
+    >>> value = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    >>> (chat,) = convert(Row(Origin("a.json", 1), value), Choices())
+    >>> [message.content for message in chat.messages]
+    ['Add.\\n\\n2 and 2', '4']
+    """
+    value = row.value
+    answer = next((field for field in ("output", "response") if field in value), None)
+    if answer is None or "instruction" not in value:
+        field = "output" if answer is None else "instruction"
+        raise RowError(field, "missing", "a row needs instruction and output (or response)")
+    found = [*_system(value), *_history(value.get("history")), Message("user", question(value))]
+    if not text_of(value[answer], answer).strip():
+        raise RowError(answer, "empty: nothing to learn", "fill it in or remove the row")
+    return [messages.chat(row, [*found, Message("assistant", value[answer])], "row")]
+
+
+def question(value: Mapping[str, Any]) -> str:
+    """The instruction, with its input under it where there is one.
+
+    >>> question({"instruction": "Say hi.", "input": ""})
+    'Say hi.'
+    """
+    instruction = text_of(value["instruction"], "instruction")
+    field = "input" if value.get("input") else "context"
+    given = text_of(value.get(field) or "", field)
+    whole = f"{instruction}\n\n{given}" if instruction and given.strip() else instruction or given
+    if not whole.strip():
+        raise RowError("instruction", "no words", "fill it in or remove the row")
+    return whole
+
+
+def _system(value: Mapping[str, Any]) -> list[Message]:
+    text = text_of(value.get("system") or "", "system")
+    return [Message("system", text)] if text else []
+
+
+def _history(value: Any) -> list[Message]:
+    found: list[Message] = []
+    if not isinstance(value or [], list | tuple):
+        raise RowError("history", f"{kind_of(value)}, not a list", "give [[question, answer], ...]")
+    for index, turn in enumerate(value or []):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise RowError(f"history[{index}]", "not a question and its answer", "give [[question, answer], ...]")
+        asked, told = (text_of(text, f"history[{index}][{i}]") for i, text in enumerate(turn))
+        if not told.strip():
+            raise RowError(f"history[{index}][1]", "an assistant message without words", "fill it in")
+        found += [Message("user", asked), Message("assistant", told)]
+    return found

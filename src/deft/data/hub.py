@@ -1,0 +1,41 @@
+"""A data set of the Hugging Face Hub, by its id, through `datasets`: the extra `hub`. No code of the data set runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from deft.errors import InputError
+from deft.types import Origin, Row
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_id(path: str) -> bool:
+    """Whether a path that is not on this disk could be a Hub id.
+
+    >>> is_id("openai/gsm8k"), is_id("data/train.jsonl"), is_id("./data")
+    (True, False, False)
+    """
+    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
+    return bool(_ID.fullmatch(path)) and suffix not in _SUFFIXES
+
+
+_SUFFIXES = {"jsonl", "ndjson", "json", "txt", "csv", "tsv", "parquet", "arrow", "feather", "gz", "zst", "zstd"}
+
+
+def read(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    """The rows of one split, streamed; lines are rows from 1. Raises InputError where it cannot be had."""
+    try:
+        import datasets
+    except ImportError as error:
+        fix = "if it is a Hub data set: pip install 'deft-sft[hub]'"
+        raise InputError(f"{name}: no such file or folder; {fix}") from error
+    try:
+        found: Any = datasets.load_dataset(name, subset, split=split, streaming=True)
+        for number, value in enumerate(found, start=1):
+            yield Row(Origin(name, number), value)
+    except Exception as error:  # what the network, the Hub and its libraries raise has no common kind
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: cannot be read from the Hub, split {split!r}: {what}") from error

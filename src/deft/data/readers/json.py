@@ -1,0 +1,121 @@
+"""A JSON document: an array of rows, each known by the line it begins on; one object; or JSON lines under this name.
+
+A document is held in memory whole; JSON lines are not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from typing import BinaryIO
+
+from deft.data import json_text
+from deft.data.readers import jsonl
+from deft.errors import Problem
+from deft.types import Origin, Row
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:
+    """
+    >>> import io
+    >>> [(row.origin.line, row.value) for row in read(io.BytesIO(b'[{"a": 1},\\n {"a": 2}]'), "a.json")]
+    [(1, {'a': 1}), (2, {'a': 2})]
+    """
+    head = _head(stream)
+    if _is_jsonl(head):
+        yield from jsonl.from_lines(chain(head, stream), source)
+        return
+    content = (b"".join(head) + stream.read()).removeprefix(jsonl.BOM)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield Problem(f"{source}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
+        return
+    if text.strip():
+        yield from _document(source, text)
+
+
+def _head(stream: BinaryIO) -> list[bytes]:
+    """The lines up to the second that is not blank."""
+    head: list[bytes] = []
+    while sum(1 for line in head if line.strip()) < 2 and (line := stream.readline()):
+        head.append(line)
+    return head
+
+
+def _is_jsonl(head: list[bytes]) -> bool:
+    """True where the first line is a whole value and more follows."""
+    lines = [line for line in head if line.strip()]
+    if len(lines) < 2:
+        return False
+    try:
+        json.loads(lines[0].removeprefix(jsonl.BOM))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _document(source: str, text: str) -> Iterator[Row | Problem]:
+    """The elements of an array, each at its own line; anything else is one row."""
+    position = _skip(text, 0)
+    if text[position] != "[":
+        yield from _single(source, text, position)
+        return
+    line, counted, item, line_before = 1, 0, 0, 0
+    try:
+        position = _skip(text, position + 1)
+        while text[position : position + 1] != "]":
+            value, end = json_text.decode_at(text, position)
+            line += text.count("\n", counted, position)
+            counted, item = position, item + 1
+            yield Row(Origin(source, line, item if line == line_before else 0), value)
+            line_before = line
+            position = _after_comma(text, _skip(text, end))
+    except json_text.NotJson as error:
+        yield Problem(f"{source}:{error.line}", error.what, error.fix)
+        return
+    yield from _rest(source, text, position + 1)
+
+
+def _single(source: str, text: str, position: int) -> Iterator[Row | Problem]:
+    try:
+        value, end = json_text.decode_at(text, position)
+    except json_text.NotJson as error:
+        yield Problem(f"{source}:{error.line}", error.what, error.fix)
+        return
+    yield Row(Origin(source, text.count("\n", 0, position) + 1), value)
+    yield from _rest(source, text, end)
+
+
+def _rest(source: str, text: str, end: int) -> Iterator[Problem]:
+    """A Problem where more follows the document."""
+    rest = _skip(text, end)
+    if rest < len(text):
+        where = f"{source}:{text.count(chr(10), 0, rest) + 1}"
+        yield Problem(where, "more text after the end of the JSON document", "one document a file, or a row a line")
+
+
+def _after_comma(text: str, position: int) -> int:
+    """The start of the next element, or of the closing bracket; raises NotJson elsewhere."""
+    if text[position : position + 1] == "]":
+        return position
+    if text[position : position + 1] != ",":
+        raise _misplaced("',' or ']' is missing after a row", text, position)
+    following = _skip(text, position + 1)
+    if text[following : following + 1] == "]":
+        raise _misplaced("a comma before ']'", text, position)
+    return following
+
+
+def _misplaced(what: str, text: str, position: int) -> json_text.NotJson:
+    return json_text.NotJson(f"not valid JSON: {what}", line=text.count("\n", 0, position) + 1)
+
+
+def _skip(text: str, position: int) -> int:
+    found = _BLANK.match(text, position)
+    return found.end() if found else position

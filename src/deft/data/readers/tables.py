@@ -1,0 +1,95 @@
+"""Parquet and Arrow (IPC file and stream, Feather): a row a record, read in batches. Rows are counted from 1.
+
+A field that is null inside a struct is taken out: a table must give every struct all fields, a row need not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from deft.errors import InputError, Problem
+from deft.types import Origin, Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 1024
+
+
+def parquet(path: str) -> Iterator[Row | Problem]:
+    """The rows of a Parquet file. Raises InputError where it is none, or damaged."""
+    import pyarrow.parquet as pq
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+    return _rows(batches, path, "Parquet")
+
+
+def arrow(path: str) -> Iterator[Row | Problem]:
+    """The rows of an Arrow file or stream. Raises InputError where it is neither, or damaged."""
+    import pyarrow as pa
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(path) as file:
+            try:
+                reader: Any = pa.ipc.open_file(file)
+            except pa.ArrowInvalid:
+                file.seek(0)
+                yield from _sliced(pa.ipc.open_stream(file))
+            else:
+                yield from _sliced(reader.get_batch(index) for index in range(reader.num_record_batches))
+
+    return _rows(batches, path, "Arrow")
+
+
+def _sliced(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def _rows(batches: Callable[[], Iterator[pa.RecordBatch]], path: str, kind: str) -> Iterator[Row | Problem]:
+    import pyarrow as pa
+
+    done = 0
+    try:
+        for batch in batches():
+            yield from _batch(batch, path, done)
+            done += batch.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        what = str(error).splitlines()[0][:200]
+        raise InputError(f"{path}:{done + 1}: not a whole {kind} file: {what}; write or copy it again") from error
+
+
+def _batch(batch: pa.RecordBatch, path: str, done: int) -> Iterator[Row | Problem]:
+    try:
+        values: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError:
+        values = [_one(batch, index) for index in range(batch.num_rows)]
+    for number, value in enumerate(values, start=done + 1):
+        if value is None:
+            yield Problem(f"{path}:{number}", "text that is not UTF-8", "write the column as UTF-8")
+        else:
+            yield Row(Origin(path, number), {key: _without_nulls(each) for key, each in value.items()})
+
+
+def _one(batch: pa.RecordBatch, index: int) -> Any:
+    try:
+        return batch.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the null fields of its objects; nulls in lists stay.
+
+    >>> _without_nulls([{"role": "user", "tool_calls": None}])
+    [{'role': 'user'}]
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return value

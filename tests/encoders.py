@@ -1,0 +1,38 @@
+"""Row encoders over tiny tokenizers, and rows in memory as sources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny_tokenizers import CHATML, byte_level
+from transformers import PreTrainedTokenizerFast
+
+from deft import dataset
+from deft import tokenizer as edge
+from deft.data.shapes import Understood
+from deft.dataset import Named
+from deft.encoding.rows import Policy, RowEncoder
+from deft.render.choose import Chosen
+
+
+def row_encoder(
+    template: str = CHATML,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    stop_ids: tuple[int, ...] = (),
+    **policy: Any,
+) -> RowEncoder:
+    """ChatML over the byte-level tokenizer (EOS is </s>) unless something else is named."""
+    held = edge.wrap(tokenizer or byte_level())
+    return dataset.encoder(
+        held, Chosen(template, "a test's template", True), Policy(**{"max_length": 256, **policy}), stop_ids
+    )
+
+
+def source(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> tuple[Named, Understood]:
+    (found,) = dataset.understand([Named(name, rows=rows, **settings)])
+    return found
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    """A row of two messages; `more` goes to the answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
