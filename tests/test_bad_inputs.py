@@ -54,7 +54,8 @@ def test_a_bad_file_is_treated_as_specified(case: Case, tmp_path: Path, row_enco
     path.write_bytes(case.content)
     found = refusals(str(path))
     if case.kind == "error":
-        (problem,) = found
+        *heading, problem = found
+        assert len(heading) <= 1, "what is wrong with the whole file, then its row"
         where = f"{path}:{case.line}" if case.line else str(path)
         assert str(problem).startswith(f"{where}: "), str(problem)
         assert case.says in str(problem), str(problem)

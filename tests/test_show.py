@@ -151,7 +151,7 @@ def test_what_is_shown_is_what_is_trained() -> None:
 
 
 def test_the_first_token_of_a_text_is_learnt_by_nobody() -> None:
-    (row,) = shown("the cat sat").rows
+    (row,) = shown(chat("Hi", "Hello"), train_on="all").rows
     assert row.texts[0][0].weight == 0
     assert all(token.weight == 1 for token in row.texts[0][1:])
 

@@ -100,7 +100,7 @@ def understand(named: Iterable[Named]) -> list[tuple[Named, Understood]]:
         try:
             found.append((source, shapes.understand(source.read(), source.path, source.format, source.choices)))
         except Problems as error:
-            problems += error.problems or [Problem(source.path, error.heading)]
+            problems += [Problem(source.path, error.heading.removeprefix(f"{source.path}: ")), *error.problems]
         except InputError as error:
             where, _, what = str(error).partition(": ")
             problems.append(Problem(where, what))

@@ -135,9 +135,9 @@ def prepare(config: Config, caller: Caller) -> Prepared:
 
 def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    base, loss, machine, prompts, _, folder, *found = preflight.collect(
+    (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
         [
-            lambda: models.inspect(config.model, needs_weights),
+            lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
             lambda: registry.load("loss", config.loss.name, "loss.name"),
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
@@ -146,15 +146,17 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
             *_readers(config, caller),
         ]
     )
-    reading = _reading(config, base, *found)
+    reading = _reading(config, base, tokenizer, *rows)
     prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
     return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
 
 
 def read(config: Config, caller: Caller) -> Reading:
     """The part of `check` that rows need; the model's folder may hold a tokenizer alone."""
-    base, *found = preflight.collect([lambda: _base_if_any(config.model), *_readers(config, caller)])
-    return _reading(config, base, *found)
+    (base, tokenizer), *rows = preflight.collect(
+        [lambda: (_base_if_any(config.model), edge.load(config.model)), *_readers(config, caller)]
+    )
+    return _reading(config, base, tokenizer, *rows)
 
 
 def _base_if_any(path: str) -> Base | None:
@@ -164,13 +166,9 @@ def _base_if_any(path: str) -> Base | None:
 
 
 def _readers(config: Config, caller: Caller) -> list[Callable[[], Any]]:
-    """What reads tokenizer, training rows and held-out rows."""
+    """What reads training rows and held-out rows."""
     train_sources, held_out_sources = _sources(config, caller)
-    return [
-        lambda: edge.load(config.model),
-        lambda: dataset.understand(train_sources),
-        lambda: dataset.understand(held_out_sources),
-    ]
+    return [lambda: dataset.understand(train_sources), lambda: dataset.understand(held_out_sources)]
 
 
 def _reading(
