@@ -31,7 +31,9 @@ from deft.show.rows import Shown, Wanted
 from deft.show.tokens import TokenTexts, visible
 from deft.types import Fate
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
+HOSTILE = (
+    "</script><script>document.title='owned'</script ><img src=x onerror='document.title=0'></script x=<!--<script"
+)
 ESCAPES = "\x1b]0;owned\x07\x1b[31mred\x9b2J \u202eright to left\u200b\r"
 FACTS = {"model": "tiny", "template": "chats by a test's template"}
 
@@ -158,13 +160,16 @@ def test_the_first_token_of_a_text_is_learnt_by_nobody() -> None:
 
 def test_held_out_drawn_and_evaluated_rows_have_the_fates_of_training() -> None:
     values = [chat("Hi", f"{n}") for n in range(20)]
-    train, evaluated = source(*values, times=0.5), source(values[3], name="eval.jsonl")
+    train = source(*values, times=0.5, loss_weight=0.25)
+    evaluated = source(values[3], name="eval.jsonl")
     found = rows.show([train], [evaluated], row_encoder(), 0.0, 0, Wanted(100))
     (data,) = deft.dataset.encode_sources([train], row_encoder(), held_out=[evaluated]).ledgers
     fates = {fate.value: sum(row.fate == fate for row in found.rows[:20]) for fate in Fate}
     assert fates == data.fates
     assert fates["left_out"] in (9, 10)
     assert fates["held_out"] == 1
+    weights = {token.weight for row in found.rows[:20] for text in row.texts for token in text}
+    assert weights == {0.0, 0.25}
     assert found.rows[20].fate == Fate.HELD_OUT
 
 
@@ -346,11 +351,14 @@ def in_a_browser(folder: Path, text: str, fragment: str = "") -> Parsed:
 
 
 def test_a_browser_shows_the_rows_and_runs_nothing_of_theirs(tmp_path: Path) -> None:
-    text = page.page(shown(chat("Hi", "Hello"), chat(HOSTILE, HOSTILE)), FACTS, 9)
-    found = in_a_browser(tmp_path, text, "#rows.jsonl%3A2")
-    assert found.texts["title"] == ["What is learnt: tiny"]
-    assert found.texts["output"] == ["2 of 2"]
-    assert found.all("img") == []
+    refused = {"messages": [{"role": "user", "content": HOSTILE}], "tools": HOSTILE}
+    rows_shown = shown(chat("Hi", "Hello"), chat(HOSTILE, HOSTILE), refused, chat("Hi", HOSTILE * 9))
+    text = page.page(rows_shown, FACTS, 9)
+    for line in (4, 3, 2):
+        found = in_a_browser(tmp_path, text, f"#rows.jsonl%3A{line}")
+        assert found.texts["title"] == ["What is learnt: tiny"]
+        assert found.texts["output"] == [f"{line} of 4"]
+        assert found.all("img") == []
     tokens = [each for each in found.all("span") if (each.get("class") or "").startswith("token")]
     assert len(tokens) > 40
 
