@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal
 
-from deft.render import anchor, handing, stop, words
+from deft.render import anchor, handing, probe, stop, words
 from deft.render.anchor import Anchor, Anchored, Shot
 from deft.render.handing import DEFAULT, Way
-from deft.render.provenance import Part, Traced
+from deft.render.provenance import TEMPLATE, Part, Traced
 from deft.render.stop import Ending, Marks, Stop
-from deft.render.template import Refusal, Template
+from deft.render.template import Handed, Refusal, Template
 from deft.render.ways import ways
 from deft.types import Message, Span
 
@@ -66,19 +68,33 @@ class _Turn:
     note: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A template, asked with the same tools and in the same way."""
+@dataclass(frozen=True)
+class _Whole:
+    """All messages up to the last learnt one in the ordinary way, with the owners of their characters."""
 
-    template: Template
-    tools: Sequence[Mapping[str, Any]]
-    way: Way
+    handed: Handed
 
-    def __call__(self, messages: Sequence[Message]) -> Traced:
-        return self.template.render(messages, tools=self.tools, way=self.way)
+    @property
+    def messages(self) -> Sequence[Message]:
+        return self.handed.messages
 
-    def prompt(self, messages: Sequence[Message]) -> Traced:
-        return self.template.render(messages, add_generation_prompt=True, tools=self.tools, way=self.way)
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        return self.handed.tools
+
+    @cached_property
+    def text(self) -> Traced:
+        return self.handed.traced(len(self.messages))
+
+    def up_to(self, index: int) -> Traced | None:
+        """The text of messages[:index + 1], which must stand in that of all; None where the template rewrites it."""
+        if index == len(self.messages) - 1:
+            return self.text
+        last = words.last_character(self.text, index)
+        text = self.handed.plain(index + 1)
+        if last is None or not text.startswith(str.__getitem__(self.text, slice(0, last))):
+            return None
+        return self.text[:last] + text[last:]
 
 
 @dataclass(frozen=True)
@@ -86,13 +102,15 @@ class ChatRenderer:
     """Renders chats with one template.
 
     `_stops` remembers the stop rule's answer per shape of conversation, way and characters after the turn, which is all
-    that it depends on; it also holds the marks that were found, for the exported generation_config.
+    that it depends on; it also holds the marks that were found, for the exported generation_config. `_usual` remembers
+    which anchor and way prove a shape of conversation.
     """
 
     template: Template
     marks: Marks
     rules: Rules = DEFAULT_RULES
     _stops: dict[tuple[Any, ...], Stop] = field(default_factory=dict, repr=False)
+    _usual: dict[tuple[str, bool], tuple[Anchor, Way] | None] = field(default_factory=dict, repr=False)
 
     def render(
         self, messages: Sequence[Message], weights: Sequence[float], tools: Sequence[Mapping[str, Any]] = ()
@@ -105,7 +123,8 @@ class ChatRenderer:
         if not learnt:
             text = self.template.render(messages, tools=tools)
             return [Rendered(str.__str__(text), (), words.written(text))]
-        turns = [self._turn(messages[: index + 1], weights[index], tools) for index in learnt]
+        whole = _Whole(self.template.hand(messages[: learnt[-1] + 1], tools))
+        turns = [self._turn(whole, index, weights[index]) for index in learnt]
         return [_as_rendered(group) for group in _grouped(turns)]
 
     def whole(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]] = ()) -> Rendered:
@@ -117,22 +136,75 @@ class ChatRenderer:
         """The marks that ended the turns seen so far."""
         return frozenset(stop.mark for stop in self._stops.values())
 
-    def _turn(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]]) -> _Turn:
+    def _turn(self, whole: _Whole, index: int, weight: float) -> _Turn:
         """The first anchor and way that prove the turn; Refusal where none does, with the ordinary reason."""
+        messages = whole.messages[: index + 1]
         said = handing.said(messages[-1], self.template.marks)
         if self.rules.reasoning == "require" and not said.reasoning.strip():
-            raise Refusal(f"messages[{len(messages) - 1}] has no reasoning, and reasoning: require asks for it")
+            raise Refusal(f"messages[{index}] has no reasoning, and reasoning: require asks for it")
+        turn = self._at_once(whole, said, index, weight)
+        return turn or self._with_fallbacks(messages, said, whole.tools, weight)
+
+    def _at_once(self, whole: _Whole, said: Message, index: int, weight: float) -> _Turn | None:
+        """The turn by the prefix law in the text of all messages; None where it takes another way to see it."""
+        try:
+            text = whole.up_to(index)
+            if text is None:
+                return None
+            messages = whole.messages[: index + 1]
+            shot = self._shot(messages, said, whole.handed.plain(index, True), text)
+            return self._proven(anchor.prefix, shot, messages, weight, whole.handed)
+        except Refusal:
+            return None
+
+    def _with_fallbacks(
+        self, messages: Sequence[Message], said: Message, tools: Sequence[Mapping[str, Any]], weight: float
+    ) -> _Turn:
+        usual = self._usual_attempt(messages, tools)
+        ordinary = self._attempts([*messages[:-1], said], tools)
+        return self._first_of([usual] if usual else [], ordinary, messages, said, tools, weight)[0]
+
+    def _usual_attempt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[Anchor, Way] | None:
+        """What proves the turn of a made-up conversation of the same shape: tried first, it saves the others.
+
+        It depends on the shape alone, so that no row's examples depend on the rows before it.
+        """
+        probes = [probe.like(message, index, self.template.marks) for index, message in enumerate(messages)]
+        key = (repr(probes), bool(tools))
+        if key not in self._usual:
+            said, schemas = handing.said(probes[-1], self.template.marks), probe.TOOLS if tools else ()
+            attempts = self._attempts([*probes[:-1], said], schemas)
+            try:
+                self._usual[key] = self._first_of([], attempts, probes, said, schemas, 1.0)[1]
+            except Refusal:
+                self._usual[key] = None
+        return self._usual[key]
+
+    def _first_of(
+        self,
+        usual: Sequence[tuple[Anchor, Way]],
+        ordinary: Iterator[tuple[Anchor, Way]],
+        messages: Sequence[Message],
+        said: Message,
+        tools: Sequence[Mapping[str, Any]],
+        weight: float,
+    ) -> tuple[_Turn, tuple[Anchor, Way]]:
+        """The first attempt that proves the turn; Refusal with the ordinary reason where none does."""
         reasons: dict[Way, str] = {}
         shots: dict[Way, Shot | None] = {}
-        for try_anchor, way in self._attempts([*messages[:-1], said], tools):
+        for try_anchor, way in chain(usual, ordinary):
+            handed = self.template.hand(messages, tools, way)
             try:
                 if way not in shots:
                     shots[way] = None
-                    shots[way] = self._shot(messages, said, _Asked(self.template, tools, way))
+                    prompt = handed.traced(len(messages) - 1, True)
+                    shots[way] = self._shot(messages, said, prompt, handed.traced(len(messages)))
                 shot = shots[way]
-                turn = shot and self._proven(try_anchor, shot, messages, weight, _Asked(self.template, tools, way))
+                turn = shot and self._proven(try_anchor, shot, messages, weight, handed)
                 if turn:
-                    return turn
+                    return turn, (try_anchor, way)
             except Refusal as refusal:
                 reasons.setdefault(way, str(refusal))
         raise Refusal(self._reason(shots, reasons))
@@ -145,11 +217,11 @@ class ChatRenderer:
             for way in ways(self.template, messages, tools):
                 yield try_anchor, way
 
-    def _shot(self, messages: Sequence[Message], said: Message, asked: _Asked) -> Shot:
+    def _shot(self, messages: Sequence[Message], said: Message, prompt: str, text: Traced) -> Shot:
         block = handing.block_of(messages[-1], self.template.marks)
         return Shot(
-            prompt=asked.prompt(messages[:-1]),
-            text=asked(messages),
+            prompt=prompt if isinstance(prompt, Traced) else Traced.of(prompt, TEMPLATE),
+            text=text,
             index=len(messages) - 1,
             message=said,
             block=(block.opening, block.closing) if block else None,
@@ -157,42 +229,41 @@ class ChatRenderer:
         )
 
     def _proven(
-        self, try_anchor: Anchor, shot: Shot, messages: Sequence[Message], weight: float, asked: _Asked
+        self, try_anchor: Anchor, shot: Shot, messages: Sequence[Message], weight: float, handed: Handed
     ) -> _Turn | None:
         """The turn where the anchor holds and every check passes; None where it does not hold."""
         found = try_anchor(shot)
         if found is None:
             return None
-        last = _check(found, shot, asked.way)
-        if asked.way.inline and not _opens_with(found, shot.index, asked.way.inline[0]):
+        last = _check(found, shot, handed.way)
+        if handed.way.inline and not _opens_with(found, shot.index, handed.way.inline[0]):
             return None
-        ended = self._stop(messages, shot, str.__getitem__(found.text, slice(last, None)), asked)
+        ended = self._stop(messages, str.__getitem__(found.text, slice(last, None)), handed)
         end = last + ended.length
         if words.strangers(found.text, found.start, end, shot.index):
             raise Refusal(f"the template writes another message inside messages[{shot.index}]")
         text = found.text[:end] + ended.appended
         spans = tuple(Span(a, b, weight) for a, b in self._learnt(text, found.start, shot) if a < b)
-        note = ", ".join(note for note in (str(asked.way), found.how) if note)
+        note = ", ".join(note for note in (str(handed.way), found.how) if note)
         return _Turn(shot.index, text, found.start, spans, note)
 
-    def _stop(self, messages: Sequence[Message], shot: Shot, tail: str, asked: _Asked) -> Stop:
-        key = (tuple(map(_shape, messages)), bool(asked.tools), asked.way, tail)
+    def _stop(self, messages: Sequence[Message], tail: str, handed: Handed) -> Stop:
+        key = (tuple(map(_shape, messages)), bool(handed.tools), handed.way, tail)
         if key not in self._stops:
             is_plain = not messages[-1].tool_calls and bool(messages[-1].content.strip())
-            bare = asked(messages[:-1])
-            header = str.removeprefix(shot.prompt, bare) if shot.prompt.startswith(bare) else ""
-            ending = Ending(tail, header, None if is_plain else self._plain_mark(messages, asked))
-            self._stops[key] = stop.find(asked, self.marks, messages, ending)
+            plain = None if is_plain else self._plain_mark(messages, handed)
+            ending = Ending(tail, _header(handed, len(messages) - 1), plain)
+            self._stops[key] = stop.find(partial(_render, handed), self.marks, messages, ending)
         return self._stops[key]
 
-    def _plain_mark(self, messages: Sequence[Message], asked: _Asked) -> str:
+    def _plain_mark(self, messages: Sequence[Message], handed: Handed) -> str:
         """The mark that would end a plain answer in place of the last of `messages`; nothing if none can be found."""
         answered = [*messages[:-1], Message("assistant", "probe")]
         try:
-            text = asked(answered)
+            text = _render(handed, answered)
             last = words.last_character(text, len(messages) - 1)
             tail = str.__getitem__(text, slice(last, None))
-            return "" if last is None else stop.find(asked, self.marks, answered, Ending(tail)).mark
+            return "" if last is None else stop.find(partial(_render, handed), self.marks, answered, Ending(tail)).mark
         except Refusal:
             return ""
 
@@ -210,13 +281,16 @@ class ChatRenderer:
         """Why no way proves the turn, in the words that help most: of the first way that renders it at all."""
         way, usual = next(((way, shot) for way, shot in shots.items() if shot is not None), (DEFAULT, None))
         if usual is None:
-            return reasons[DEFAULT]
+            return next((why for why in reasons.values() if "refuses this conversation" not in why), reasons[DEFAULT])
         opened = anchor.opens(usual)
         if opened and not usual.message.reasoning:
             return (
                 f"the prompt opens a reasoning block ({opened[0].strip()!r}) that messages[{usual.index}] does not"
                 " have; give it reasoning, or say reasoning: empty to learn an empty block"
             )
+        dropped = words.dropped(words.by_owner(usual.text), usual.message, usual.index, way)
+        if way not in reasons and dropped:
+            return _drops(usual.index, dropped)
         return reasons[way] if way in reasons else _contradiction(usual.prompt, usual.text)
 
 
@@ -229,7 +303,7 @@ def _check(found: Anchored, shot: Shot, way: Way) -> int:
     """One past the last character of the turn; Refusal unless it holds all its words."""
     dropped = words.dropped(words.by_owner(found.text), shot.message, shot.index, way)
     if dropped:
-        raise Refusal(f"the template drops words of messages[{shot.index}], which is learnt: {', '.join(dropped)}")
+        raise Refusal(_drops(shot.index, dropped))
     last = words.last_character(found.text, shot.index)
     if last is None or last <= found.start:
         raise Refusal(f"messages[{shot.index}] has no words to learn")
@@ -241,6 +315,21 @@ def _opens_with(found: Anchored, index: int, opening: str) -> bool:
     first = words.first_character(found.text, index, (Part.REASONING,), found.start)
     before = found.text[found.start : first].strip()
     return before == opening.strip() or (not before and found.text[: found.start].rstrip().endswith(opening.rstrip()))
+
+
+def _drops(index: int, dropped: Sequence[str]) -> str:
+    return f"the template drops words of messages[{index}], which is learnt: {', '.join(dropped)}"
+
+
+def _header(handed: Handed, index: int) -> str:
+    """What the template writes before an answer: the generation prompt, as far as it stands at the end of the text."""
+    bare, prompt = handed.plain(index), handed.plain(index, True)
+    return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+
+
+def _render(handed: Handed, messages: Sequence[Message]) -> Traced:
+    """Other messages, handed to the same template in the same way."""
+    return handed.template.render(messages, tools=handed.tools, way=handed.way)
 
 
 def _grouped(turns: Sequence[_Turn]) -> list[list[_Turn]]:

@@ -31,7 +31,7 @@ SECONDS = 5.0
 """So long may one render take."""
 
 STEPS = 200_000
-SIZE = 8_000_000
+SIZE = 4_000_000
 """So many turns of loops and calls, and so many characters and items, may any render use; long rows may use more."""
 
 _WIDEST = 100_000
@@ -97,7 +97,7 @@ class Meter:
             return 1
         if id(value) not in self._weights:
             items = value.values() if isinstance(value, dict) else value
-            self._weights[id(value)] = 1 + sum(map(self.weight, items))
+            self._weights[id(value)] = 4 + sum(map(self.weight, items))
             self._kept.append(value)
         return self._weights[id(value)]
 

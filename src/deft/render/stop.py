@@ -92,8 +92,9 @@ def find(render: Render, marks: Marks, messages: Sequence[Message], ending: Endi
 
 def _check_before(before: str, mark: str, marks: Marks, ending: Ending) -> None:
     """A plain answer is followed by its mark; tool calls may be closed first, but no next turn may begin."""
-    refused = marks.special if ending.plain is None else [m for m in marks.special if m in ending.header and m != mark]
-    if any(special in before for special in refused):
+    header = ending.header.strip()
+    refused = marks.special if ending.plain is None else [header] if header else []
+    if any(each in before for each in refused):
         raise Refusal(f"the template writes {before!r} between the assistant's words and {mark!r}, which ends them")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, meta
@@ -117,18 +118,23 @@ class Template:
         object.__setattr__(self, "_plain", _Compiled(self.source, Sandbox(), now))
         object.__setattr__(self, "_tracing", _Compiled(self.source, TracingSandbox(), now))
 
-    @property
+    @cached_property
     def switches(self) -> tuple[str, ...]:
         """Its variables that say whether the answer begins with reasoning, unless the user sets them."""
         return tuple(name for name in handing.switches_of(self._plain.variables) if name not in self.kwargs)
 
-    @property
+    @cached_property
+    def has_effort(self) -> bool:
+        """Whether it asks how much to think, which some templates take as a switch, unless the user says."""
+        return "reasoning_effort" in self._plain.variables and "reasoning_effort" not in self.kwargs
+
+    @cached_property
     def missing_tokens(self) -> tuple[str, ...]:
         """The special tokens that it reads and the tokenizer does not have."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return tuple(name for name in names if name in self._plain.variables and name not in self.tokens)
 
-    @property
+    @cached_property
     def marks(self) -> tuple[Marks, ...]:
         """The known marks of reasoning that it writes or looks for."""
         return tuple(pair for pair in KNOWN_MARKS if any(mark.strip() in self.source for mark in pair))
@@ -145,27 +151,16 @@ class Template:
         Raises Refusal with the template's own words where it refuses the conversation, and InputError where it goes
         over its limits of time and size again and again.
         """
-        named = {**dict.fromkeys(way.blank, ""), **self.tokens, **self.kwargs, **dict(way.switches)}
-        variables = {**named, "add_generation_prompt": add_generation_prompt}
-        meters = [_meter(messages, tools) for _ in range(2)]
-        expected = self._run(self._plain, meters[0], self._handed(messages, tools, way, handing.plain), variables)
-        found = self._run(self._tracing, meters[1], self._handed(messages, tools, way, handing.traced), variables)
-        if not str.__eq__(found, expected):
-            raise Refusal("the template changes what messages say in a way that cannot be followed")
-        return found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
+        return self.hand(messages, tools, way).traced(len(messages), add_generation_prompt)
 
-    def _handed(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], way: Way, text: handing.Text
-    ) -> dict[str, Any]:
-        return {
-            "messages": handing.chat(messages, way, text, self.marks),
-            "tools": handing.schemas(tools, way, text),
-            "documents": None,
-        }
+    def hand(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), way: Way = DEFAULT) -> Handed:
+        """A conversation, ready to be rendered up to any of its messages."""
+        return Handed(self, messages, tools, way)
 
-    def _run(self, compiled: _Compiled, meter: Meter, handed: Mapping[str, Any], variables: Mapping[str, Any]) -> str:
+    def run(self, compiled: _Compiled, meter: Meter, variables: Mapping[str, Any]) -> str:
+        """What one of the sandboxes renders; Refusal and InputError as in `render`."""
         try:
-            return compiled.render(meter, {**handed, **variables})
+            return compiled.render(meter, variables)
         except Exhausted as error:
             self._over.append(str(error))
             if len(self._over) >= _PATIENCE:
@@ -173,6 +168,58 @@ class Template:
             raise Refusal(f"the chat template goes over its limits: {error}") from error
         except _MISHAPS as error:
             raise Refusal(f"the chat template refuses this conversation: {error}") from error
+
+
+@dataclass(frozen=True)
+class Handed:
+    """One conversation, handed to one template in one way; what the template gets is made once."""
+
+    template: Template
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]]
+    way: Way
+
+    def plain(self, end: int, add_generation_prompt: bool = False) -> str:
+        """The text of the first `end` messages, as plain strings give it."""
+        return self._rendered(self.template._plain, self._given, end, add_generation_prompt)
+
+    def traced(self, end: int, add_generation_prompt: bool = False) -> Traced:
+        """The same text with the owners of its characters; Refusal where tracing would change it."""
+        found = self._rendered(self.template._tracing, self._owned, end, add_generation_prompt)
+        if not str.__eq__(found, self.plain(end, add_generation_prompt)):
+            raise Refusal("the template changes what messages say in a way that cannot be followed")
+        return found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
+
+    def _rendered(self, compiled: _Compiled, given: Mapping[str, Any], end: int, add_generation_prompt: bool) -> str:
+        now = {"messages": given["messages"][:end], "add_generation_prompt": add_generation_prompt}
+        return self.template.run(compiled, Meter(*self._limits), {**given, **now})
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        return self._made(handing.plain)
+
+    @cached_property
+    def _owned(self) -> dict[str, Any]:
+        return self._made(handing.traced)
+
+    def _made(self, text: handing.Text) -> dict[str, Any]:
+        return {
+            **dict.fromkeys(self.way.blank, ""),
+            **self.template.tokens,
+            **self.template.kwargs,
+            **dict(self.way.switches),
+            "messages": handing.chat(self.messages, self.way, text, self.template.marks),
+            "tools": handing.schemas(self.tools, self.way, text),
+            "documents": None,
+        }
+
+    @cached_property
+    def _limits(self) -> tuple[int, int]:
+        """Steps and size, which grow with the conversation."""
+        length = sum(len(m.content) + len(m.reasoning) for m in self.messages)
+        length += sum(len(str(m.tool_calls)) for m in self.messages if m.tool_calls)
+        length += len(str(self.tools)) if self.tools else 0
+        return STEPS + length + 64 * len(self.messages) ** 2, SIZE + 256 * length
 
 
 class _Compiled:
@@ -196,10 +243,3 @@ class _Compiled:
         if any(character.isdigit() for character in pattern):
             raise SecurityError("wide fields in a date")
         return self._now.strftime(pattern)
-
-
-def _meter(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Meter:
-    """Limits that grow with the conversation."""
-    length = sum(len(m.content) + len(m.reasoning) + len(str(m.tool_calls or "")) for m in messages)
-    length += len(str(tools)) if tools else 0
-    return Meter(STEPS + length + 64 * len(messages) ** 2, SIZE + 256 * length)

@@ -35,6 +35,8 @@ def _changes(
     changes: list[dict[str, Any]] = []
     if template.switches:
         changes.append({"switches": tuple((name, thinks) for name in template.switches)})
+    if template.has_effort and thinks:
+        changes.append({"switches": (("reasoning_effort", "high"),)})
     if not tools:
         changes.append({"empty_tools": True})
     changes.append({"parts": True})
