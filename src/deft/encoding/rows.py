@@ -88,6 +88,10 @@ class RowEncoder:
             return self._dialogue(conversation, weights)
         return self._chat(conversation)
 
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedRow]:
+        """What `encode` gives for each, in order."""
+        return [self.encode(conversation) for conversation in conversations]
+
     def is_raw(self, conversation: Conversation) -> bool:
         """Strings without roles are never put in a template, messages with roles always; `render` overrides."""
         if self.policy.render != "auto":
