@@ -22,11 +22,12 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from deft import tokenizer as tokenizers
 from deft.errors import DeftError, DiskError, InputError
 from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
+from deft.model.towers import auto_class
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""
@@ -75,6 +76,7 @@ def export(
     chat_template: str | None,
     card: str,
     weights: Mapping[str, Tensor] | None,
+    processor: Sequence[Path] = (),
 ) -> None:
     """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
 
@@ -82,6 +84,7 @@ def export(
     stop_ids       what ends an answer beside the model's own stop ids, for generation_config.json
     chat_template  stands in for the tokenizer's own where given
     card           README.md
+    processor      files of the base's processor, copied where the tokenizer has not written its own
 
     Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
     staging folder beside it, which `remove_staging` removes.
@@ -90,6 +93,8 @@ def export(
         raise InputError(f"{folder}: exists already; name another folder, or move it away")
     with _staged(folder) as staging:
         _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
+        for file in processor:
+            (staging / file.name).write_bytes(file.read_bytes())
         _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
@@ -341,7 +346,8 @@ def _tokenizer_to_save(tokenizer: Any, chat_template: str | None) -> Any:
 def _reload(folder: Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
-        reloaded, loading = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+        plain = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        reloaded, loading = cast(tuple[Any, dict[str, Any]], plain.from_pretrained(folder, **options))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder}: plain transformers cannot load it ({error})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

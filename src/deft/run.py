@@ -29,7 +29,7 @@ from deft.loader import Loader
 from deft.logs import console as display
 from deft.logs.jsonl import JsonLines
 from deft.model import load as models
-from deft.model import selftest
+from deft.model import selftest, towers
 from deft.model.load import Base
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
@@ -332,7 +332,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
     if note:
         caller.say(note)
     optimizer = AdamW(
-        model.named_parameters(),
+        towers.trained_parameters(model),
         dtype=checked.machine.dtype,
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
@@ -340,7 +340,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
         weight_decay=config.optimizer.weight_decay,
     )
     model.train(config.dropout == "config")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for _, parameter in towers.trained_parameters(model))
     dtype = _name(checked.machine.dtype)
     caller.say(
         f"{config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
@@ -422,6 +422,7 @@ def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
         chat_template=None,
         card=_card(prepared),
         weights=masters,
+        processor=towers.processor_files(checked.base.path),
     )
     check = export.verify(
         folder,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deft.model.attention import packing_arguments
+from deft.model.towers import text_body
 from deft.types import Batch, Head
 
 Mode = Literal["packed", "alone", "whole"]
@@ -88,5 +89,4 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _body(model: PreTrainedModel, tokens_NT: Tensor, **arguments: Any) -> Tensor:
-    body: Any = model.base_model
-    return body(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
+    return text_body(model)(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from deft.errors import InputError, Problem
+from deft.model import towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         path = str(folder)
     with _explained(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if towers.auto_class(config) is None:
         fix = "name a model that transformers lists under AutoModelForCausalLM"
         raise _refusal(path, f"{config.model_type} is not a causal language model", fix)
     text = config.get_text_config()
@@ -61,7 +62,7 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
 
 
 def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `dtype` on `device`, in evaluation mode, with transformers' own attention.
+    """The model in `dtype` on `device`, in evaluation mode, with transformers' own attention; towers are frozen.
 
     Raises InputError where weights are unreadable, missing, or do not fit the config.
     """
@@ -76,13 +77,15 @@ def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTr
         # transformers would go on with random numbers in their place.
         what = f"{len(missing)} weights are not in its files, {missing[0]} first"
         raise _refusal(base.path, what, "download or save the model again")
+    towers.freeze_towers(model)
     return model.to(device).eval()
 
 
 def _read(base: Base, dtype: torch.dtype, attention: str) -> Any:
     """The model and what was missing in its files. The attention is named so that a config.json cannot choose one: that
     could be a kernel to be fetched and run."""
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    return towers.auto_class(config).from_pretrained(
         base.path,
         dtype=dtype,
         attn_implementation=attention,

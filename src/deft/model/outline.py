@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from deft.model import towers
 from deft.model.load import Base
 from deft.model.selftest import unpackable
 
@@ -32,5 +33,5 @@ def outline(base: Base) -> Outline:
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     with torch.device("meta"):
         # The attention is named so that a config.json cannot choose one, as in `load`.
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        model = towers.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
     return Outline(sum(parameter.numel() for parameter in model.parameters()), unpackable(model))

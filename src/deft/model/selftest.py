@@ -20,6 +20,7 @@ from deft.errors import InputError, Problem
 from deft.model import attention
 from deft.model.learner import Learner, alone_hidden, packed_hidden, whole_logits
 from deft.model.load import can_take_attention, own_attention
+from deft.model.towers import text_body
 from deft.types import Batch
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
@@ -93,7 +94,7 @@ def _head_constants(model: PreTrainedModel) -> list[tuple[float, float | None]]:
 def _head_fault(learner: Learner, batch: Batch) -> str:
     """Why our head is not the model's own, or nothing: hidden states of a telling size go through both."""
     model = learner.model
-    if model.base_model is model:
+    if text_body(model) is model:
         return "its body cannot be told from its head"
     output = model.get_output_embeddings()
     if type(output) is not nn.Linear:

@@ -1,0 +1,85 @@
+"""Checkpoints that see or hear as well: trained on text alone, their other towers frozen and saved back whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import AUDIO_TOKENIZER_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+
+PROCESSOR_FILES = (
+    FEATURE_EXTRACTOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    AUDIO_TOKENIZER_NAME,
+    "chat_template.json",
+)
+"""What turns images, videos and sound into inputs. Training on text leaves it as it is."""
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that makes the model which was saved with `config`, towers included; None where there is none.
+
+    Some configs stand for two models. The plain one would lose the towers (Qwen3.5), so `architectures` decides.
+
+    >>> from transformers import GPT2Config, LlavaConfig
+    >>> auto_class(GPT2Config()).__name__, auto_class(LlavaConfig()).__name__
+    ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
+    """
+    able = [auto for auto in AUTO_CLASSES if type(config) in auto._model_mapping]
+    saved = set(config.architectures or ())
+    named = (auto for auto in able if auto._model_mapping[type(config)].__name__ in saved)
+    return next(named, able[0] if able else None)
+
+
+def has_towers(config: PreTrainedConfig) -> bool:
+    """Whether language is one part among others.
+
+    >>> from transformers import Gemma3Config, Gemma3TextConfig
+    >>> has_towers(Gemma3Config()), has_towers(Gemma3TextConfig())
+    (True, False)
+    """
+    return config.get_text_config() is not config
+
+
+def text_body(model: PreTrainedModel) -> Any:
+    """What turns token ids into the hidden states that the head is applied to."""
+    return model.get_decoder() if has_towers(model.config) else model.base_model
+
+
+def trained_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters, tied ones once, without those of the towers."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def freeze_towers(model: PreTrainedModel) -> None:
+    """Leaves a gradient to the language model and its embeddings alone; nothing happens to a model without towers."""
+    if not has_towers(model.config):
+        return
+    model.requires_grad_(False)
+    for part in (text_body(model), model.get_input_embeddings(), model.get_output_embeddings()):
+        if part is not None:
+            part.requires_grad_(True)
+
+
+def processor_files(path: str) -> list[Path]:
+    """The processor's files of a folder or hub id, as far as there are any."""
+    options: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    found = (cached_file(path, name, **options) for name in PROCESSOR_FILES)
+    return [Path(file) for file in found if file is not None]
