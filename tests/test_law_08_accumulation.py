@@ -49,9 +49,9 @@ def update(folder: str, examples: list[Example], microbatch_tokens: int, normali
 def _recording(optimizer: AdamW, gradients: dict[str, torch.Tensor]) -> Any:
     plain = AdamW.step
 
-    def step(factor: float) -> None:
-        gradients.update({name: master.grad.clone() for name, master in optimizer.masters.items()})
-        plain(optimizer, factor)
+    def step(factor: float, scale: torch.Tensor | None) -> None:
+        gradients.update({name: optimizer.gradient(name).clone() for name in optimizer.parameters})
+        plain(optimizer, factor, scale)
 
     return step
 

@@ -11,6 +11,7 @@ import torch
 from deft.errors import NumbersError
 from deft.loader import Work
 from deft.model.learner import Learner
+from deft.optim.adamw import clip_scale
 from deft.training.state import TrainState
 from deft.types import Batch
 
@@ -31,15 +32,16 @@ def take(state: TrainState, work: Work, loss: ModuleType, *, clip: float | None,
     """
     total = torch.zeros((), dtype=torch.float64)
     for batch in work.batches:
+        state.optimizer.collect()
         nll = nll_sum(state.learner, batch, loss)
         (nll / work.normalizer).backward()
-        state.optimizer.collect()
         total += nll.detach().to("cpu", torch.float64)
-    numbers = StepNumbers(float(total) / work.normalizer, float(state.optimizer.clip(clip)))
+    norm = state.optimizer.norm()
+    numbers = StepNumbers(float(total) / work.normalizer, float(norm))
     if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
         state.optimizer.zero_grad()
         raise NumbersError(_not_finite(work, numbers))
-    state.optimizer.step(factor)
+    state.optimizer.step(factor, clip_scale(norm, clip))
     state.step += 1
     return numbers
 
