@@ -1,5 +1,6 @@
 # make demo   the main job on the repository's own data        make test   all tests
 # make check  lint, format, types, import rules, README        make bench  the benchmarks
+# make faults the fault suite in ten minutes, and the README's table; make faults-nightly: the whole of it
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench faults faults-nightly clean
 
 demo: $(VENV)/.core
 	$(BIN)/deft demo
@@ -24,6 +25,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.core
 	$(BIN)/python benchmarks/parity_trl/run.py
+
+faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults --write
+
+faults-nightly: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults --scale full --write
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,55 @@
+"""faults.json, and the README's table made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from faults.harness import Outcome, about_the_machine, ids, outcome_of
+
+RECORD = Path(__file__).parent / "faults.json"
+README = Path(__file__).parents[1] / "README.md"
+MARKS = re.compile(r"(<!-- faults -->\n).*?(<!-- /faults -->)", re.DOTALL)
+
+
+def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
+    """Puts outcomes into faults.json, in place of older ones of the same id; those of others, and of peers, stay."""
+    known = json.loads(path.read_text()) if path.exists() else {"faults": {}, "peers": {}}
+    about = about_the_machine()
+    for outcome in outcomes:
+        known["faults"][outcome.id] = asdict(outcome) | {"measured": about}
+    known["faults"] = {fault: known["faults"][fault] for fault in ids() if fault in known["faults"]}
+    path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(readme: Path = README, path: Path = RECORD) -> None:
+    """Writes the table between the README's marks."""
+    text = readme.read_text(encoding="utf-8")
+    table = rows(json.loads(path.read_text()))
+    readme.write_text(MARKS.sub(lambda found: found[1] + table + "\n" + found[2], text), encoding="utf-8")
+
+
+def rows(known: dict[str, Any]) -> str:
+    """The table in Markdown. A peer's cell stays empty where nothing was measured."""
+    lines = ["| fault | deft | control | HF Trainer | what you see |", "|---|---|---|---|---|"]
+    for fault, entry in known["faults"].items():
+        outcome = outcome_of({key: value for key, value in entry.items() if key != "measured"})
+        peer = known["peers"].get(fault)
+        control = "red" if not outcome.control.is_green else "GREEN"
+        cells = [
+            f"{fault.upper()} {outcome.title}",
+            f"{outcome.result.passed}/{outcome.result.points}",
+            control,
+            f"{peer['passed']}/{peer['points']}" if peer else "",
+            f"`{_one_line(outcome.result.sees)}`" if outcome.result.sees else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
