@@ -26,8 +26,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from deft import files
 from deft.errors import DiskError, InputError
-from deft.export import ExportError, export, model_card, remove_staging, verify
+from deft.export import ExportError, export, model_card, verify
 from deft.model import attention
 
 MESSAGES = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "sat"}]
@@ -400,7 +401,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(file: str, tmp_path: Path) -> No
 
 def test_a_killed_export_leaves_no_folder_of_the_final_name(tmp_path: Path) -> None:
     """Killed while the files are synced: all are written, none is trusted yet."""
-    slow = "plain = room._sync\nroom._sync = lambda path: (print('syncing', flush=True), time.sleep(60), plain(path))"
+    slow = "from deft import files\nfiles.Disk.sync = lambda disk, file: (print('syncing', flush=True), time.sleep(60))"
     process = subprocess.Popen(child(tmp_path / "final", slow), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "syncing\n"
@@ -410,7 +411,7 @@ def test_a_killed_export_leaves_no_folder_of_the_final_name(tmp_path: Path) -> N
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".final.")
     (tmp_path / ".final.notes").mkdir()
-    assert remove_staging(tmp_path / "final") == [left]
+    assert files.sweep(tmp_path) == [left]
     write(model_of(tokenizer_of("bytes")), tokenizer_of("bytes"), tmp_path / "final")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".final.notes", "final"]
 

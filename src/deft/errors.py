@@ -18,6 +18,12 @@ class InputError(DeftError):
     exit_code = 2
 
 
+class DamagedError(DeftError):
+    """A file that deft wrote is missing, or is not what it wrote."""
+
+    exit_code = 3
+
+
 class DiskError(DeftError):
     """Something could not be written."""
 

@@ -1,15 +1,12 @@
 """The hand-off: an ordinary Hugging Face folder, written whole or not at all, reloaded by plain transformers, compared.
 
-final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md
+final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md  manifest.json
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +21,10 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from deft import files
 from deft import tokenizer as tokenizers
-from deft.errors import DeftError, DiskError, InputError
+from deft.errors import DeftError, DiskError
+from deft.files import Staging
 from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
 from deft.model.towers import auto_class
 
@@ -39,8 +38,6 @@ TEXTS = (
     "def f(x):\n    return x ** 2\n",
 )
 """What the saved tokenizer must encode as the one in memory does, beside the texts of the rows compared."""
-
-_STAGING_BYTES = 4
 
 
 class ExportError(DeftError):
@@ -87,16 +84,14 @@ def export(
     processor      files of the base's processor, copied where the tokenizer has not written its own
 
     Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
-    staging folder beside it, which `remove_staging` removes.
+    staging folder beside it, which `files.sweep` removes.
     """
-    if os.path.lexists(folder):
-        raise InputError(f"{folder}: exists already; name another folder, or move it away")
-    with _staged(folder) as staging:
+    with _complaining(folder), files.staged(folder) as staging:
         _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
         for file in processor:
-            (staging / file.name).write_bytes(file.read_bytes())
-        _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+            staging.write(file.name, [file.read_bytes()])
+        _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging.path)
+        staging.write_text("README.md", card)
 
 
 def verify(
@@ -154,15 +149,6 @@ def weights_to_write(
         yield tuple(names), tensor.detach().to(_saved_dtype(model, names[0], tensor, dtype)).to("cpu").contiguous()
 
 
-def remove_staging(folder: Path) -> list[Path]:
-    """Remove what killed exports to `folder` left beside it, and name it. For the owner of the run's lock only."""
-    hexadecimal = "[0-9a-f]" * (2 * _STAGING_BYTES)
-    left = sorted(folder.parent.glob(f".{folder.name}.{hexadecimal}"))
-    for path in left:
-        shutil.rmtree(path)
-    return left
-
-
 def model_card(facts: Mapping[str, Any]) -> str:
     """README.md from what is known of a run; what is not known is left out.
 
@@ -216,21 +202,11 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A staging folder that becomes `folder`, synced, if the body ends well, and is removed if it does not."""
-    staging = folder.parent / f".{folder.name}.{secrets.token_hex(_STAGING_BYTES)}"
+def _complaining(folder: Path) -> Iterator[None]:
+    """What transformers and its libraries say of the disk as DiskError."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _sync_tree(staging)
-        # A rename would take the place of an empty folder without a word.
-        if os.path.lexists(folder):
-            raise InputError(f"{folder}: appeared while it was being written; move it away and export again")
-        os.rename(staging, folder)
-        _sync(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        yield
+    except Exception as error:
         if _is_disk_error(error):
             raise DiskError(f"{folder}: cannot be written ({error})") from error
         raise
@@ -238,26 +214,12 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 def _is_disk_error(error: BaseException) -> bool:
     """safetensors wraps the system's error in its own; tokenizers raises a bare Exception with the system's words."""
-    return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "os error" in str(error))
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
 
 
 def _write_model(
     model: Any,
-    folder: Path,
+    staging: Staging,
     dtype: torch.dtype,
     weights: Mapping[str, Tensor] | None,
     generation_config: GenerationConfig,
@@ -275,7 +237,7 @@ def _write_model(
         raise ExportError(
             f"{type(model).__name__}: {unknown[0]} is not a weight of the plain architecture and the model both"
         )
-    twin.save_pretrained(folder, state_dict=state)
+    twin.save_pretrained(staging.path, state_dict=state)
 
 
 def _empty_twin(model: Any, dtype: torch.dtype) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deft.errors import InputError, Problem, Problems
+from deft import files
+from deft.errors import DiskError, InputError, Problem, Problems
 
 
 def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -52,12 +52,10 @@ def output_folder(output: str | None) -> Path:
 def make_folder(folder: Path) -> None:
     """Makes the run's folder; InputError where the disk refuses."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{folder}: cannot be written to ({reason}); name another folder with output=") from error
+        files.make_folder(folder)
+        files.try_writing(folder)
+    except DiskError as error:
+        raise InputError(f"{error}; name another folder with output=") from error
 
 
 def max_length(setting: int | None, positions: int | None) -> int:

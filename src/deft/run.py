@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -58,7 +57,7 @@ class Run:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the exported Hugging Face folder."""
-        shutil.copytree(self.folder / "final", folder)
+        files.copy(self.folder / "final", Path(folder))
 
 
 @dataclass(frozen=True)

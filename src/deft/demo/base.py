@@ -7,6 +7,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deft import files
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CONTEXT = 256
 
@@ -54,7 +56,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def write_base(folder: Path | str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> None:
+def write_base(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> None:
     """Write the tokenizer and an untrained Llama of about a million parameters as a Hugging Face folder.
 
     The same seed writes the same weights; torch's global random state stays as it was.
@@ -77,5 +79,6 @@ def write_base(folder: Path | str, tokenizer: PreTrainedTokenizerFast, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with files.staged(folder) as staging:
+        model.save_pretrained(staging.path)
+        tokenizer.save_pretrained(staging.path)

@@ -76,7 +76,7 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
 
 def _write_data(folder: Path, made: World) -> None:
     """The rows as files, so that a reader can look at them and train on them by hand."""
-    folder.mkdir()
+    files.make_folder(folder)
     for name, rows in (("texts", [{"text": text} for text in made.texts]), ("dialogues", made.dialogues)):
         files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 

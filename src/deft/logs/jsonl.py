@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deft import files
+
 
 @dataclass(frozen=True, slots=True)
 class JsonLines:
@@ -17,8 +19,7 @@ class JsonLines:
     path: Path
 
     def write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        files.append(self.path, (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def _finite(value: Any) -> Any:
