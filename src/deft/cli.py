@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deft import signals
 from deft.errors import DeftError, InputError
 
 if TYPE_CHECKING:
@@ -39,13 +40,15 @@ Settings = Annotated[
 @app.command()
 def train(arguments: Overrides = None) -> None:
     """Fine-tune a model on demonstrations: deft train model=... data.train=... output=..."""
-    from deft import config
-    from deft.run import train as run
+    with signals.handled() as handled:
+        from deft import config
+        from deft.run import Caller
+        from deft.run import train as run
 
-    files, overrides = _sorted(arguments)
-    if len(files) > 1:
-        raise InputError(f"{files[1]}: one configuration file at most; other arguments are key=value")
-    run(config.load(files[0] if files else None, overrides))
+        files, overrides = _sorted(arguments)
+        if len(files) > 1:
+            raise InputError(f"{files[1]}: one configuration file at most; other arguments are key=value")
+        run(config.load(files[0] if files else None, overrides), Caller(signals=handled))
 
 
 @app.command()
@@ -127,6 +130,9 @@ def main() -> None:
     except DeftError as error:
         print(f"deft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except signals.Preempted as stop:
+        print(f"deft: {stop}", file=sys.stderr)
+        sys.exit(signals.EXIT_CODE)
 
 
 def _sorted(arguments: list[str] | None) -> tuple[list[str], list[str]]:

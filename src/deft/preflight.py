@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deft import files
+from deft import files, lock
 from deft.errors import DiskError, InputError, Problem, Problems
 
 
@@ -33,13 +33,18 @@ def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def output_folder(output: str | None) -> Path:
-    """The folder a run will write to, `runs/<date-time>` where none is named; it is not made yet.
+def run_folder(output: str | None) -> Path:
+    """The folder a run will write to, `runs/<date-time>` where none is named."""
+    return Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
 
-    Raises InputError if it holds anything, is a file, or could not be written to.
+
+def output_folder(output: str | None) -> Path:
+    """The folder a run will write to; it need not be there yet.
+
+    Raises InputError if it holds anything but a lock, is a file, or could not be written to.
     """
-    folder = Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
-    if folder.is_dir() and any(folder.iterdir()):
+    folder = run_folder(output)
+    if folder.is_dir() and any(child.name != lock.NAME for child in folder.iterdir()):
         raise InputError(f"{folder}: the output folder is not empty; name another with output=, or move it away")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():

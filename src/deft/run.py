@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deft import config as configuration
-from deft import dataset, evaluate, export, files, hardware, ledger, loader, manifest, preflight, registry, report
+from deft import dataset, evaluate, export, files, hardware, ledger, loader, lock, manifest, preflight, registry, report
 from deft import tokenizer as edge
 from deft.config import Config
 from deft.data.shapes import Understood
@@ -35,6 +35,7 @@ from deft.plan.order import Batching
 from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.schedule import factor
+from deft.signals import Signals
 from deft.tokenizer import Tokenizer
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
@@ -62,11 +63,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Caller:
-    """What only a Python caller can give: rows in memory, a metric function; and where the run reports to."""
+    """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
+
+    signals  nothing ends the run unless the caller handles signals
+    """
 
     samples: Sequence[Any] | None = None
     metric_fn: MetricFn | None = None
     console: Console = field(default_factory=Console)
+    signals: Signals = field(default_factory=Signals)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -113,11 +118,21 @@ class Prepared:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job. Raises DeftError for whatever a user can mend."""
     caller = caller or Caller()
+    folder = preflight.run_folder(config.output)
+    with lock.held(folder) as note:
+        if note:
+            caller.say(note)
+        return _run(config.model_copy(update={"output": str(folder)}), caller)
+
+
+def _run(config: Config, caller: Caller) -> Run:
     prepared = prepare(config, caller)
     state = _load(prepared, caller)
     _write_beginnings(prepared)
-    metrics = _train(prepared, state, caller)
-    _finish(prepared, state, caller)
+    with caller.signals.deferred():
+        metrics = _train(prepared, state, caller)
+        with caller.signals.at_once():
+            _finish(prepared, state, caller)
     return Run(state.learner.model, prepared.checked.tokenizer.hf, prepared.checked.folder, tuple(metrics))
 
 
@@ -362,14 +377,17 @@ def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mappin
         factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
     )
     lines: list[Mapping[str, Any]] = []
-    _evaluate(prepared, state, caller)
+    with caller.signals.at_once():
+        _evaluate(prepared, state, caller)
     with display.steps(caller.console, planned.steps) as shown:
         for record in train_steps(state, planned, prepared.checked.loss, clip=config.optimizer.clip, factor=multiplier):
             metrics.write(asdict(record))
             lines.append(asdict(record))
             shown.show(record)
             if _is_due(config, record, planned.steps):
-                _evaluate(prepared, state, caller)
+                with caller.signals.at_once():
+                    _evaluate(prepared, state, caller)
+            caller.signals.check()
     return lines
 
 
