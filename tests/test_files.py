@@ -169,11 +169,15 @@ WRITING = {
 """What writes whatever it is given."""
 
 
+NO_DATA = ("lock.py", "signals.py")
+"""The first holds a file open, the second opens /dev/null."""
+
+
 def test_no_other_module_writes() -> None:
     found = [
         f"{path.relative_to(SOURCE)}:{call.lineno}: {name}"
         for path in sorted(SOURCE.rglob("*.py"))
-        if path.name != "files.py"
+        if path.name not in ("files.py", *NO_DATA)
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and (name := writing(call))
     ]
