@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_readme.py
 
 bench: $(VENV)/.core
-	$(BIN)/python benchmarks/parity_trl/run.py
+	$(BIN)/python benchmarks/cpu/run.py $(BENCH)
 
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults --write

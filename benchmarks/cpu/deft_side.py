@@ -1,0 +1,114 @@
+"""deft's arm: `deft.train` on given rows, as anybody would call it.
+
+    python benchmarks/cpu/deft_side.py FOLDER PRECISION OUT [--gate]
+
+FOLDER as for `peer_side.py`, and `train.jsonl`: the same rows as words that the model's tokenizer turns into the same
+ids. OUT gets deft's run folder `run/`, whose metrics.jsonl has a line per optimizer step, and `memory.json`.
+
+With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the learner that a run would use;
+and with PRECISION hf_fp64, hf_fp32, hf_bf16 or hf_bf16_sdpa those of the plain Hugging Face model on padded rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from common.machine import peak_bytes
+from transformers import AutoModelForCausalLM
+
+from deft import api
+
+
+def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> None:
+    baseline = peak_bytes()
+    api.train(
+        str(folder / "model"),
+        str(folder / "train.jsonl"),
+        output=str(out / "run"),
+        epochs=1,
+        steps=settings["steps"],
+        batch__examples=settings["examples_per_step"],
+        max_length=settings["max_length"],
+        optimizer__lr=settings["lr"],
+        optimizer__betas=settings["betas"],
+        optimizer__eps=settings["eps"],
+        optimizer__clip=settings["clip"],
+        schedule__name="constant",
+        schedule__warmup=0,
+        precision=precision,
+        device="cpu",
+        **settings["deft"],
+    )
+    # What a step needed, not the export that follows.
+    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    memory = {"baseline_bytes": baseline, "peak_bytes": max(step["peak_bytes"] for step in steps)}
+    (out / "memory.json").write_text(json.dumps(memory))
+
+
+def gate(folder: Path, precision: str, out: Path, rows: list[dict[str, list[int]]]) -> None:
+    from peer_side import save_gate
+
+    attention = "sdpa" if precision.endswith("sdpa") else "eager"
+    name = precision.removeprefix("hf_").removesuffix("_sdpa")
+    dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention)
+    total = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
+    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
+    (total / targets).backward()
+    save_gate(out, model, float(total) / targets)
+
+
+def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
+    """The definition: padded rows, a mask, whole logits, cross-entropy (in fp32 at least)."""
+    from peer_side import padded
+
+    batch = padded(rows)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    labels = batch["labels"][:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels, reduction="sum")
+
+
+def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
+    import numpy as np
+
+    from deft.loader import build
+    from deft.loss import nll
+    from deft.model import selftest
+    from deft.training.step import nll_sum
+
+    learner, note = selftest.choose(model)
+    if note:
+        raise RuntimeError(note)
+    documents = [(np.array(row["input_ids"]), (np.array(row["labels"]) >= 0).astype(np.float32)) for row in rows]
+    return nll_sum(learner, build(documents), nll)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    plain = ("hf_fp64", "hf_fp32", "hf_bf16", "hf_bf16_sdpa")
+    parser.add_argument("precision", choices=("auto", "fp32", "bf16", *plain))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--gate", action="store_true")
+    given = parser.parse_args()
+    settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(settings["threads"])
+    if not given.gate:
+        train(given.folder, given.precision, given.out, settings)
+        return
+    lines = (given.folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    gate(given.folder, given.precision, given.out, [json.loads(line) for line in lines])
+
+
+if __name__ == "__main__":
+    main()
