@@ -63,7 +63,8 @@ def test_packing_changes_neither_members_nor_normalizer(normalize: loader.Normal
         assert len({work.normalizer for work in same_step}) == 1
         targets = [sorted(int(t) for batch in work.batches for t in batch.targets) for work in same_step]
         assert targets[0] == targets[1] == targets[2]
-        assert len({work.origins for work in same_step}) == 1
+        assert len({frozenset(row for rows in work.origins for row in rows) for work in same_step}) == 1
+        assert all(list(map(len, work.origins)) == [len(b.documents) for b in work.batches] for work in same_step)
 
 
 def test_normalize_by_examples_gives_each_row_one_count_whatever_its_length() -> None:

@@ -213,7 +213,9 @@ def test_a_bf16_base_gives_a_bf16_model(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_rows(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(NumbersError, match=r"No weight was changed.*train\.jsonl:") as error:
+    with pytest.raises(
+        NumbersError, match=r"not finite at step 2, rows .*train\.jsonl:\d+.*weights unchanged; replay: deft replay"
+    ) as error:
         train(tmp_path, model, rows(tmp_path, PAIRS), lr=1e30, optimizer__clip=None)
     assert error.value.exit_code == 5
 

@@ -107,6 +107,14 @@ def chat(
 
 
 @app.command()
+def replay(folder: Annotated[str, typer.Argument(metavar="RUN/bad-step-N")]) -> None:
+    """Run a step again whose loss or gradient was not finite: which row, which layer. Exit code 5 if it is so again."""
+    from deft.replay import run
+
+    run(folder)
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="the folder to write to")] = "runs/demo",
 ) -> None:

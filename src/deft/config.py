@@ -132,7 +132,10 @@ class Evaluate(Room):
 
 
 class Config(Room):
-    """Everything a run needs to be told; two keys have no default."""
+    """Everything a run needs to be told; two keys have no default.
+
+    skip_bad_steps  so many steps whose loss or gradient is not finite are skipped; the next one stops the run
+    """
 
     model: str
     data: Data
@@ -147,6 +150,7 @@ class Config(Room):
     microbatch_tokens: Literal["auto"] | int = "auto"
     epochs: int = Field(3, ge=1)
     steps: int | None = Field(None, ge=1)
+    skip_bad_steps: int = Field(0, ge=0)
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()

@@ -23,6 +23,7 @@ class Work:
 
     normalizer  Z of the loss: the sum of the weights of the whole step, or its number of examples
     tokens      of all its documents, target_tokens those that are learnt
+    origins     of each micro-batch's documents, in their order
     """
 
     step: int
@@ -31,7 +32,7 @@ class Work:
     normalizer: float
     tokens: int
     target_tokens: int
-    origins: tuple[Origin, ...]
+    origins: tuple[tuple[Origin, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Loader:
             normalizer=total if self.normalize == "tokens" else float(len(members)),
             tokens=sum(len(part.tokens) for part in parts),
             target_tokens=sum(len(batch.targets) for batch in batches),
-            origins=tuple(dict.fromkeys(part.origin for part in parts)),
+            origins=tuple(tuple(parts[i].origin for i in indices) for indices in packs),
         )
 
     def _locate(self, step: int) -> tuple[int, int]:

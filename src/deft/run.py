@@ -21,7 +21,7 @@ from deft.config import Config
 from deft.data.shapes import Understood
 from deft.dataset import Dataset, Named
 from deft.encoding.rows import Policy, RowEncoder, as_chat
-from deft.errors import Problem, Problems
+from deft.errors import NumbersError, Problem, Problems
 from deft.evaluate import MetricFn, Prompt
 from deft.hardware import Machine
 from deft.loader import Loader
@@ -37,6 +37,7 @@ from deft.render.choose import Chosen, choose
 from deft.schedule import factor
 from deft.signals import Signals
 from deft.tokenizer import Tokenizer
+from deft.training import badstep
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
 from deft.training.state import TrainState
@@ -337,35 +338,40 @@ def _write_beginnings(prepared: Prepared) -> None:
     files.write_json(checked.folder / "manifest.json", described)
 
 
-def _load(prepared: Prepared, caller: Caller) -> TrainState:
-    """The model with its fp32 masters, and the learner that the self-test chose."""
-    config, checked = prepared.config, prepared.checked
+def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, str]:
+    """The model with its fp32 masters, and the learner that the self-test chose with its note for the user."""
     torch.manual_seed(config.seed)
-    model = models.load(checked.base, device=checked.machine.device, dtype=_loaded_dtype(checked))
+    model = models.load(base, device=machine.device, dtype=_loaded_dtype(base, machine))
     learner, note = selftest.choose(model)
-    if note:
-        caller.say(note)
     optimizer = AdamW(
         towers.trained_parameters(model),
-        dtype=checked.machine.dtype,
+        dtype=machine.dtype,
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )
     model.train(config.dropout == "config")
-    parameters = sum(parameter.numel() for _, parameter in towers.trained_parameters(model))
+    return TrainState(learner, optimizer), note
+
+
+def _load(prepared: Prepared, caller: Caller) -> TrainState:
+    checked = prepared.checked
+    state, note = assemble(prepared.config, checked.base, checked.machine)
+    if note:
+        caller.say(note)
+    parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())
     dtype = _name(checked.machine.dtype)
     caller.say(
-        f"{config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
+        f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
         f"{prepared.loader.steps} steps -> {checked.folder}"
     )
-    return TrainState(learner, optimizer)
+    return state
 
 
-def _loaded_dtype(checked: Checked) -> torch.dtype:
+def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
     """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
-    is_half = checked.base.dtype == _name(checked.machine.dtype) == "bfloat16"
+    is_half = base.dtype == _name(machine.dtype) == "bfloat16"
     return torch.bfloat16 if is_half else torch.float32
 
 
@@ -380,7 +386,16 @@ def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mappin
     with caller.signals.at_once():
         _evaluate(prepared, state, caller)
     with display.steps(caller.console, planned.steps) as shown:
-        for record in train_steps(state, planned, prepared.checked.loss, clip=config.optimizer.clip, factor=multiplier):
+        for record in train_steps(
+            state,
+            planned,
+            prepared.checked.loss,
+            clip=config.optimizer.clip,
+            factor=multiplier,
+            poll=caller.signals.check,
+        ):
+            if not record.is_finite:
+                _skip_or_stop(prepared, state, record, caller)
             metrics.write(asdict(record))
             lines.append(asdict(record))
             shown.show(record)
@@ -389,6 +404,22 @@ def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mappin
                     _evaluate(prepared, state, caller)
             caller.signals.check()
     return lines
+
+
+def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, caller: Caller) -> None:
+    """Goes past a step whose numbers are not finite, or raises NumbersError; either way the step can be replayed."""
+    most, work = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
+    folder = prepared.checked.folder / f"bad-step-{record.step}"
+    diagnosis = badstep.examine(state.learner, work, prepared.checked.loss)
+    badstep.write(folder, state, work, diagnosis)
+    what = "gradient" if math.isfinite(record.loss) else "loss"
+    rows = badstep.named(diagnosis.rows(work))
+    told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {folder}"
+    if state.skipped >= most:
+        fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
+        raise NumbersError(f"{told}; {fix}")
+    caller.say(f"{told}; skipped ({state.skipped + 1} of {most} at most)")
+    state.skip()
 
 
 def _is_due(config: Config, record: StepRecord, total: int) -> bool:

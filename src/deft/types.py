@@ -9,6 +9,7 @@ Shape suffixes: M tokens of a micro-batch, K targets of a micro-batch, H hidden 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -200,3 +201,8 @@ class StepRecord:
     padded_tokens: int
     seconds: float
     peak_bytes: int
+
+    @property
+    def is_finite(self) -> bool:
+        """False for a step that changed nothing, because of its loss or its gradient."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from deft.errors import NumbersError
 from deft.loader import Loader
 from deft.training.state import TrainState
 from deft.training.step import take
@@ -17,16 +18,26 @@ from deft.types import StepRecord
 
 
 def train(
-    state: TrainState, loader: Loader, loss: ModuleType, *, clip: float | None, factor: Callable[[int], float]
+    state: TrainState,
+    loader: Loader,
+    loss: ModuleType,
+    *,
+    clip: float | None,
+    factor: Callable[[int], float],
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[StepRecord]:
     """Runs the steps that `state` has not done yet and yields a record after each.
 
+    A record that is not finite is of a step that changed nothing. Whoever takes it calls `state.skip()` to go past
+    the step; NumbersError where they have not.
+
     factor  step (from 0) -> what the learning rate is multiplied by
+    poll    called before each micro-batch; what it raises ends the loop between two steps
     """
     began = time.perf_counter()
     for work in loader.work(state.step):
         multiplier = factor(work.step)
-        numbers = take(state, work, loss, clip=clip, factor=multiplier)
+        numbers = take(state, work, loss, clip=clip, factor=multiplier, poll=poll)
         now = time.perf_counter()
         yield StepRecord(
             step=work.step + 1,
@@ -40,6 +51,8 @@ def train(
             seconds=now - began,
             peak_bytes=peak_bytes(),
         )
+        if state.step == work.step:
+            raise NumbersError(f"step {work.step + 1}: loss or gradient is not finite; no weight was changed")
         began = now
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
-from deft.errors import NumbersError
 from deft.loader import Work
 from deft.model.learner import Learner
 from deft.optim.adamw import clip_scale
+from deft.training import randomness
 from deft.training.state import TrainState
 from deft.types import Batch
 
@@ -23,27 +24,58 @@ class StepNumbers:
     loss: float
     grad_norm: float
 
+    @property
+    def are_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-def take(state: TrainState, work: Work, loss: ModuleType, *, clip: float | None, factor: float) -> StepNumbers:
-    """Moves `state` one step on.
+
+def take(
+    state: TrainState,
+    work: Work,
+    loss: ModuleType,
+    *,
+    clip: float | None,
+    factor: float,
+    poll: Callable[[], None] = lambda: None,
+) -> StepNumbers:
+    """Moves `state` one step on. Where the loss or the gradient is not finite, or `poll` raises, nothing has changed.
 
     The sums of all micro-batches are divided by the step's one normalizer, so how the step was cut never matters.
-    Raises NumbersError, with no weight changed, where the loss or the gradient is not finite.
+
+    poll  called before each micro-batch
     """
+    before = randomness.snapshot(state.learner.device)
+    try:
+        numbers, norm = _accumulate(state, work, loss, poll)
+    except BaseException:
+        _undo(state, before)
+        raise
+    if numbers.are_finite:
+        state.optimizer.step(factor, clip_scale(norm, clip))
+        state.step += 1
+    else:
+        _undo(state, before)
+    return numbers
+
+
+def _accumulate(
+    state: TrainState, work: Work, loss: ModuleType, poll: Callable[[], None]
+) -> tuple[StepNumbers, torch.Tensor]:
+    """The step's numbers and its gradient's norm; the gradient is with the optimizer."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in work.batches:
+        poll()
         state.optimizer.collect()
         nll = nll_sum(state.learner, batch, loss)
         (nll / work.normalizer).backward()
         total += nll.detach().to("cpu", torch.float64)
     norm = state.optimizer.norm()
-    numbers = StepNumbers(float(total) / work.normalizer, float(norm))
-    if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
-        state.optimizer.zero_grad()
-        raise NumbersError(_not_finite(work, numbers))
-    state.optimizer.step(factor, clip_scale(norm, clip))
-    state.step += 1
-    return numbers
+    return StepNumbers(float(total / work.normalizer), float(norm)), norm
+
+
+def _undo(state: TrainState, before: dict[str, torch.Tensor]) -> None:
+    state.optimizer.zero_grad()
+    randomness.restore(before, state.learner.device)
 
 
 def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
@@ -58,11 +90,3 @@ def on(batch: Batch, device: torch.device) -> Batch:
     """The micro-batch on a device."""
     moved = {name: getattr(batch, name).to(device) for name in ("tokens", "positions", "rows", "targets", "weights")}
     return replace(batch, **moved)
-
-
-def _not_finite(work: Work, numbers: StepNumbers) -> str:
-    rows = ", ".join(map(str, work.origins[:5])) + (", ..." if len(work.origins) > 5 else "")
-    return (
-        f"step {work.step + 1}: loss {numbers.loss}, gradient norm {numbers.grad_norm}: not finite. "
-        f"No weight was changed. Rows of the step: {rows}. Lower optimizer.lr, or look at these rows."
-    )

@@ -1,0 +1,58 @@
+"""`deft replay`: a step whose numbers were not finite once more, by micro-batch, row and layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from deft import config as configuration
+from deft import hardware, registry
+from deft.errors import InputError, NumbersError
+from deft.loader import Work
+from deft.model import load as models
+from deft.run import assemble
+from deft.training import badstep, randomness
+from deft.training.badstep import Diagnosis, Part
+
+
+def run(path: str, console: Console | None = None) -> None:
+    """Prints what the step gives with the weights it had. Raises NumbersError where that is not finite again."""
+    folder, console = Path(path), console or Console()
+    if not (folder / "step.json").is_file():
+        raise InputError(f"{folder}: not a bad step; name a folder RUN/bad-step-N that deft train has written")
+    config = configuration.load(str(folder.parent / "config.yaml"))
+    work, random_states = badstep.read(folder)
+    machine = hardware.resolve(config.device, config.precision, config.microbatch_tokens)
+    state, _ = assemble(config, models.inspect(config.model), machine)
+    badstep.put_weights(folder, state.learner.model)
+    randomness.restore(random_states, machine.device)
+    diagnosis = badstep.examine(state.learner, work, registry.load("loss", config.loss.name, "loss.name"))
+    for line in described(work, diagnosis):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if not diagnosis.is_finite:
+        raise NumbersError(f"step {work.step + 1} is not finite again: {badstep.named(diagnosis.rows(work))}")
+
+
+def described(work: Work, diagnosis: Diagnosis) -> list[str]:
+    """A diagnosis for people."""
+    count, rows = len(work.batches), sum(map(len, work.origins))
+    lines = [f"step {work.step + 1}: {count} micro-batches, {rows} documents, normalizer {work.normalizer:g}"]
+    for index in range(count):
+        parts = [part for part in diagnosis.parts if part.microbatch == index]
+        lines += [_line(part, count) for part in parts]
+    if diagnosis.layer:
+        lines.append(f"first layer that is not finite: {diagnosis.layer}")
+    for what, names in (("gradients", diagnosis.gradients), ("weights", diagnosis.weights)):
+        if names:
+            lines.append(f"{what} that are not finite: {len(names)}, {names[0]} first")
+    return lines if not diagnosis.is_finite else [*lines, "every number is finite here"]
+
+
+def _line(part: Part, microbatches: int) -> str:
+    numbers = f"loss {part.loss:.4f}, gradient norm {part.grad_norm:.4f}"
+    return (
+        f"    {part.row}: {numbers}"
+        if part.row
+        else f"  micro-batch {part.microbatch + 1} of {microbatches}: {numbers}"
+    )

@@ -1,0 +1,240 @@
+"""A step whose loss or gradient is not finite: the rows and layers at fault, and a folder to see it again from.
+
+bad-step-37/  step.json  batches.safetensors  weights/*.safetensors  manifest.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
+from torch import Tensor, nn
+
+from deft import files
+from deft.errors import DamagedError
+from deft.loader import Work
+from deft.model.learner import Learner
+from deft.training import randomness
+from deft.training.state import TrainState
+from deft.training.step import nll_sum
+from deft.types import Batch, Origin
+
+SHOWN_ROWS = 5
+_TENSORS = ("tokens", "positions", "rows", "targets", "weights")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A micro-batch, or one of its documents run alone: loss in nats per unit of weight, norm of its gradient.
+
+    row  None for the micro-batch as a whole
+    """
+
+    microbatch: int
+    row: Origin | None
+    loss: float
+    grad_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A step taken apart. The documents of micro-batches that are finite are not looked at.
+
+    layer      the first module whose output was not finite, in the first part that was not; "" where none was
+    gradients  parameters whose gradient was not finite there, the one nearest to the loss first
+    weights    parameters that are not finite themselves
+    """
+
+    parts: tuple[Part, ...]
+    layer: str
+    gradients: tuple[str, ...]
+    weights: tuple[str, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        return all(part.is_finite for part in self.parts)
+
+    def rows(self, work: Work) -> tuple[Origin, ...]:
+        """The rows at fault, as narrowly as they are known."""
+        bad = [part for part in self.parts if not part.is_finite]
+        alone = [part.row for part in bad if part.row is not None]
+        together = [row for part in bad for row in work.origins[part.microbatch]]
+        return tuple(dict.fromkeys(alone or together or [row for batch in work.origins for row in batch]))
+
+
+def examine(learner: Learner, work: Work, loss: ModuleType) -> Diagnosis:
+    """Runs the step's micro-batches again, and the documents of those that are not finite each alone.
+
+    Weights stay as they are, gradients and random generators too.
+    """
+    before = randomness.snapshot(learner.device)
+    measure = partial(_measure, learner, loss, work.normalizer)
+    wholes = [measure(index, None, batch) for index, batch in enumerate(work.batches)]
+    alone = [
+        measure(whole.part.microbatch, row, document)
+        for whole, rows, batch in zip(wholes, work.origins, work.batches, strict=True)
+        if not whole.part.is_finite
+        for row, document in zip(rows, documents(batch), strict=True)
+    ]
+    randomness.restore(before, learner.device)
+    bad = next((measured for measured in wholes if not measured.part.is_finite), None)
+    return Diagnosis(
+        parts=tuple(measured.part for measured in wholes + alone),
+        layer=bad.layer if bad else "",
+        gradients=bad.gradients if bad else (),
+        weights=tuple(name for name, each in learner.model.named_parameters() if not bool(each.isfinite().all())),
+    )
+
+
+def documents(batch: Batch) -> list[Batch]:
+    """The documents of a micro-batch, each as one of its own."""
+    found, start = [], 0
+    for length in batch.documents:
+        targets = (batch.rows >= start) & (batch.rows < start + length)
+        here = slice(start, start + length)
+        found.append(
+            Batch(
+                tokens=batch.tokens[here],
+                positions=batch.positions[here],
+                documents=(length,),
+                rows=batch.rows[targets] - start,
+                targets=batch.targets[targets],
+                weights=batch.weights[targets],
+            )
+        )
+        start += length
+    return found
+
+
+def write(folder: Path, state: TrainState, work: Work, diagnosis: Diagnosis) -> None:
+    """The step as a folder that `read` gives back; one that is there is replaced. DiskError where that fails."""
+    if folder.exists():
+        files.remove(folder)
+    with files.staged(folder) as staging:
+        staging.write_json("step.json", _as_json(work, diagnosis))
+        tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(work.batches) for name in _TENSORS}
+        states = {f"random.{name}": value for name, value in randomness.snapshot(state.learner.device).items()}
+        staging.write("batches.safetensors", [as_safetensors(tensors | states)])
+        for index, (name, weight) in enumerate(state.optimizer.parameters.items()):
+            staging.write(
+                f"weights/{index:05}.safetensors", [as_safetensors({name: weight.detach().cpu().contiguous()})]
+            )
+
+
+def read(folder: Path) -> tuple[Work, dict[str, Tensor]]:
+    """The step, and the states of the random generators. DamagedError where the folder is not as it was written."""
+    files.verify(folder)
+    found, tensors = json.loads((folder / "step.json").read_text()), load_file(folder / "batches.safetensors")
+    batches = tuple(
+        Batch(documents=tuple(lengths), **{name: tensors[f"{index}.{name}"] for name in _TENSORS})
+        for index, lengths in enumerate(found["documents"])
+    )
+    work = Work(
+        step=found["step"] - 1,
+        epoch=found["epoch"],
+        batches=batches,
+        normalizer=found["normalizer"],
+        tokens=found["tokens"],
+        target_tokens=found["target_tokens"],
+        origins=tuple(tuple(map(Origin.at, rows)) for rows in found["rows"]),
+    )
+    return work, {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
+
+
+@torch.no_grad()
+def put_weights(folder: Path, model: nn.Module) -> None:
+    """Writes the saved weights into a model; DamagedError where one is not in it."""
+    parameters = dict(model.named_parameters())
+    for path in sorted((folder / "weights").glob("*.safetensors")):
+        for name, weight in load_file(path).items():
+            if name not in parameters or parameters[name].shape != weight.shape:
+                raise DamagedError(f"{path}: {name} does not fit the model of the run")
+            parameters[name].copy_(weight)
+
+
+def named(rows: tuple[Origin, ...]) -> str:
+    """
+    >>> named((Origin("a.jsonl", 1), Origin("a.jsonl", 7)))
+    'rows a.jsonl:1, a.jsonl:7'
+    """
+    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    return f"{'rows' if len(rows) > 1 else 'row'} {', '.join(map(str, rows[:SHOWN_ROWS]))}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    part: Part
+    layer: str
+    gradients: tuple[str, ...]
+
+
+def _measure(
+    learner: Learner, loss: ModuleType, normalizer: float, microbatch: int, row: Origin | None, batch: Batch
+) -> _Measured:
+    """A batch forward and backward; its gradient is gone again."""
+    parameters = [(name, each) for name, each in learner.model.named_parameters() if each.requires_grad]
+    with _bad_layers(learner.model) as layers:
+        nll = nll_sum(learner, batch, loss)
+        (nll / normalizer).backward()
+    gradients = [(name, each.grad.float()) for name, each in parameters if each.grad is not None]
+    for _, parameter in parameters:
+        parameter.grad = None
+    norm = torch.stack([gradient.square().sum() for _, gradient in gradients]).sum().sqrt()
+    bad = tuple(name for name, gradient in reversed(gradients) if not bool(gradient.isfinite().all()))
+    total, weight = float(nll.detach()), float(batch.weights.sum())
+    return _Measured(
+        Part(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
+    )
+
+
+@contextmanager
+def _bad_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, modules whose output is not finite leave their names, in the order in which they ran."""
+    names: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.is_floating_point() and not bool(first.isfinite().all()):
+                names.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        yield names
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _as_json(work: Work, diagnosis: Diagnosis) -> dict[str, Any]:
+    parts = [{**asdict(part), "row": str(part.row) if part.row else None} for part in diagnosis.parts]
+    numbers = [{**part, "loss": str(part["loss"]), "grad_norm": str(part["grad_norm"])} for part in parts]
+    return {
+        "step": work.step + 1,
+        "epoch": work.epoch,
+        "normalizer": work.normalizer,
+        "tokens": work.tokens,
+        "target_tokens": work.target_tokens,
+        "rows": [[str(row) for row in rows] for rows in work.origins],
+        "documents": [list(batch.documents) for batch in work.batches],
+        "parts": numbers,
+        "layer": diagnosis.layer,
+        "gradients": list(diagnosis.gradients),
+        "weights": list(diagnosis.weights),
+    }
