@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deft.errors import InputError
@@ -91,6 +93,41 @@ class Tokenizer:
         """Texts -> tokens; special tokens in a text are read as control tokens, none is added."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Tokens(e.ids, [start for start, _ in e.offsets]) for e in encodings]
+
+    def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts -> ids; special tokens in a text are read as control tokens, none is added."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def spells_bytes(self) -> bool:
+        """True where ids alone say which text each of them covers: byte-level BPE that neither drops nor adds any."""
+        state = json.loads(self._backend.to_str())
+        model, steps = state["model"], _flat(state.get("pre_tokenizer"), "pretokenizers")
+        is_plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        is_whole = all(step["type"] in ("Split", "Digits", "ByteLevel") for step in steps)
+        changes = any(step.get("behavior") == "Removed" or step.get("add_prefix_space") for step in steps)
+        is_normal = all(step["type"] == "NFC" for step in _flat(state.get("normalizer"), "normalizers"))
+        has_bytes = model["type"] == "BPE" and all(
+            byte in model["vocab"] for byte in pre_tokenizers.ByteLevel.alphabet()
+        )
+        is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
+        return has_bytes and is_byte_level and is_plain and is_whole and is_normal and not changes
+
+    @cached_property
+    def marks_are_apart(self) -> bool:
+        """True where ids spell bytes and no special token can overlap another: text that makes one more adds its id."""
+        tokens = list(self.special_tokens)
+        ends = {token[-length:] for token in tokens for length in range(1, len(token))}
+        overlap = any(token[:length] in ends for token in tokens for length in range(1, len(token)))
+        return self.spells_bytes and not overlap
+
+    @cached_property
+    def is_special(self) -> np.ndarray:
+        """bool [ids]: which ids are control tokens."""
+        special = list(self.special_tokens.values())
+        found = np.zeros(max(self._backend.get_vocab(with_added_tokens=True).values()) + 1, bool)
+        found[special] = True
+        return found
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text that stands alone; special tokens in it are control tokens."""
@@ -174,6 +211,17 @@ def _literally(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     literal = tokenizers.Tokenizer.from_str(backend.to_str())
     literal.encode_special_tokens = True
     return literal
+
+
+def _flat(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer's or pre-tokenizer's description.
+
+    >>> _flat({"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "normalizers")
+    [{'type': 'NFC'}]
+    """
+    if part is None:
+        return []
+    return [step for each in part[inner] for step in _flat(each, inner)] if part["type"] == "Sequence" else [part]
 
 
 def _without_prefix(part: Any) -> Any:

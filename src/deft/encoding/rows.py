@@ -5,14 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from deft.encoding import raw
-from deft.encoding.pieces import Coded, Coder
+from deft.encoding.pieces import Coded, Coder, Sheet
 from deft.render import policy as render_policy
 from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rendered, Rules
 from deft.render.policy import TrainOn
+from deft.render.slots import fill
 from deft.render.template import Refusal
+from deft.render.trace import Trace, Tracer
 from deft.tokenizer import Tokenizer
 from deft.types import Conversation, Encoded, Fate, Message
 
@@ -61,10 +64,26 @@ class EncodedRow:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One text of a row, rendered and encoded."""
+    """One text of a row, encoded; `turns` and `notes` as in Rendered."""
 
-    rendered: Rendered
     coded: Coded
+    turns: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat, rendered; `weights` are those of its messages."""
+
+    conversation: Conversation
+    messages: Sequence[Message]
+    weights: Sequence[float]
+    rendered: Trace | Sequence[Rendered]
+
+    def texts(self) -> Sequence[Rendered]:
+        if isinstance(self.rendered, Trace):
+            return [self.rendered.rendered(self.messages, self.weights)]
+        return self.rendered
 
 
 @dataclass(frozen=True)
@@ -79,18 +98,25 @@ class RowEncoder:
     def tokenizer(self) -> Tokenizer:
         return self.coder.tokenizer
 
+    @cached_property
+    def _tracer(self) -> Tracer:
+        return Tracer(self.renderer)
+
     def encode(self, conversation: Conversation) -> EncodedRow:
-        messages = conversation.messages
-        weights = render_policy.weights(messages, self.train_on(conversation))
-        if conversation.kind == "text":
-            return self._text(conversation, weights)
-        if self.is_raw(conversation):
-            return self._dialogue(conversation, weights)
-        return self._chat(conversation)
+        return self.encode_many([conversation])[0]
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedRow]:
-        """What `encode` gives for each, in order."""
-        return [self.encode(conversation) for conversation in conversations]
+        """The rows in order; the texts of all chats are encoded in few calls of the tokenizer, so many are faster."""
+        rows = [self._begun(conversation) for conversation in conversations]
+        chats = [row for row in rows if isinstance(row, _Chat)]
+        finished = map(self._chat_row, chats, self._coded(chats))
+        return [next(finished) if isinstance(row, _Chat) else row for row in rows]
+
+    def _begun(self, conversation: Conversation) -> EncodedRow | _Chat:
+        if conversation.kind != "text" and not self.is_raw(conversation):
+            return self._chat(conversation)
+        weights = render_policy.weights(conversation.messages, self.train_on(conversation))
+        return (self._text if conversation.kind == "text" else self._dialogue)(conversation, weights)
 
     def is_raw(self, conversation: Conversation) -> bool:
         """Strings without roles are never put in a template, messages with roles always; `render` overrides."""
@@ -134,35 +160,55 @@ class RowEncoder:
         tails = (raw.fit(parts[start:], self.tokenizer, _whole(parts), "right") for start in starts)
         return next((tail for tail in tails if _length(tail) <= limit), None)
 
-    def _chat(self, conversation: Conversation) -> EncodedRow:
+    def _chat(self, conversation: Conversation) -> EncodedRow | _Chat:
         messages = as_chat(conversation.messages)
-        weights = render_policy.weights(messages, self.train_on(conversation))
         try:
-            parts = self._parts(messages, weights, conversation)
+            return self._rendered(messages, self._weights(messages, conversation), conversation)
         except Refusal as refusal:
             return EncodedRow(conversation, Fate.REFUSED, reason=str(refusal))
-        longest = max(_tokens(part) for part in parts)
-        if longest <= self.policy.max_length:
-            return self._chat_row(conversation, parts, Fate.TRAINED)
-        shorter = self._shorter_chat(messages, weights, parts, conversation)
-        if not shorter:
-            return self._too_long(conversation, longest)
-        return self._chat_row(conversation, shorter, Fate.CUT)
 
-    def _parts(self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation) -> list[_Part]:
+    def _weights(self, messages: Sequence[Message], conversation: Conversation) -> list[float]:
+        return render_policy.weights(messages, self.train_on(conversation))
+
+    def _rendered(self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation) -> _Chat:
+        rendered: Trace | Sequence[Rendered]
         if self.train_on(conversation) == "all":
             rendered = [self.renderer.whole(messages, 1.0, conversation.tools)]
         else:
-            rendered = self.renderer.render(messages, weights, conversation.tools)
-        return [_Part(each, self.coder.encode(each)) for each in rendered]
+            rendered = self._tracer.render(messages, weights, conversation.tools)
+        return _Chat(conversation, messages, weights, rendered)
 
-    def _shorter_chat(
-        self,
-        messages: Sequence[Message],
-        weights: Sequence[float],
-        parts: Sequence[_Part],
-        conversation: Conversation,
-    ) -> list[_Part]:
+    def _coded(self, chats: Sequence[_Chat]) -> list[list[_Part]]:
+        """The texts of each chat, encoded: by the layout of its trace where they have it, else as they were rendered."""
+        sheets = [self._sheet(chat) for chat in chats]
+        placed = iter(self.coder.placed([sheet for sheet in sheets if sheet]))
+        traced = [next(placed) if sheet else None for sheet in sheets]
+        texts = [() if coded else chat.texts() for chat, coded in zip(chats, traced, strict=True)]
+        others = iter(self.coder.encode_many([text for each in texts for text in each]))
+        return [
+            [_Part(coded, chat.rendered.turns)]
+            if coded and isinstance(chat.rendered, Trace)
+            else [_Part(next(others), text.turns, text.notes) for text in each]
+            for chat, coded, each in zip(chats, traced, texts, strict=True)
+        ]
+
+    def _sheet(self, chat: _Chat) -> Sheet | None:
+        layout = self.coder.layout(chat.rendered) if isinstance(chat.rendered, Trace) else None
+        if layout is None or not isinstance(chat.rendered, Trace):
+            return None
+        weights = [chat.weights[turn] for turn in chat.rendered.turns]
+        return Sheet(fill(chat.rendered.items, chat.messages), layout, weights)
+
+    def _chat_row(self, chat: _Chat, parts: Sequence[_Part]) -> EncodedRow:
+        longest = max(map(_tokens, parts))
+        if longest <= self.policy.max_length:
+            return self._row_of(chat.conversation, parts, Fate.TRAINED)
+        shorter = self._shorter_chat(chat, parts)
+        if not shorter:
+            return self._too_long(chat.conversation, longest)
+        return self._row_of(chat.conversation, shorter, Fate.CUT)
+
+    def _shorter_chat(self, chat: _Chat, parts: Sequence[_Part]) -> list[_Part]:
         """The parts that fit, and those that do not made shorter; empty where nothing can be kept."""
         limit, side = self.policy.max_length, self.policy.truncation_side
         if self.policy.overflow == "cut":
@@ -174,9 +220,9 @@ class RowEncoder:
             if _tokens(part) <= limit:
                 kept.append(part)
             else:
-                end = max(part.rendered.turns, default=len(messages) - 1) + 1
-                learnt = [w if i in part.rendered.turns else 0.0 for i, w in enumerate(weights[:end])]
-                kept += self._without_turns(messages[:end], learnt, conversation)
+                end = max(part.turns, default=len(chat.messages) - 1) + 1
+                learnt = [w if i in part.turns else 0.0 for i, w in enumerate(chat.weights[:end])]
+                kept += self._without_turns(chat.messages[:end], learnt, chat.conversation)
         return kept
 
     def _without_turns(
@@ -193,7 +239,7 @@ class RowEncoder:
         def fits(start: int) -> bool:
             try:
                 fewer, learnt = [*messages[:body], *messages[start:]], [*weights[:body], *weights[start:]]
-                tried[start] = self._parts(fewer, learnt, conversation)
+                (tried[start],) = self._coded([self._rendered(fewer, learnt, conversation)])
             except Refusal:
                 return False
             return max(map(_tokens, tried[start])) <= self.policy.max_length
@@ -201,12 +247,12 @@ class RowEncoder:
         first = bisect_left(starts, True, key=fits)
         return tried[starts[first]] if first < len(starts) else []
 
-    def _chat_row(self, conversation: Conversation, parts: Sequence[_Part], fate: Fate) -> EncodedRow:
+    def _row_of(self, conversation: Conversation, parts: Sequence[_Part], fate: Fate) -> EncodedRow:
         coded = [part.coded for part in parts]
         encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in coded)
         apart = any(each.apart and not each.literal for each in coded)
         row = _finished(conversation, (encoded,), fate, max(each.literal for each in coded), apart)
-        return replace(row, notes=tuple(dict.fromkeys(note for part in parts for note in part.rendered.notes)))
+        return replace(row, notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)))
 
     def _too_long(self, conversation: Conversation, length: int) -> EncodedRow:
         reason = f"{length} tokens, max_length is {self.policy.max_length}"
@@ -256,8 +302,10 @@ def as_raw(messages: Sequence[Message]) -> list[Message]:
 
 def as_chat(messages: Sequence[Message]) -> list[Message]:
     """The messages as a chat: prompts are the user's, outputs the assistant's."""
-    roles = {"prompt": "user", "output": "assistant"}
-    return [replace(message, role=roles.get(message.role, message.role)) for message in messages]
+    return [replace(m, role=_CHAT_ROLES[m.role]) if m.role in _CHAT_ROLES else m for m in messages]
+
+
+_CHAT_ROLES = {"prompt": "user", "output": "assistant"}
 
 
 def _whole(parts: Sequence[raw.Piece]) -> int:

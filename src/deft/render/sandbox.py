@@ -102,7 +102,7 @@ class Meter:
         return self._weights[id(value)]
 
 
-class _Generator(CodeGenerator):
+class Generator(CodeGenerator):
     """Code that counts the turns of loops, and asks the environment where pieces are put together."""
 
     def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Frame) -> None:  # noqa: N802  jinja2's names
@@ -182,7 +182,7 @@ class _Dict:
 class Sandbox(ImmutableSandboxedEnvironment):
     """Chat templates on plain strings: the text is the one that transformers renders."""
 
-    code_generator_class = _Generator
+    code_generator_class = Generator
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     meter: Meter
 

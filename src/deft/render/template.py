@@ -109,14 +109,14 @@ class Template:
     source: str
     tokens: Mapping[str, str]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    _plain: _Compiled = field(init=False, repr=False, compare=False)
-    _tracing: _Compiled = field(init=False, repr=False, compare=False)
+    _plain: Compiled = field(init=False, repr=False, compare=False)
+    _tracing: Compiled = field(init=False, repr=False, compare=False)
     _over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         now = datetime.now()
-        object.__setattr__(self, "_plain", _Compiled(self.source, Sandbox(), now))
-        object.__setattr__(self, "_tracing", _Compiled(self.source, TracingSandbox(), now))
+        object.__setattr__(self, "_plain", Compiled(self.source, Sandbox(), now))
+        object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox(), now))
 
     @cached_property
     def switches(self) -> tuple[str, ...]:
@@ -157,7 +157,11 @@ class Template:
         """A conversation, ready to be rendered up to any of its messages."""
         return Handed(self, messages, tools, way)
 
-    def run(self, compiled: _Compiled, meter: Meter, variables: Mapping[str, Any]) -> str:
+    def compiled(self, sandbox: Sandbox) -> Compiled:
+        """The template in another sandbox, with the same date. Raises InputError where it cannot be compiled there."""
+        return Compiled(self.source, sandbox, self._plain.now)
+
+    def run(self, compiled: Compiled, meter: Meter, variables: Mapping[str, Any]) -> str:
         """What one of the sandboxes renders; Refusal and InputError as in `render`."""
         try:
             return compiled.render(meter, variables)
@@ -190,19 +194,20 @@ class Handed:
             raise Refusal("the template changes what messages say in a way that cannot be followed")
         return found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
 
-    def _rendered(self, compiled: _Compiled, given: Mapping[str, Any], end: int, add_generation_prompt: bool) -> str:
+    def _rendered(self, compiled: Compiled, given: Mapping[str, Any], end: int, add_generation_prompt: bool) -> str:
         now = {"messages": given["messages"][:end], "add_generation_prompt": add_generation_prompt}
-        return self.template.run(compiled, Meter(*self._limits), {**given, **now})
+        return self.template.run(compiled, Meter(*self.limits), {**given, **now})
 
     @cached_property
     def _given(self) -> dict[str, Any]:
-        return self._made(handing.plain)
+        return self.variables(handing.plain)
 
     @cached_property
     def _owned(self) -> dict[str, Any]:
-        return self._made(handing.traced)
+        return self.variables(handing.traced)
 
-    def _made(self, text: handing.Text) -> dict[str, Any]:
+    def variables(self, text: handing.Text) -> dict[str, Any]:
+        """What the template gets of all messages, with texts made by `text`."""
         return {
             **dict.fromkeys(self.way.blank, ""),
             **self.template.tokens,
@@ -214,7 +219,7 @@ class Handed:
         }
 
     @cached_property
-    def _limits(self) -> tuple[int, int]:
+    def limits(self) -> tuple[int, int]:
         """Steps and size, which grow with the conversation."""
         length = sum(len(m.content) + len(m.reasoning) for m in self.messages)
         length += sum(len(str(m.tool_calls)) for m in self.messages if m.tool_calls)
@@ -222,12 +227,12 @@ class Handed:
         return STEPS + length + 64 * len(self.messages) ** 2, SIZE + 256 * length
 
 
-class _Compiled:
+class Compiled:
     """One template in one sandbox."""
 
     def __init__(self, source: str, sandbox: Sandbox, now: datetime) -> None:
         self._sandbox = sandbox
-        self._now = now
+        self.now = now
         try:
             parsed = sandbox.parse(source)
             self.variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
@@ -242,4 +247,4 @@ class _Compiled:
     def _strftime_now(self, pattern: str) -> str:
         if any(character.isdigit() for character in pattern):
             raise SecurityError("wide fields in a date")
-        return self._now.strftime(pattern)
+        return self.now.strftime(pattern)
