@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from deft.errors import InputError
 from deft.loss import reference
-from deft.model import attention, selftest
+from deft.model import attention, causal, selftest
 from deft.model.learner import Learner
 from deft.types import Batch
 
@@ -354,8 +354,8 @@ def test_attention_that_ignores_documents_is_found(
     model = build("llama", dtype)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data *= loudness
-    per_document = attention._attend_per_document
-    monkeypatch.setattr(attention, "_attend_per_document", lambda *x: per_document(*x[:3], [sum(x[3])], x[4]))
+    layout = causal.layout
+    monkeypatch.setattr(causal, "layout", lambda documents, *x: layout((sum(documents),), *x))
     learner, note = selftest.choose(model)
     assert learner.mode == "alone"
     assert "packed documents are not the same as alone" in note

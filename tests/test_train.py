@@ -17,7 +17,7 @@ from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deft
-from deft import config
+from deft import config, hardware
 from deft.errors import DeftError, InputError, NumbersError, Problems
 from deft.run import Caller, Run
 from deft.run import train as run_config
@@ -67,7 +67,8 @@ def test_a_run_leaves_what_design_says(tmp_path: Path, model: Path) -> None:
     (ledger,) = json.loads((run.folder / "ledger.json").read_text())
     assert (ledger["rows"], ledger["fates"]["trained"]) == (24, 24)
     resolved = config.load(str(run.folder / "config.yaml"))
-    assert (resolved.max_length, resolved.device, resolved.precision) == (128, "cpu", "fp32")
+    precision = "bf16" if hardware.has_bf16(torch.device("cpu")) else "fp32"
+    assert (resolved.max_length, resolved.device, resolved.precision) == (128, "cpu", precision)
 
 
 def test_the_export_is_an_ordinary_model_that_answers_as_the_run_s_own(tmp_path: Path, model: Path) -> None:

@@ -21,17 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from deft.model import causal
+
 NAME = "deft"
 HALF = (torch.bfloat16, torch.float16)
-
-MATMUL_LENGTH = 256
-"""On CPUs in half precision, documents up to this long are faster as plain matrix products than in SDPA, whose backward
-is slow there: 1.4 against 31 ms for 64 documents of 16 tokens, 10 against 14 ms for 4 of 256, 31 against 24 ms for 2 of
-512 (forward and backward, 8 heads of 64, two cores of an AMD EPYC, torch 2.13)."""
 
 _VARLEN_TAKES_GQA = "enable_gqa" in signature(varlen_attn).parameters
 
@@ -106,6 +104,8 @@ def attend(
         windows_seen.append(sliding_window)
     if cu_seq_lens_q is not None and _fits_varlen(query, value, rules):
         return _attend_varlen(query, key, value, cu_seq_lens_q, max(documents), rules), None
+    if query.device.type == "cpu" and rules.is_plain and rules.dropout == 0.0:
+        return _Causal.apply(query, key, value, tuple(documents), rules.scaling, rules.window), None
     return _attend_per_document(query, key, value, documents, rules), None
 
 
@@ -130,6 +130,42 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, lon
     return out[None]
 
 
+class _Causal(torch.autograd.Function):
+    """`causal.forward` and `backward` on the tensors of the interface."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: tuple[int, ...],
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        heads, groups = query.shape[1], key.shape[1]
+        order = causal.layout(documents, groups, query.device)
+        query_rows = (query[0].transpose(0, 1) * scaling).reshape(-1, heads // groups, query.shape[-1])
+        key_rows, value_rows = (x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (key, value))
+        query, key, value = order.order(query_rows), order.order(key_rows), order.order(value_rows)
+        out, kept = causal.forward(query, key, value, order, window)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.rules = (order, scaling, window)
+        return order.restore(out).reshape(1, -1, heads, value.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        order, scaling, window = ctx.rules
+        grad_rows = order.order_gradient(grad.reshape(-1, query.shape[1], value.shape[-1]))
+        gradients = causal.backward(grad_rows, query, key, value, kept, order, window)
+        d_query, d_key, d_value = (
+            order.restore(x).view(grad.shape[1], -1, x.shape[-1]).transpose(0, 1)[None] for x in gradients
+        )
+        return d_query * scaling, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+
+
 def _attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], rules: _Rules) -> Tensor:
     """Neighbours of equal length go together in one call, on views.
 
@@ -147,9 +183,8 @@ def _attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: S
 def _attend_equal(query_NQTD: Tensor, key_NGTD: Tensor, value_NGTD: Tensor, rules: _Rules) -> Tensor:
     """[N, Q, T, D]: causal attention, each of the N documents by itself."""
     length, device = query_NQTD.shape[2], query_NQTD.device
-    is_short = length <= MATMUL_LENGTH and device.type == "cpu" and query_NQTD.dtype in HALF
     is_full = rules.window is None or rules.window >= length
-    if not rules.is_plain or is_short:
+    if not rules.is_plain:
         return _attend_by_matmul(query_NQTD, key_NGTD, value_NGTD, _visible(length, rules.window, device), rules)
     is_grouped = query_NQTD.shape[1] != key_NGTD.shape[1]
     if is_grouped and device.type == "cuda":

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deft.errors import InputError, Problem
-from deft.model import attention
+from deft.model import attention, faster
 from deft.model.learner import Learner, alone_hidden, packed_hidden, whole_logits
 from deft.model.load import can_take_attention, own_attention
 from deft.model.towers import text_body
@@ -46,6 +46,7 @@ def choose(model: PreTrainedModel) -> tuple[Learner, str]:
     Raises InputError where the model sees later tokens, so that no causal loss is right for it.
     """
     batch = _probe(model)
+    faster.remove(model)
     with _evaluating(model), torch.no_grad():
         _use_attention(model, own_attention(model))
         _check_causal(model, batch)
@@ -57,6 +58,7 @@ def choose(model: PreTrainedModel) -> tuple[Learner, str]:
         if fault := _packing_fault(model, batch):
             _use_attention(model, own_attention(model))
             return alone, _note(model, f"{fault}; documents run one at a time")
+        _use_blocks(model, batch)
     return replace(alone, mode="packed"), ""
 
 
@@ -145,6 +147,15 @@ def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
     if not max(errors) <= min(_tolerance(model), LEAK_SHARE * max(leaks)):
         return f"packed documents are not the same as alone (relative error {max(errors):.1e})"
     return ""
+
+
+def _use_blocks(model: PreTrainedModel, batch: Batch) -> None:
+    """Puts faster blocks in place of the model's layers where there are any, if they compute the same."""
+    own_MH = packed_hidden(model, batch)
+    if not faster.install(model):
+        return
+    if not max(_errors(packed_hidden(model, batch), own_MH, batch.documents)) <= _tolerance(model):
+        faster.remove(model)
 
 
 def _expected_windows(model: PreTrainedModel) -> list[bool] | str:

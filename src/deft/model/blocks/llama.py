@@ -1,0 +1,338 @@
+"""Decoder layers of Llama's form, forward and backward by hand: norm, attention with rotary positions, norm, gated MLP.
+
+A layer keeps for its backward pass only what no elementwise operation can make again: its input, queries, keys, values
+and probabilities of the attention, the attention's output, the residual stream in the middle, and the gate and up
+projections. Norms, rotations and gates are computed again; no matrix product is. Sums of norms and rotations are in
+fp32 and rounded once.
+
+Shape suffixes: M tokens of a micro-batch, H hidden size, I size of the MLP, Q query heads, G key/value heads,
+R = Q / G, D head size, W = Q * D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from deft.model import causal
+from deft.model.causal import Layout
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+
+NORM_ROWS = 256
+"""Tokens whose norms are computed at a time, so that their fp32 copies stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a layer is, beside its weights."""
+
+    head_size: int
+    scaling: float
+    window: int | None
+    eps: float
+    head_eps: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Biases are None where a layer has none, norms of single heads likewise."""
+
+    norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Tensor
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def as_tuple(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+def form_of(layer: Any) -> Form | None:
+    """The form of a layer that this file computes exactly as it stands, or None."""
+    if type(layer) not in LAYERS:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    linear = [*(getattr(attention, f"{name}_proj") for name in "qkvo"), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    without_bias = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(type(module) is not nn.Linear for module in linear) or any(each.bias is not None for each in without_bias):
+        return None
+    if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
+        return None
+    norm, head_norm = layer.input_layernorm, getattr(attention, "q_norm", None)
+    return Form(
+        head_size=attention.head_dim,
+        scaling=attention.scaling,
+        window=_window(layer),
+        eps=norm.variance_epsilon,
+        head_eps=None if head_norm is None else head_norm.variance_epsilon,
+    )
+
+
+def forward(
+    layer: Any,
+    form: Form,
+    own: Callable[..., Tensor],
+    hidden_states: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    documents: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """[1, M, H] -> [1, M, H] over packed documents. All other calls go to `own`, the layer's own forward."""
+    if documents is None or position_embeddings is None or not _is_plain(layer, hidden_states):
+        extra = {} if documents is None else {"documents": documents}
+        return own(hidden_states, position_embeddings=position_embeddings, **extra, **kwargs)
+    cos, sin = (_wide(table[0]) for table in position_embeddings)
+    order = causal.layout(documents, layer.self_attn.k_proj.out_features // form.head_size, hidden_states.device)
+    return _Layer.apply(hidden_states[0], form, order, cos, sin, *weights_of(layer).as_tuple())[None]
+
+
+def _window(layer: Any) -> int | None:
+    if isinstance(layer, MistralDecoderLayer):
+        return layer.self_attn.config.sliding_window
+    return getattr(layer.self_attn, "sliding_window", None)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody listens to parts of the layer, which are not called here."""
+    parts = [module for module in layer.modules() if module is not layer]
+    return any(module._forward_hooks or module._forward_pre_hooks for module in parts)
+
+
+def _is_plain(layer: Any, hidden_states: Tensor) -> bool:
+    has_dropout = layer.training and layer.self_attn.attention_dropout > 0.0
+    is_cast = hidden_states.dtype != layer.mlp.down_proj.weight.dtype or torch.is_autocast_enabled("cpu")
+    return hidden_states.device.type == "cpu" and not has_dropout and not is_cast and not _has_hooks(layer)
+
+
+def weights_of(layer: Any) -> Weights:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Weights(
+        norm=layer.input_layernorm.weight,
+        query=attention.q_proj.weight,
+        key=attention.k_proj.weight,
+        value=attention.v_proj.weight,
+        query_bias=attention.q_proj.bias,
+        key_bias=attention.k_proj.bias,
+        value_bias=attention.v_proj.bias,
+        query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        output=attention.o_proj.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+    )
+
+
+def _weights(tensors: Sequence[Any]) -> Weights:
+    return Weights(*tensors)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input_MH: Tensor, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor, *weights: Tensor | None
+    ) -> Tensor:
+        w = _weights(weights)
+        normed_MH = _norm(input_MH, w.norm, form.eps)
+        raw = (
+            functional.linear(normed_MH, w.query, w.query_bias),
+            functional.linear(normed_MH, w.key, w.key_bias),
+        )
+        value = order.order(functional.linear(normed_MH, w.value, w.value_bias).view(-1, form.head_size))
+        query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
+        del normed_MH
+        out, kept = causal.forward(query, key, value, order, form.window)
+        mixed_MW = order.restore(out).view(len(input_MH), -1)
+        middle_MH = torch.addmm(input_MH, mixed_MW, w.output.T)
+        normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
+        gate_MI, up_MI = functional.linear(normed_MH, w.gate), functional.linear(normed_MH, w.up)
+        output_MH = torch.addmm(middle_MH, functional.silu(gate_MI).mul_(up_MI), w.down.T)
+        if any(ctx.needs_input_grad):
+            attention = (*raw, value) if form.head_eps is not None else (query, key, value)
+            ctx.save_for_backward(
+                input_MH, cos_MD, sin_MD, *weights, *attention, mixed_MW, middle_MH, gate_MI, up_MI, *kept
+            )
+            ctx.form, ctx.order = form, order
+        return output_MH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
+        form, order = ctx.form, ctx.order
+        input_MH, cos_MD, sin_MD, *rest = ctx.saved_tensors
+        count = len(Weights.__slots__)
+        w, needs = _weights(rest[:count]), _weights(ctx.needs_input_grad[-count:])
+        query, key, value, mixed_MW, middle_MH, gate_MI, up_MI, *kept = rest[count:]
+        grads: dict[str, Tensor | None] = dict.fromkeys(Weights.__slots__)
+
+        normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
+        d_gate_MI, d_up_MI = _mlp_backward(grad_MH, gate_MI, up_MI, w, needs, grads)
+        d_normed_MH = torch.mm(d_gate_MI, w.gate).addmm_(d_up_MI, w.up)
+        grads["gate"] = _weight_gradient(d_gate_MI, normed_MH, needs.gate)
+        grads["up"] = _weight_gradient(d_up_MI, normed_MH, needs.up)
+        del d_gate_MI, d_up_MI
+        d_middle_MH, grads["mlp_norm"] = _norm_backward(d_normed_MH, middle_MH, w.mlp_norm, form.eps, grad_MH)
+
+        grads["output"] = _weight_gradient(d_middle_MH, mixed_MW, needs.output)
+        raw = (query, key)
+        if form.head_eps is not None:
+            query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
+        d_out = order.order_gradient(torch.mm(d_middle_MH, w.output).view(-1, *query.shape[1:]))
+        d_query, d_key, d_value = causal.backward(d_out, query, key, value, kept, order, form.window)
+        d_query_MQD = _rotate_back(order.restore(d_query), form, cos_MD, sin_MD).mul_(form.scaling)
+        d_key_MGD = _rotate_back(order.restore(d_key), form, cos_MD, sin_MD)
+        if form.head_eps is not None:
+            d_query_MQD, grads["query_norm"] = _head_norm_backward(d_query_MQD, raw[0], w.query_norm, form)
+            d_key_MGD, grads["key_norm"] = _head_norm_backward(d_key_MGD, raw[1], w.key_norm, form)
+        gradients = (d_query_MQD, d_key_MGD, order.restore(d_value))
+        normed_MH = _norm(input_MH, w.norm, form.eps)
+        d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
+        d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, w.norm, form.eps, d_middle_MH)
+        return d_input_MH, None, None, None, None, *grads.values()
+
+
+def _mlp_backward(
+    grad_MH: Tensor, gate_MI: Tensor, up_MI: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the two projections before the gate; that of the one behind it goes into `grads`."""
+    d_product_MI = torch.mm(grad_MH, w.down)
+    silu_MI = functional.silu(gate_MI)
+    d_up_MI = d_product_MI * silu_MI
+    grads["down"] = _weight_gradient(grad_MH, silu_MI.mul_(up_MI), needs.down)
+    d_silu_MI = d_product_MI.mul_(up_MI)
+    return torch.ops.aten.silu_backward.grad_input(d_silu_MI, gate_MI, grad_input=d_silu_MI), d_up_MI
+
+
+def _projections_backward(
+    gradients: Sequence[Tensor], normed_MH: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
+) -> Tensor:
+    """The gradient of what queries, keys and values are projected from, from theirs in fp32."""
+    d_normed_MH: Tensor | None = None
+    for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
+        weight = getattr(w, name)
+        wide = gradient.view(len(normed_MH), -1)
+        if getattr(needs, f"{name}_bias"):
+            grads[f"{name}_bias"] = wide.sum(0).to(weight.dtype)
+        narrow = wide.to(normed_MH.dtype)
+        grads[name] = _weight_gradient(narrow, normed_MH, getattr(needs, name))
+        d_normed_MH = narrow @ weight if d_normed_MH is None else d_normed_MH.addmm_(narrow, weight)
+    assert d_normed_MH is not None
+    return d_normed_MH
+
+
+def _weight_gradient(grad_MO: Tensor, input_MI: Tensor, is_needed: Any) -> Tensor | None:
+    return torch.mm(grad_MO.T, input_MI) if is_needed else None
+
+
+def _rotated(
+    raw: tuple[Tensor, Tensor], w: Weights, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries, scaled, [P, R, D] and keys [P, D] for the attention, from their projections [M, W] and [M, G * D]."""
+    rotated = []
+    for projected, weight, scaling in zip(raw, (w.query_norm, w.key_norm), (form.scaling, 1.0), strict=True):
+        heads = _wide(projected.view(len(projected), -1, form.head_size))
+        if weight is not None:
+            assert form.head_eps is not None
+            heads = heads * _inverse_size(heads, form.head_eps) * weight
+        heads = _rotate(heads, cos_MD, sin_MD)
+        rotated.append((heads if scaling == 1.0 else heads.mul_(scaling)).to(projected.dtype))
+    query_MQD, key_MGD = rotated
+    groups = key_MGD.shape[1]
+    query = query_MQD.view(len(query_MQD) * groups, -1, form.head_size)
+    return order.order(query), order.order(key_MGD.view(-1, form.head_size))
+
+
+def _rotate(heads_MQD: Tensor, cos_MD: Tensor, sin_MD: Tensor) -> Tensor:
+    """Rotary positions as transformers has them: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves of a head."""
+    one, two = heads_MQD.chunk(2, -1)
+    sin_one, sin_two = sin_MD[:, None].chunk(2, -1)
+    rotated = heads_MQD * cos_MD[:, None]
+    first, second = rotated.chunk(2, -1)
+    first.addcmul_(two, sin_one, value=-1)
+    second.addcmul_(one, sin_two)
+    return rotated
+
+
+def _rotate_back(rows: Tensor, form: Form, cos_MD: Tensor, sin_MD: Tensor) -> Tensor:
+    """The gradient before the rotation, fp32 [M, heads, D], from that behind it."""
+    grad_MQD = _wide(rows.view(len(cos_MD), -1, form.head_size))
+    one, two = grad_MQD.chunk(2, -1)
+    sin_one, sin_two = sin_MD[:, None].chunk(2, -1)
+    turned = grad_MQD * cos_MD[:, None]
+    first, second = turned.chunk(2, -1)
+    first.addcmul_(two, sin_two)
+    second.addcmul_(one, sin_one, value=-1)
+    return turned
+
+
+def _norm(input_MH: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """input / root mean square * weight, in fp32, rounded once."""
+    output_MH = torch.empty_like(input_MH)
+    for input_RH, output_RH in zip(input_MH.split(NORM_ROWS), output_MH.split(NORM_ROWS), strict=True):
+        wide_RH = _wide(input_RH)
+        output_RH.copy_((wide_RH * _inverse_size(wide_RH, eps)).mul_(weight))
+    return output_MH
+
+
+def _norm_backward(
+    grad_MH: Tensor, input_MH: Tensor, weight: Tensor, eps: float, residual_MH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a norm's input, with that of the residual stream beside it added, and of its weight."""
+    output_MH = torch.empty_like(input_MH)
+    d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    parts = (x.split(NORM_ROWS) for x in (grad_MH, input_MH, residual_MH, output_MH))
+    for grad_RH, input_RH, residual_RH, output_RH in zip(*parts, strict=True):
+        d_input_RH = _unnormed(_wide(grad_RH), _wide(input_RH), weight, eps, d_weight)
+        output_RH.copy_(d_input_RH.add_(residual_RH))
+    return output_MH, d_weight.to(weight.dtype)
+
+
+def _head_norm_backward(grad_MQD: Tensor, raw_MW: Tensor, weight: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
+    """The gradients of what a norm of single heads came from (fp32), and of its weight."""
+    assert weight is not None
+    assert form.head_eps is not None
+    d_weight = torch.zeros_like(weight, dtype=grad_MQD.dtype)
+    d_raw_MQD = _unnormed(grad_MQD, _wide(raw_MW.view(grad_MQD.shape)), weight, form.head_eps, d_weight)
+    return d_raw_MQD, d_weight.to(weight.dtype)
+
+
+def _unnormed(grad: Tensor, wide: Tensor, weight: Tensor, eps: float, d_weight: Tensor) -> Tensor:
+    """The gradient of a norm's input, all in fp32; that of its weight is added to `d_weight`."""
+    inverse = _inverse_size(wide, eps)
+    unit = wide * inverse
+    d_weight.add_((grad * unit).flatten(0, -2).sum(0))
+    d_unit = grad * weight
+    share = (d_unit * unit).mean(-1, keepdim=True)
+    return d_unit.addcmul_(unit, share, value=-1).mul_(inverse)
+
+
+def _inverse_size(wide: Tensor, eps: float) -> Tensor:
+    """1 / root mean square over the last dimension, which is kept."""
+    return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
