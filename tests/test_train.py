@@ -57,7 +57,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_what_design_says(tmp_path: Path, model: Path) -> None:
     run = train(tmp_path, model, rows(tmp_path, PAIRS))
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.yaml", "manifest.json", "ledger.json", "metrics.jsonl", "final", "report.html"}
+    assert names == {
+        "config.yaml", "manifest.json", "ledger.json", "metrics.jsonl", "checkpoints", "final", "report.html",
+    }  # fmt: skip
     metrics = lines(run.folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, 13))
     assert [line["epoch"] for line in metrics] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3

@@ -131,6 +131,16 @@ class Evaluate(Room):
         return () if value is None else value
 
 
+class Checkpoint(Room):
+    """Every so many steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
+    loss, and each of every `keep_every` steps."""
+
+    every: int | None = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+    keep_best: int = Field(0, ge=0)
+    keep_every: int | None = Field(None, ge=1)
+
+
 class Config(Room):
     """Everything a run needs to be told; two keys have no default.
 
@@ -155,6 +165,8 @@ class Config(Room):
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")
     dropout: Literal["off", "config"] = "off"
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -216,6 +228,10 @@ OTHER_NAMES = {
     "chat_template_kwargs": "template_kwargs",
     "output_dir": "output",
     "eval_steps": "evaluate.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "resume_from_checkpoint": "resume",
     "eval_prompts": "evaluate.prompts",
     "bf16": "precision",
     "fp16": "precision",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from deft.encoding.rows import Example
-from deft.plan.order import Batching, Epoch, plan_epoch
+from deft.plan.order import Batching, Epoch, plan
 from deft.plan.packs import pack
 from deft.types import Batch, Encoded, Origin
 
@@ -57,8 +57,17 @@ class Loader:
 
     def members(self, step: int) -> list[Example]:
         """The examples of a step in the plan's order."""
+        return [self.examples[index] for index in self.indices(step)]
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which examples a step has: int64, in the plan's order."""
         epoch, inner = self._locate(step)
-        return [self.examples[index] for index in self.epochs[epoch].members(inner)]
+        return self.epochs[epoch].members(inner)
+
+    def until(self, step: int) -> list[np.ndarray]:
+        """The plan as far as `step` steps follow it: the order of the epoch they are in, and its steps so far."""
+        epoch, inner = self._locate(max(0, step - 1))
+        return [np.array([step, epoch]), self.epochs[epoch].order, self.epochs[epoch].starts[: inner + 2]]
 
     def step(self, step: int) -> Work:
         members = self.members(step)
@@ -87,7 +96,7 @@ class Loader:
 
 def make(
     examples: Sequence[Example],
-    batching: Batching,
+    batching: Batching | Sequence[tuple[int, Batching]],
     *,
     epochs: int,
     seed: int,
@@ -95,10 +104,10 @@ def make(
     normalize: Normalize = "tokens",
     limit: int | None = None,
 ) -> Loader:
-    """The plan of a run over `examples`, `limit` steps at most."""
+    """The plan of a run over `examples`, `limit` steps at most; several `batching` as in `plan`."""
     sizes = np.array([sum(len(part.tokens) for part in example) for example in examples], np.int64)
-    planned = tuple(plan_epoch(sizes, batching, seed, epoch) for epoch in range(epochs))
-    return Loader(examples, planned, microbatch_tokens, normalize, limit)
+    batchings = [(0, batching)] if isinstance(batching, Batching) else batching
+    return Loader(examples, plan(sizes, batchings, seed, range(epochs)), microbatch_tokens, normalize, limit)
 
 
 def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deft import files, lock
+from deft import files
 from deft.errors import DiskError, InputError, Problem, Problems
 
 
@@ -33,18 +33,25 @@ def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+RUN_FILES = frozenset(("config.yaml", "manifest.json", "ledger.json", "report.html", "checkpoints", "final")) | {
+    f"{log}.jsonl" for log in ("metrics", "eval", "samples")
+}
+"""What a run writes into its folder."""
+
+
 def run_folder(output: str | None) -> Path:
     """The folder a run will write to, `runs/<date-time>` where none is named."""
     return Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
 
 
-def output_folder(output: str | None) -> Path:
+def output_folder(output: str | None, may_go_on: bool = False) -> Path:
     """The folder a run will write to; it need not be there yet.
 
-    Raises InputError if it holds anything but a lock, is a file, or could not be written to.
+    Raises InputError if it holds anything (but for an earlier run that this one `may_go_on` with), is a file, or could
+    not be written to.
     """
     folder = run_folder(output)
-    if folder.is_dir() and any(child.name != lock.NAME for child in folder.iterdir()):
+    if _names(folder) and not (may_go_on and is_run(folder)):
         raise InputError(f"{folder}: the output folder is not empty; name another with output=, or move it away")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
@@ -52,6 +59,17 @@ def output_folder(output: str | None) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: {nearest} cannot be written to; name another folder with output=")
     return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or the beginnings of one."""
+    names = _names(folder)
+    return bool(names) and (names <= RUN_FILES or names >= {"config.yaml", "manifest.json"})
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder, hidden files apart: locks, and what writers that were killed left there."""
+    return {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
 
 
 def make_folder(folder: Path) -> None:

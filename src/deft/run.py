@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +14,39 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deft import (
+    checkpoint,
+    dataset,
+    evaluate,
+    export,
+    files,
+    hardware,
+    ledger,
+    loader,
+    lock,
+    manifest,
+    preflight,
+    registry,
+    report,
+    resume,
+)
 from deft import config as configuration
-from deft import dataset, evaluate, export, files, hardware, ledger, loader, lock, manifest, preflight, registry, report
 from deft import tokenizer as edge
+from deft.checkpoint import Checkpoint, Found, Keep
 from deft.config import Config
 from deft.data.shapes import Understood
 from deft.dataset import Dataset, Named
 from deft.encoding.rows import Policy, RowEncoder, as_chat
-from deft.errors import NumbersError, Problem, Problems
+from deft.errors import DiskError, InputError, NumbersError, Problem, Problems
 from deft.evaluate import MetricFn, Prompt
+from deft.export import ExportError
 from deft.hardware import Machine
 from deft.loader import Loader
 from deft.logs import console as display
-from deft.logs.jsonl import JsonLines
+from deft.logs import jsonl
+from deft.logs.jsonl import Logs
 from deft.model import load as models
 from deft.model import selftest, towers
 from deft.model.load import Base
@@ -34,13 +54,15 @@ from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
+from deft.resume import Inputs, Rows
+from deft.saving import Saver
 from deft.schedule import factor
-from deft.signals import Signals
+from deft.signals import Preempted, Signals
 from deft.tokenizer import Tokenizer
 from deft.training import badstep
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
-from deft.training.state import TrainState
+from deft.training.state import TrainState, random_state, set_random_state
 from deft.types import Fate, StepRecord
 
 SHOWN_SAMPLES = 3
@@ -50,12 +72,22 @@ EXPORT_ROWS = 3
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `metrics` are the lines of metrics.jsonl, `folder` is the run folder."""
+    """A finished run. `metrics` are the lines of metrics.jsonl, `folder` is the run folder.
 
-    model: Any
-    tokenizer: Any
+    trained  the model and the tokenizer in memory; None where they were trained by an earlier start, and are loaded
+    """
+
     folder: Path
     metrics: tuple[Mapping[str, Any], ...]
+    trained: tuple[Any, Any] | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        return self.trained[0] if self.trained else AutoModelForCausalLM.from_pretrained(self.folder / "final")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.trained[1] if self.trained else AutoTokenizer.from_pretrained(self.folder / "final")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the exported Hugging Face folder."""
@@ -107,37 +139,98 @@ class Checked(Reading):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the model's weights are loaded."""
+    """Everything that is known before the model's weights are loaded.
+
+    config     resolved
+    batchings  what cuts steps, and from which step on
+    found      the checkpoint that the run goes on from
+    """
 
     config: Config
     checked: Checked
     row_encoder: RowEncoder
     data: Dataset
     loader: Loader
+    rows: Rows
+    inputs: Inputs
+    batchings: tuple[tuple[int, Batching], ...]
+    found: Found | None
+
+    def inputs_until(self, step: int) -> Inputs:
+        """What the first `step` steps are trained on."""
+        return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
 
 
 def train(config: Config, caller: Caller | None = None) -> Run:
-    """The main job. Raises DeftError for whatever a user can mend."""
+    """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:
             caller.say(note)
-        return _run(config.model_copy(update={"output": str(folder)}), caller)
+        config = config.model_copy(update={"output": str(folder)})
+        if (earlier := _finished(config)) is not None:
+            caller.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
+            return earlier
+        return _run(config, caller, _checkpoint_of(config, caller))
 
 
-def _run(config: Config, caller: Caller) -> Run:
-    prepared = prepare(config, caller)
-    state = _load(prepared, caller)
-    _write_beginnings(prepared)
-    with caller.signals.deferred():
-        metrics = _train(prepared, state, caller)
-        with caller.signals.at_once():
-            _finish(prepared, state, caller)
-    return Run(state.learner.model, prepared.checked.tokenizer.hf, prepared.checked.folder, tuple(metrics))
+def _run(config: Config, caller: Caller, found: Found | None) -> Run:
+    saved = found.checkpoint.step if found else None
+    try:
+        prepared = prepare(_settled(config, found), caller, found)
+        state = _load(prepared, caller)
+        earlier = _write_beginnings(prepared, caller)
+        with caller.signals.deferred():
+            metrics, unsaved = _train(prepared, state, earlier, caller)
+            saved = None if unsaved or config.checkpoint.every is None else state.step
+            with caller.signals.at_once():
+                _finish(prepared, state, caller)
+    except Preempted as stop:
+        raise Preempted(stop.number, stop.saved or saved) from None
+    if unsaved:
+        raise unsaved
+    return Run(prepared.checked.folder, tuple(metrics), (state.learner.model, prepared.checked.tokenizer.hf))
 
 
-def prepare(config: Config, caller: Caller) -> Prepared:
+def _finished(config: Config) -> Run | None:
+    """The run that an earlier start brought to its end: final/, compared, and its report."""
+    folder = _earlier_run(config)
+    if folder is None or not ((folder / "final").is_dir() and (folder / "report.html").is_file()):
+        return None
+    if config.resume != "auto":
+        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
+    return Run(folder, tuple(jsonl.read(folder / "metrics.jsonl")))
+
+
+def _earlier_run(config: Config) -> Path | None:
+    """The output folder, if there is a run in it to go on with."""
+    may_go_on = config.output is not None and config.resume != "never" and preflight.is_run(Path(config.output))
+    return Path(config.output) if config.output and may_go_on else None
+
+
+def _checkpoint_of(config: Config, caller: Caller) -> Found | None:
+    """The checkpoint to go on from; what earlier starts left half written is removed."""
+    folder = _earlier_run(config)
+    if folder is None:
+        return None
+    for each in (folder, folder / "checkpoints"):
+        files.sweep(each)
+    found = checkpoint.find(folder / "checkpoints", config.resume)
+    for note in found.notes if found else ():
+        caller.say(note)
+    return found
+
+
+def _settled(config: Config, found: Found | None) -> Config:
+    """The configuration with the `auto`s that the run began with."""
+    if found is None:
+        return config
+    values = resume.settled(config.model_dump(mode="json"), found.checkpoint.values["inputs"]["config"])
+    return configuration.make(values)
+
+
+def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
     checked = check(config, caller)
     row_encoder = checked.encoder()
@@ -145,7 +238,62 @@ def prepare(config: Config, caller: Caller) -> Prepared:
     for line in _described(checked, data):
         caller.say(line)
     stop_unless_trainable(config, checked, data)
-    return Prepared(config, checked, row_encoder, data, plan(config, checked, data))
+    batchings, resolved = _batchings(config, found), _resolved(config, checked)
+    prepared = Prepared(
+        config=resolved,
+        checked=checked,
+        row_encoder=row_encoder,
+        data=data,
+        loader=plan(config, checked, data, batchings),
+        rows=Rows.of(data.train),
+        inputs=_inputs(resolved, checked, data),
+        batchings=batchings,
+        found=found,
+    )
+    if found is not None:
+        _compare(prepared, found, caller)
+    return prepared
+
+
+def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
+    """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
+    step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
+    before = Inputs(**found.checkpoint.values["inputs"])
+    sources = found.checkpoint.values["cursor"]["sources"]
+    rows = Rows(tuple(sources), *(stored[name].numpy() for name in ("digest", "line", "source")))
+    changes = resume.compare(step, before, prepared.inputs_until(step), rows, prepared.rows)
+    if changes.refused:
+        folder = prepared.checked.folder
+        heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
+        raise Problems(heading, changes.refused)
+    for change in changes.applied:
+        caller.say(f"since step {step}: {change}")
+    caller.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
+
+
+def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
+    """What the run is trained on; the plan is that of no step yet."""
+    hf = checked.tokenizer.hf
+    return Inputs(
+        config=config.model_dump(mode="json"),
+        model=resume.fingerprint(models.folder(checked.base)),
+        tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
+        template=resume.digest(checked.chosen.source) if checked.is_chat else "",
+        held_out=resume.digest(*map(str, Rows.of(data.held_out).digest.tolist())),
+        ledger=resume.digest(*(json.dumps(source.as_json(), sort_keys=True) for source in data.ledgers)),
+        plan="",
+        versions=manifest.versions(),
+        processes=1,
+    )
+
+
+def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:
+    """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
+    asked = Batching(config.batch.examples, config.batch.tokens)
+    if found is None:
+        return ((0, asked),)
+    earlier = tuple((since, Batching(**each)) for since, each in found.checkpoint.values["cursor"]["batchings"])
+    return earlier if earlier[-1][1] == asked else (*earlier, (found.checkpoint.step, asked))
 
 
 def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
@@ -157,7 +305,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
-            lambda: preflight.output_folder(config.output),
+            lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
             *_readers(config, caller),
         ]
     )
@@ -221,11 +369,13 @@ def _reading(
     )
 
 
-def plan(config: Config, checked: Checked, data: Dataset) -> Loader:
+def plan(
+    config: Config, checked: Checked, data: Dataset, batchings: Sequence[tuple[int, Batching]] | None = None
+) -> Loader:
     """Which example stands in which step, for the whole run."""
     return loader.make(
         data.train,
-        Batching(config.batch.examples, config.batch.tokens),
+        batchings or _batchings(config, None),
         epochs=config.epochs,
         seed=config.seed,
         microbatch_tokens=checked.machine.microbatch_tokens,
@@ -313,20 +463,20 @@ def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
         raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
 
 
-def _write_beginnings(prepared: Prepared) -> None:
-    """The run folder with what is known before the first step: config.yaml, manifest.json, ledger.json."""
+def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, Any]]:
+    """The run folder with what is known before the next step: config.yaml, manifest.json, ledger.json.
+
+    Nothing in it is then of a later step than the checkpoint; returns the metrics of the earlier ones.
+    """
     checked, config = prepared.checked, prepared.config
     preflight.make_folder(checked.folder)
-    resolved = config.model_copy(
-        update={
-            "output": str(checked.folder),
-            "max_length": checked.policy.max_length,
-            "microbatch_tokens": checked.machine.microbatch_tokens,
-            "device": checked.machine.device.type,
-            "precision": "bf16" if checked.machine.dtype == torch.bfloat16 else "fp32",
-        }
-    )
-    files.write_text(checked.folder / "config.yaml", configuration.as_yaml(resolved))
+    step = prepared.found.checkpoint.step if prepared.found else -1
+    for note in checkpoint.set_aside(checked.folder / "checkpoints", step):
+        caller.say(note)
+    earlier = jsonl.cut(checked.folder / "metrics.jsonl", step)
+    for name in ("eval", "samples"):
+        jsonl.cut(checked.folder / f"{name}.jsonl", step if _is_evaluated(prepared) else step - 1)
+    files.write_text(checked.folder / "config.yaml", configuration.as_yaml(config))
     files.write_json(checked.folder / "ledger.json", [source.as_json() for source in prepared.data.ledgers])
     described = manifest.collect(
         seed=config.seed,
@@ -336,6 +486,20 @@ def _write_beginnings(prepared: Prepared) -> None:
         tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
     )
     files.write_json(checked.folder / "manifest.json", described)
+    return [*earlier]
+
+
+def _resolved(config: Config, checked: Checked) -> Config:
+    """The configuration with every `auto` settled."""
+    return config.model_copy(
+        update={
+            "output": str(checked.folder),
+            "max_length": checked.policy.max_length,
+            "microbatch_tokens": checked.machine.microbatch_tokens,
+            "device": checked.machine.device.type,
+            "precision": "bf16" if checked.machine.dtype == torch.bfloat16 else "fp32",
+        }
+    )
 
 
 def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, str]:
@@ -366,6 +530,11 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
         f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
         f"{prepared.loader.steps} steps -> {checked.folder}"
     )
+    if prepared.found:
+        stored = prepared.found.checkpoint
+        state.restore(stored.tensors, stored.step)
+        state.skipped = stored.values["cursor"]["skipped"]
+        set_random_state(stored.values["random-00000"])
     return state
 
 
@@ -375,35 +544,95 @@ def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
     return torch.bfloat16 if is_half else torch.float32
 
 
-def _train(prepared: Prepared, state: TrainState, caller: Caller) -> list[Mapping[str, Any]]:
-    """The loop. What happens between two steps is written here, as statements."""
-    config, planned = prepared.config, prepared.loader
-    metrics = JsonLines(prepared.checked.folder / "metrics.jsonl")
+def _train(
+    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], caller: Caller
+) -> tuple[list[Mapping[str, Any]], DiskError | None]:
+    """The loop. What happens between two steps is written here, as statements.
+
+    Returns the metrics, with those of `earlier` starts, and what was wrong with the last save.
+    """
+    config, planned, folder = prepared.config, prepared.loader, prepared.checked.folder
+    logs = Logs.of(folder)
+    keep = Keep(config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every)
+    saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, caller.say, newest=state.step)
     multiplier = partial(
         factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
     )
-    lines: list[Mapping[str, Any]] = []
-    with caller.signals.at_once():
-        _evaluate(prepared, state, caller)
-    with display.steps(caller.console, planned.steps) as shown:
-        for record in train_steps(
-            state,
-            planned,
-            prepared.checked.loss,
-            clip=config.optimizer.clip,
-            factor=multiplier,
-            poll=caller.signals.check,
-        ):
-            if not record.is_finite:
-                _skip_or_stop(prepared, state, record, caller)
-            metrics.write(asdict(record))
-            lines.append(asdict(record))
-            shown.show(record)
-            if _is_due(config, record, planned.steps):
+    lines = list(earlier)
+    is_evaluated, random = _is_evaluated(prepared), random_state()
+    with saver, display.steps(caller.console, planned.steps) as shown:
+        try:
+            if not is_evaluated:
                 with caller.signals.at_once():
-                    _evaluate(prepared, state, caller)
-            caller.signals.check()
-    return lines
+                    _evaluate(prepared, state, logs, caller)
+                is_evaluated = True
+            for record in train_steps(
+                state,
+                planned,
+                prepared.checked.loss,
+                clip=config.optimizer.clip,
+                factor=multiplier,
+                poll=caller.signals.check,
+            ):
+                if not record.is_finite:
+                    _skip_or_stop(prepared, state, record, caller)
+                logs.metrics.write(asdict(record))
+                lines.append(asdict(record))
+                shown.show(record)
+                is_due, loss = saver.is_due(record.step, planned.steps), None
+                if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
+                    is_evaluated, random = False, random_state()
+                    with caller.signals.at_once():
+                        loss = _evaluate(prepared, state, logs, caller)
+                    is_evaluated = True
+                if is_due:
+                    saver.begin(_checkpoint(prepared, state, is_evaluated, loss), logs.flush)
+                caller.signals.check()
+        except Preempted as stop:
+            if not is_evaluated:  # the next start evaluates
+                set_random_state(random)
+            raise _saved(prepared, state, saver, logs, is_evaluated, stop) from None
+        unsaved = saver.finish()
+    logs.flush()
+    return lines, unsaved
+
+
+def _is_evaluated(prepared: Prepared) -> bool:
+    """Whether the evaluation that is due before the next step was done by an earlier start."""
+    return prepared.found is not None and prepared.found.checkpoint.values["cursor"]["is_evaluated"]
+
+
+def _saved(
+    prepared: Prepared, state: TrainState, saver: Saver, logs: Logs, is_evaluated: bool, stop: Preempted
+) -> BaseException:
+    """Saves the steps that are done, unless they are saved; what to end the run with."""
+    if state.step == 0:
+        return stop
+    unsaved = saver.finish()
+    if unsaved or saver.newest != state.step:
+        saver.begin(_checkpoint(prepared, state, is_evaluated, None), logs.flush)
+        unsaved = saver.finish()
+    return unsaved or Preempted(stop.number, state.step)
+
+
+def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss: float | None) -> Checkpoint:
+    """All that the run needs to go on from here, copied; `loss` is the held-out one."""
+    rows, config = prepared.rows, prepared.config
+    columns = {name: torch.from_numpy(getattr(rows, name)) for name in ("digest", "line", "source")}
+    cursor = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "is_evaluated": is_evaluated,
+        "batchings": [[since, asdict(batching)] for since, batching in prepared.batchings],
+        "sources": list(rows.sources),
+    }
+    values = {
+        "cursor": cursor,
+        "schedule": {**config.schedule.model_dump(), "step": state.step, "total": prepared.loader.steps},
+        "random-00000": random_state(),
+        "inputs": asdict(prepared.inputs_until(state.step)),
+    }
+    return Checkpoint(state.step, {**state.tensors(), "rows": columns}, values, loss)
 
 
 def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, caller: Caller) -> None:
@@ -428,8 +657,8 @@ def _is_due(config: Config, record: StepRecord, total: int) -> bool:
     return record.step == total or (every is not None and record.step % every == 0)
 
 
-def _evaluate(prepared: Prepared, state: TrainState, caller: Caller) -> None:
-    """Held-out loss and sampled answers, as far as either is asked for, to eval.jsonl and samples.jsonl."""
+def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller) -> float | None:
+    """Held-out loss and sampled answers, as far as either is asked for, to eval.jsonl and samples.jsonl; the loss."""
     checked, evaluation = prepared.checked, prepared.config.evaluate
     found: dict[str, Any] = {}
     if prepared.data.held_out:
@@ -444,16 +673,16 @@ def _evaluate(prepared: Prepared, state: TrainState, caller: Caller) -> None:
         evaluation.stop_sequences,
         caller.metric_fn,
     )
-    answers = JsonLines(checked.folder / "samples.jsonl")
     for row in samples.rows:
-        answers.write({"step": state.step, **asdict(row)})
+        logs.samples.write({"step": state.step, **asdict(row)})
     found |= samples.means
     if found:
-        JsonLines(checked.folder / "eval.jsonl").write({"step": state.step, **found})
+        logs.eval.write({"step": state.step, **found})
     if found or samples.rows:
         caller.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     for row in samples.rows[:SHOWN_SAMPLES]:
         caller.say(f"  {row.prompt!r} -> {row.output!r}")
+    return found.get("loss")
 
 
 def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
@@ -461,26 +690,31 @@ def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
     folder = checked.folder / "final"
     masters, stop_ids = _masters(prepared, state), _stop_ids(prepared)
-    export.export(
-        model,
-        tokenizer,
-        folder,
-        dtype=getattr(torch, checked.base.dtype),
-        stop_ids=stop_ids,
-        chat_template=None,
-        card=_card(prepared),
-        weights=masters,
-        processor=towers.processor_files(checked.base.path),
-    )
-    check = export.verify(
-        folder,
-        model,
-        tokenizer,
-        [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]],
-        _first_chat(prepared),
-        weights=masters,
-        stop_ids=stop_ids,
-    )
+    if not folder.exists():  # else an earlier start was stopped after it was put in place
+        export.export(
+            model,
+            tokenizer,
+            folder,
+            dtype=getattr(torch, checked.base.dtype),
+            stop_ids=stop_ids,
+            chat_template=None,
+            card=_card(prepared),
+            weights=masters,
+            processor=towers.processor_files(checked.base.path),
+        )
+    try:
+        check = export.verify(
+            folder,
+            model,
+            tokenizer,
+            [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]],
+            _first_chat(prepared),
+            weights=masters,
+            stop_ids=stop_ids,
+        )
+    except ExportError:
+        files.remove(folder)
+        raise
     report.write(checked.folder)
     caller.say(
         f"{folder}: {check.dtype}, reloaded by plain transformers and compared: {check.tensors} tensors equal, "

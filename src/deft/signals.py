@@ -25,7 +25,7 @@ class Preempted(BaseException):
     """
 
     def __init__(self, number: int, saved: int | None = None) -> None:
-        self.number = number
+        self.number, self.saved = number, saved
         what = "nothing was trained yet" if saved is None else f"saved step {saved}"
         super().__init__(f"{signal.Signals(number).name}: {what}, run the same command again to go on")
 

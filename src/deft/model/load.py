@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from deft.errors import InputError, Problem
 from deft.model import towers
@@ -59,6 +60,13 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
         stop_ids=_stop_ids(path, text),
     )
+
+
+def folder(base: Base) -> Path:
+    """Where its files lie on this machine."""
+    found = cached_file(base.path, "config.json")
+    assert found is not None, base.path
+    return Path(found).parent
 
 
 def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:

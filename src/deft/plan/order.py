@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,47 @@ def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> 
     >>> epoch.starts.tolist(), sorted(epoch.order.tolist())
     ([0, 2, 4, 5], [0, 1, 2, 3, 4])
     """
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(sizes))
+    return plan(sizes, [(0, batching)], seed, [epoch])[0]
+
+
+def plan(
+    sizes: np.ndarray, batchings: Sequence[tuple[int, Batching]], seed: int, epochs: Iterable[int]
+) -> tuple[Epoch, ...]:
+    """Epochs in a row, each example once in each, in an order drawn from (seed, epoch).
+
+    batchings  (step, batching), ascending from step 0: what cuts steps from that one on. The order of an epoch does not
+               depend on it: where it changes, what is left of the epoch is cut anew.
+
+    >>> first, second = plan(np.ones(5), [(0, Batching(examples=3)), (1, Batching(examples=1))], 0, range(2))
+    >>> first.starts.tolist(), second.starts.tolist()
+    ([0, 3, 4, 5], [0, 1, 2, 3, 4, 5])
+    """
+    planned: list[Epoch] = []
+    done = 0
+    for epoch in epochs:
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(sizes))
+        starts = _starts(sizes[order], batchings, done)
+        planned.append(Epoch(order, starts))
+        done += len(starts) - 1
+    return tuple(planned)
+
+
+def _starts(sizes: np.ndarray, batchings: Sequence[tuple[int, Batching]], done: int) -> np.ndarray:
+    """Where the steps of an epoch begin, whose first is the run's step `done`."""
+    starts = [0]
+    while starts[-1] < len(sizes):
+        step = done + len(starts) - 1
+        batching = [each for since, each in batchings if since <= step][-1]
+        until = min((since for since, _ in batchings if since > step), default=None)
+        cut = _cut(sizes[starts[-1] :], batching)[1:] + starts[-1]
+        starts += cut[: None if until is None else until - step].tolist()
+    return np.array(starts, np.int64)
+
+
+def _cut(sizes: np.ndarray, batching: Batching) -> np.ndarray:
     if batching.examples is not None:
-        starts = [*range(0, len(order), batching.examples), len(order)]
-    else:
-        starts = _token_starts(sizes[order], batching.tokens or 1)
-    return Epoch(order, np.array(starts, np.int64))
+        return np.array([*range(0, len(sizes), batching.examples), len(sizes)], np.int64)
+    return np.array(_token_starts(sizes, batching.tokens or 1), np.int64)
 
 
 def _token_starts(sizes: np.ndarray, limit: int) -> list[int]:
