@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from deft.loss import nll
 from deft.model import attention, causal, faster, selftest
 from deft.model.blocks import llama
+from deft.model.checkpointing import Checkpointing
 from deft.model.learner import Learner
 from deft.types import Batch
 
@@ -134,6 +135,36 @@ def test_in_bf16_they_err_no_more_than_hugging_face(name: str) -> None:
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     squares = [(found[name].double() - exact[name]).square().sum() for name in exact]
     return float(torch.stack(squares).sum().sqrt())
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("name", [*WITH_BLOCKS, "gemma2", "gpt_oss", "gpt2", "qwen3_moe"])
+def test_checkpointing_keeps_less_and_changes_no_bit(name: str, mode: Checkpointing) -> None:
+    learner, batch = learner_of(name, "packed"), as_batch(random_documents())
+    assert bool(faster.install(learner.model)) == (name in WITH_BLOCKS)
+    loss, expected = sums(learner, batch)
+    thrifty = replace(learner, checkpointing=mode)
+    again, ours = sums(thrifty, batch)
+    assert torch.equal(loss, again)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    assert kept_bytes(thrifty, batch) < 0.9 * kept_bytes(learner, batch)
+    assert torch.equal(sums(learner, batch)[0], loss)
+
+
+def kept_bytes(learner: Learner, batch: Batch) -> int:
+    """Of what autograd saves, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = learner.hidden(batch)
+    assert hidden.requires_grad
+    return sum(size for where, size in found.items() if where not in own)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

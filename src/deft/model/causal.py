@@ -135,7 +135,10 @@ def backward(
     order: Layout,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query (in its dtype), key and value (both summed in fp32), from that of the output."""
+    """The gradients of query (in its dtype), key and value (both summed in fp32), from that of the output.
+
+    Without `kept` all probabilities are computed again.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     d_query = torch.empty_like(query)
     d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
@@ -148,10 +151,8 @@ def backward(
         key_BTD, value_BTE, d_key_BTD, d_value_BTE = batches[3:]
         for block in _blocks(length, window):
             rows, keys = block.rows(repeat), block.keys
-            if length <= KEPT_LENGTH:
-                probs_BSK = next(probabilities)
-            else:
-                probs_BSK = _probabilities(query_BSD, key_BTD, block, repeat)
+            is_kept = kept and length <= KEPT_LENGTH
+            probs_BSK = next(probabilities) if is_kept else _probabilities(query_BSD, key_BTD, block, repeat)
             d_value_BTE[:, keys].add_(probs_BSK.transpose(1, 2) @ grad_BSE[:, rows])
             d_probs_BSK = grad_BSE[:, rows] @ value_BTE[:, keys].transpose(1, 2)
             d_scores_BSK = torch.ops.aten._softmax_backward_data.out(

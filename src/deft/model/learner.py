@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deft.model.attention import packing_arguments
+from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.towers import text_body
 from deft.types import Batch, Head
 
@@ -34,6 +35,7 @@ class Learner:
     mode: Mode
     scale: float = 1.0
     softcap: float | None = None
+    checkpointing: Checkpointing = "none"
 
     @property
     def device(self) -> torch.device:
@@ -49,12 +51,14 @@ class Learner:
         """float [K, H]: what the head is applied to, at batch.rows. For the modes packed and alone."""
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
         run = packed_hidden if self.mode == "packed" else alone_hidden
-        return run(self.model, batch)[batch.rows]
+        with checkpointed(self.model, self.checkpointing):
+            return run(self.model, batch)[batch.rows]
 
     def logits(self, batch: Batch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
         assert self.mode == "whole", "where the head is understood, logits are never whole"
-        return whole_logits(self.model, batch)
+        with checkpointed(self.model, self.checkpointing):
+            return whole_logits(self.model, batch)
 
 
 def packed_hidden(model: PreTrainedModel, batch: Batch, **arguments: Any) -> Tensor:

@@ -30,7 +30,7 @@ from deft.model.causal import Layout
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
-NORM_ROWS = 256
+NORM_ROWS = 512
 """Tokens whose norms are computed at a time, so that their fp32 copies stay in the cache."""
 
 
@@ -97,15 +97,19 @@ def forward(
     *,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     documents: tuple[int, ...] | None = None,
+    is_thrifty: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """[1, M, H] -> [1, M, H] over packed documents. All other calls go to `own`, the layer's own forward."""
+    """[1, M, H] -> [1, M, H] over packed documents. All other calls go to `own`, the layer's own forward.
+
+    With is_thrifty the gate and up projections and the probabilities are not kept but computed again.
+    """
     if documents is None or position_embeddings is None or not _is_plain(layer, hidden_states):
         extra = {} if documents is None else {"documents": documents}
         return own(hidden_states, position_embeddings=position_embeddings, **extra, **kwargs)
     cos, sin = (_wide(table[0]) for table in position_embeddings)
     order = causal.layout(documents, layer.self_attn.k_proj.out_features // form.head_size, hidden_states.device)
-    return _Layer.apply(hidden_states[0], form, order, cos, sin, *weights_of(layer).as_tuple())[None]
+    return _Layer.apply(hidden_states[0], form, order, is_thrifty, cos, sin, *weights_of(layer).as_tuple())[None]
 
 
 def _window(layer: Any) -> int | None:
@@ -153,7 +157,14 @@ def _weights(tensors: Sequence[Any]) -> Weights:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input_MH: Tensor, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor, *weights: Tensor | None
+        ctx: Any,
+        input_MH: Tensor,
+        form: Form,
+        order: Layout,
+        is_thrifty: bool,
+        cos_MD: Tensor,
+        sin_MD: Tensor,
+        *weights: Tensor | None,
     ) -> Tensor:
         w = _weights(weights)
         normed_MH = _norm(input_MH, w.norm, form.eps)
@@ -172,9 +183,8 @@ class _Layer(torch.autograd.Function):
         output_MH = torch.addmm(middle_MH, functional.silu(gate_MI).mul_(up_MI), w.down.T)
         if any(ctx.needs_input_grad):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
-            ctx.save_for_backward(
-                input_MH, cos_MD, sin_MD, *weights, *attention, mixed_MW, middle_MH, gate_MI, up_MI, *kept
-            )
+            recomputable = () if is_thrifty else (gate_MI, up_MI, *kept)
+            ctx.save_for_backward(input_MH, cos_MD, sin_MD, *weights, *attention, mixed_MW, middle_MH, *recomputable)
             ctx.form, ctx.order = form, order
         return output_MH
 
@@ -185,10 +195,12 @@ class _Layer(torch.autograd.Function):
         input_MH, cos_MD, sin_MD, *rest = ctx.saved_tensors
         count = len(Weights.__slots__)
         w, needs = _weights(rest[:count]), _weights(ctx.needs_input_grad[-count:])
-        query, key, value, mixed_MW, middle_MH, gate_MI, up_MI, *kept = rest[count:]
+        query, key, value, mixed_MW, middle_MH, *recomputable = rest[count:]
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights.__slots__)
 
         normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
+        projected = (functional.linear(normed_MH, weight) for weight in (w.gate, w.up))
+        gate_MI, up_MI, *kept = recomputable or projected
         d_gate_MI, d_up_MI = _mlp_backward(grad_MH, gate_MI, up_MI, w, needs, grads)
         d_normed_MH = torch.mm(d_gate_MI, w.gate).addmm_(d_up_MI, w.up)
         grads["gate"] = _weight_gradient(d_gate_MI, normed_MH, needs.gate)
@@ -211,7 +223,7 @@ class _Layer(torch.autograd.Function):
         normed_MH = _norm(input_MH, w.norm, form.eps)
         d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
         d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, w.norm, form.eps, d_middle_MH)
-        return d_input_MH, None, None, None, None, *grads.values()
+        return d_input_MH, None, None, None, None, None, *grads.values()
 
 
 def _mlp_backward(
