@@ -33,7 +33,7 @@ def checkpointed(model: nn.Module, mode: Checkpointing) -> Iterator[None]:
     blocks = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
     try:
         for layer in layers:
-            layer.forward = _thrifty(layer.forward, mode)  # type: ignore[method-assign]
+            layer.forward = _thrifty(layer.forward, mode)
         yield
     finally:
         for layer in layers:
