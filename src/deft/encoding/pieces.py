@@ -89,7 +89,20 @@ class Coder:
     def placed(self, sheets: Sequence[Sheet]) -> list[Coded | None]:
         """The texts encoded whole; None where the ids do not have the layout."""
         found = self.tokenizer.ids_of([sheet.text for sheet in sheets])
-        return [self._placed(sheet, ids) for sheet, ids in zip(sheets, found, strict=True)]
+        if not found:
+            return []
+        tokens = [_ids(ids) for ids in found]
+        ends = np.cumsum([len(ids) for ids in found])
+        flat = np.concatenate(tokens)
+        places = self.tokenizer.special_places(flat)
+        marks, after = flat[places].tolist(), (places + 1).tolist()
+        last = np.searchsorted(places, ends).tolist()
+        return [
+            _placed(sheet, ids, row, marks[first:end], [start, *after[first:end]])
+            for sheet, ids, row, first, end, start in zip(
+                sheets, found, tokens, [0, *last], last, [0, *ends.tolist()], strict=False
+            )
+        ]
 
     def layout(self, trace: Trace) -> Layout | None:
         """The layout of all texts of a trace; None where words of messages stand between an edge and the mark before.
@@ -129,24 +142,6 @@ class Coder:
         spans = tuple((edges.index(span.start), edges.index(span.end)) for span in rendered.spans)
         layout = Layout([self._special(mark) for _, _, mark in specials], tuple(found), spans)
         return Sheet(rendered.text, layout, [span.weight for span in rendered.spans])
-
-    def _placed(self, sheet: Sheet, ids: list[int]) -> Coded | None:
-        tokens = _ids(ids)
-        layout = sheet.layout
-        at = np.flatnonzero(self.tokenizer.is_special[tokens])
-        if tokens[at].tolist() != layout.marks:
-            return None
-        after = [0, *(at + 1).tolist()]
-        edges = []
-        for count, tail in layout.edges:
-            start = after[count]
-            edges.append(start + len(tail))
-            if ids[start : edges[-1]] != tail:
-                return None
-        weights = np.zeros(len(ids), np.float32)
-        for (begin, end), weight in zip(layout.spans, sheet.weights, strict=True):
-            weights[edges[begin] : edges[end]] = weight
-        return Coded(tokens, weights, 0, False)
 
     def _by_offsets(self, rendered: Rendered) -> Coded:
         specials = self._specials(rendered.text)
@@ -198,6 +193,27 @@ class Coder:
         if literal:
             return self.tokenizer.literal(text, continues)
         return self.tokenizer.continuation(text) if continues else self.tokenizer.ids(text)
+
+
+def _placed(sheet: Sheet, ids: list[int], tokens: np.ndarray, marks: list[int], after: list[int]) -> Coded | None:
+    """The text's ids with their weights, if they have its layout.
+
+    marks  the special tokens among the ids
+    after  where the text begins and where each of them ends, all counted from the same place
+    """
+    if marks != sheet.layout.marks:
+        return None
+    edges = []
+    for count, tail in sheet.layout.edges:
+        start = after[count] - after[0]
+        end = start + len(tail)
+        if ids[start:end] != tail:
+            return None
+        edges.append(end)
+    weights = np.zeros(len(ids), np.float32)
+    for (begin, end), weight in zip(sheet.layout.spans, sheet.weights, strict=True):
+        weights[edges[begin] : edges[end]] = weight
+    return Coded(tokens, weights, 0, False)
 
 
 def _edges(rendered: Rendered) -> list[int]:

@@ -179,7 +179,7 @@ class RowEncoder:
         return _Chat(conversation, messages, weights, rendered)
 
     def _coded(self, chats: Sequence[_Chat]) -> list[list[_Part]]:
-        """The texts of each chat, encoded: by the layout of its trace where they have it, else as they were rendered."""
+        """The texts of each chat, encoded: by the layout of its trace where it holds, else as rendered."""
         sheets = [self._sheet(chat) for chat in chats]
         placed = iter(self.coder.placed([sheet for sheet in sheets if sheet]))
         traced = [next(placed) if sheet else None for sheet in sheets]
@@ -251,8 +251,8 @@ class RowEncoder:
         coded = [part.coded for part in parts]
         encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in coded)
         apart = any(each.apart and not each.literal for each in coded)
-        row = _finished(conversation, (encoded,), fate, max(each.literal for each in coded), apart)
-        return replace(row, notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)))
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        return _finished(conversation, (encoded,), fate, max(each.literal for each in coded), apart, notes)
 
     def _too_long(self, conversation: Conversation, length: int) -> EncodedRow:
         reason = f"{length} tokens, max_length is {self.policy.max_length}"
@@ -260,13 +260,18 @@ class RowEncoder:
 
 
 def _finished(
-    conversation: Conversation, examples: Sequence[Example], fate: Fate, literal: int, apart: bool = False
+    conversation: Conversation,
+    examples: Sequence[Example],
+    fate: Fate,
+    literal: int,
+    apart: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> EncodedRow:
     """The row with the parts that have something to learn; no target where none has."""
     kept = tuple(learnt for example in examples if (learnt := tuple(part for part in example if _has_target(part))))
     if not kept:
-        return EncodedRow(conversation, Fate.NO_TARGET, reason="no learnt token is left", literal=literal, apart=apart)
-    return EncodedRow(conversation, fate, kept, literal=literal, apart=apart)
+        return EncodedRow(conversation, Fate.NO_TARGET, (), "no learnt token is left", literal, apart, notes)
+    return EncodedRow(conversation, fate, kept, "", literal, apart, notes)
 
 
 def _has_target(part: Encoded) -> bool:
