@@ -16,7 +16,7 @@ from typing import Any, Literal
 from deft.render import anchor, handing, probe, stop, words
 from deft.render.anchor import Anchor, Anchored, Shot
 from deft.render.handing import DEFAULT, Way
-from deft.render.provenance import TEMPLATE, Part, Traced
+from deft.render.provenance import TEMPLATE, Part, Traced, owner_of
 from deft.render.stop import Ending, Marks, Stop
 from deft.render.template import Handed, Refusal, Template
 from deft.render.ways import ways
@@ -238,7 +238,7 @@ class ChatRenderer:
         last = _check(found, shot, handed.way)
         if handed.way.inline and not _opens_with(found, shot.index, handed.way.inline[0]):
             return None
-        ended = self._stop(messages, str.__getitem__(found.text, slice(last, None)), handed)
+        ended = self._stop(messages, found.text[:last], str.__getitem__(found.text, slice(last, None)), handed)
         end = last + ended.length
         if words.strangers(found.text, found.start, end, shot.index):
             raise Refusal(f"the template writes another message inside messages[{shot.index}]")
@@ -247,23 +247,29 @@ class ChatRenderer:
         note = ", ".join(note for note in (str(handed.way), found.how) if note)
         return _Turn(shot.index, text, found.start, spans, note)
 
-    def _stop(self, messages: Sequence[Message], tail: str, handed: Handed) -> Stop:
+    def _stop(self, messages: Sequence[Message], known: Traced, tail: str, handed: Handed) -> Stop:
+        """How the last of `messages` ends; `known` is the text up to its last character, `tail` what follows there."""
         key = (tuple(map(_shape, messages)), bool(handed.tools), handed.way, tail)
         if key not in self._stops:
             is_plain = not messages[-1].tool_calls and bool(messages[-1].content.strip())
             plain = None if is_plain else self._plain_mark(messages, handed)
             ending = Ending(tail, _header(handed, len(messages) - 1), plain)
-            self._stops[key] = stop.find(partial(_render, handed), self.marks, messages, ending)
+            self._stops[key] = stop.find(partial(_render, handed, known), self.marks, messages, ending)
         return self._stops[key]
 
     def _plain_mark(self, messages: Sequence[Message], handed: Handed) -> str:
         """The mark that would end a plain answer in place of the last of `messages`; nothing if none can be found."""
-        answered = [*messages[:-1], Message("assistant", "probe")]
+        index, answer = len(messages) - 1, Message("assistant", "probe")
+        answered = [*messages[:-1], answer]
         try:
-            text = _render(handed, answered)
-            last = words.last_character(text, len(messages) - 1)
-            tail = str.__getitem__(text, slice(last, None))
-            return "" if last is None else stop.find(partial(_render, handed), self.marks, answered, Ending(tail)).mark
+            prompt = handed.plain(index, True)
+            known = Traced.of(prompt, TEMPLATE) + Traced.of(answer.content, owner_of(index))
+            text = _render(handed, known, answered)
+            last = words.last_character(text, index)
+            if last is None:
+                return ""
+            ending = Ending(str.__getitem__(text, slice(last, None)))
+            return stop.find(partial(_render, handed, text[:last]), self.marks, answered, ending).mark
         except Refusal:
             return ""
 
@@ -327,8 +333,11 @@ def _header(handed: Handed, index: int) -> str:
     return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
 
 
-def _render(handed: Handed, messages: Sequence[Message]) -> Traced:
-    """Other messages, handed to the same template in the same way."""
+def _render(handed: Handed, known: Traced, messages: Sequence[Message]) -> Traced:
+    """Other messages, handed to the same template in the same way; `known` is how their text is likely to begin."""
+    text = handed.like(messages)
+    if text.startswith(known):
+        return known + str.__getitem__(text, slice(len(known), None))
     return handed.template.render(messages, tools=handed.tools, way=handed.way)
 
 

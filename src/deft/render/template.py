@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError, meta
@@ -182,10 +183,24 @@ class Handed:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]]
     way: Way
+    _texts: dict[tuple[int, bool], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def plain(self, end: int, add_generation_prompt: bool = False) -> str:
         """The text of the first `end` messages, as plain strings give it."""
-        return self._rendered(self.template._plain, self._given, end, add_generation_prompt)
+        key = end, add_generation_prompt
+        if key not in self._texts:
+            self._texts[key] = self._rendered(self.template._plain, self._given, end, add_generation_prompt)
+        return self._texts[key]
+
+    def like(self, messages: Sequence[Message]) -> str:
+        """The text of other messages with the same tools, handed over in the same way, as plain strings give it."""
+        pairs = zip(messages, self.messages, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
+        if same == len(messages):
+            return self.plain(same)
+        others = handing.chat(messages[same:], self.way, handing.plain, self.template.marks)
+        given = {**self._given, "messages": [*self._given["messages"][:same], *others]}
+        return self._rendered(self.template._plain, given, len(messages), False)
 
     def traced(self, end: int, add_generation_prompt: bool = False) -> Traced:
         """The same text with the owners of its characters; Refusal where tracing would change it."""
