@@ -10,6 +10,13 @@ import pytest
 CORPUS = Path(os.environ.get("DEFT_CORPUS", Path(__file__).parents[1].parent / "shared" / "corpus"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing that a test makes is kept among the user's caches."""
+    os.environ["DEFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["DEFT_CACHE"])
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Path:
     if not CORPUS.is_dir():

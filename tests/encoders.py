@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deft import dataset
 from deft import tokenizer as edge
-from deft.data.shapes import Understood
+from deft.data.shapes import Survey
 from deft.dataset import Named
 from deft.encoding.rows import Policy, RowEncoder
 from deft.render.choose import Chosen
@@ -28,7 +28,7 @@ def row_encoder(
     )
 
 
-def source(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> tuple[Named, Understood]:
+def source(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> tuple[Named, Survey]:
     (found,) = dataset.understand([Named(name, rows=rows, **settings)])
     return found
 

@@ -13,8 +13,8 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
 from deft import dataset, ledger
+from deft.data import shapes, sources
 from deft.encoding.rows import RowEncoder
-from deft.errors import Problem
 from deft.ledger import SourceLedger
 from deft.symptoms import SYMPTOMS, Examiner
 from deft.types import Fate
@@ -31,8 +31,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def account(encoder: RowEncoder, *rows: Any, **settings: Any) -> SourceLedger:
-    (found,) = dataset.encode_sources([source(*rows)], encoder, **settings).ledgers
-    return found
+    return dataset.encode_sources([source(*rows)], encoder, **settings).ledgers[0]
 
 
 def without_eos() -> PreTrainedTokenizerFast:
@@ -199,9 +198,9 @@ def test_rows_are_looked_at_until_fifty_of_their_kind_are_whole_and_to_the_end_w
     dropping, keeping = row_encoder(WITHOUT_SYSTEM), row_encoder()
     assert account(dropping, *[with_system] * 60).count("dropped_content") == 60
     examiner = Examiner(keeping)
-    _, known = source(*[with_system] * 60)
-    for row in dataset.encode_rows(known.conversations, keeping, 0.0, False):
-        examiner.symptoms(row)
+    known = shapes.understand(sources.from_values([with_system] * 60), "rows")
+    for row in keeping.encode_many(known.conversations):
+        examiner.look(row)
     assert list(examiner._whole.values()) == [50]
 
 
@@ -247,5 +246,9 @@ def test_findings_of_several_sources_are_one() -> None:
 
 
 def test_what_a_format_refused_is_counted_with_its_reason() -> None:
-    found = ledger.account("a.jsonl", "messages", [], [Problem("a.jsonl:4", "no answer", "add it")])
-    assert (found.rows, found.lost) == (1, (("a.jsonl:4", "refused", "no answer; add it"),))
+    broken = {"messages": [{"role": "usr", "content": "Hi"}]}
+    found = account(row_encoder(), chat("Hi", "Hello"), broken)
+    ((row, fate, reason),) = found.lost
+    assert (found.rows, row, fate) == (2, "rows.jsonl:2", "refused")
+    assert reason.startswith("messages[0].role: 'usr' is not a role")
+    assert reason.endswith("; did you mean 'user'?")

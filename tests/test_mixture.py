@@ -92,10 +92,10 @@ def test_a_row_that_is_evaluated_is_never_trained(row_encoder: RowEncoder) -> No
     train, held_out = Named("train", rows=pairs(5)), Named("eval", rows=pairs(2)[::-1])
     data = encoded(row_encoder, train, held_out=(held_out,))
     assert set(learnt(data)) == {("train", 3), ("train", 4), ("train", 5)}
-    (ledger,) = data.ledgers
+    ledger, _ = data.ledgers
     assert ledger.fates["held_out"] == 2
     assert ledger.lost[0] == ("train:1", "held_out", "stands in the evaluation data too: eval:2")
-    assert data.held_out == ()
+    assert {example[0].origin.source for example in data.held_out} == {"eval"}
 
 
 def test_a_share_holds_out_all_copies_of_a_row_and_all_conversations_of_one(row_encoder: RowEncoder) -> None:

@@ -14,7 +14,6 @@ from deft import files, ledger
 from deft import run as running
 from deft.config import Config
 from deft.dataset import Dataset
-from deft.encoding.rows import RowEncoder
 from deft.ledger import SourceLedger
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
@@ -59,14 +58,13 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     console = console or _console()
     caller = Caller(console=console)
     checked = running.check(config, caller, needs_weights=False)
-    row_encoder = checked.encoder()
-    data = running.encode(config, checked, row_encoder, caller)
+    data = running.encode(config, checked, checked.encoder(), caller)
     planned = running.plan(config, checked, data) if data.train else None
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),
-        plan=_outlook(planned) if planned else None,
-        findings=tuple(_findings(config, checked, row_encoder, data)),
+        plan=_outlook(planned, data) if planned else None,
+        findings=tuple(_findings(config, checked, data)),
     )
     _print(console, config, checked, checkup)
     if report:
@@ -81,25 +79,19 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def _outlook(planned: Loader) -> Outlook:
-    examples = planned.examples
-    return outlook(
-        planned.epochs,
-        planned.steps,
-        lambda index: [len(part.tokens) for part in examples[index]],
-        lambda index: sum(int((part.weights[1:] > 0).sum()) for part in examples[index]),
-        planned.microbatch_tokens,
-    )
+def _outlook(planned: Loader, data: Dataset) -> Outlook:
+    examples = data.train
+    return outlook(planned.epochs, planned.steps, examples.lengths, examples.targets, planned.microbatch_tokens)
 
 
-def _findings(config: Config, checked: Checked, row_encoder: RowEncoder, data: Dataset) -> Iterator[Finding]:
+def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Finding]:
     """What a user should know, the gravest kinds first: rows, then tokens that stop the model, then the folder."""
     yield from ledger.findings(data.ledgers)
     yield from _too_long(checked, data.ledgers)
     if config.data.train_on == "all" and checked.is_chat:
         what = "data.train_on is all: what users and tools say is learnt as well"
         yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
-    yield from stop_findings(checked.tokenizer, checked.base.stop_ids, row_encoder.renderer.stop_marks())
+    yield from stop_findings(checked.tokenizer, checked.base.stop_ids, data.marks)
     folder = Path(checked.base.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         yield Finding("warning", f"{folder} has no weights", "deft train needs its *.safetensors files")
@@ -109,14 +101,14 @@ def _too_long(checked: Checked, ledgers: Sequence[SourceLedger]) -> Iterator[Fin
     """Rows that max_length took something from, or altogether."""
     rows = sum(source.rows for source in ledgers)
     for fate, what in ((Fate.CUT, "cut"), (Fate.TOO_LONG, "left out")):
-        lost = ledger.named(ledgers, fate)
+        lost = ledger.met(ledgers, fate)
         if lost:
-            first = tuple(problem.where for problem in lost[: ledger.FIRST_ROWS])
+            first = tuple(problem.where for problem in ledger.named(ledgers, fate)[: ledger.FIRST_ROWS])
             yield Finding(
-                "warning" if len(lost) >= LOST_SHARE * rows else "note",
-                f"{what}, as longer than {checked.policy.max_length} tokens: {len(lost)} of {rows} rows",
+                "warning" if lost >= LOST_SHARE * rows else "note",
+                f"{what}, as longer than {checked.policy.max_length} tokens: {lost} of {rows} rows",
                 "raise max_length, or choose another overflow",
-                first if len(first) == len(lost) else (*first, "..."),
+                first if len(first) == lost else (*first, "..."),
             )
 
 

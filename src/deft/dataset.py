@@ -1,32 +1,48 @@
-"""Sources -> examples and the ledger: the data half from end to end."""
+"""Sources -> examples and the ledger: the data half from end to end.
+
+A source is read twice: once to know that all of it can be read and what it is (`understand`), once to encode it
+(`encode_sources`). What comes of either is kept in the cache, where the source's content has a digest.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
-from deft import ledger
+from deft import cache as caches
+from deft import ledger, symptoms, workers
 from deft import tokenizer as edge
+from deft.blocks import Item, Recipe, maker
+from deft.cache import Cache
 from deft.config import Source
-from deft.data import mixture, shapes, sources, split
+from deft.data import chunks, hub, shapes, sources
 from deft.data.choices import Choices
-from deft.data.shapes import Understood
+from deft.data.chunks import Chunk
+from deft.data.shapes import Survey
 from deft.encoding.pieces import Coder
 from deft.encoding.raw import Side
-from deft.encoding.rows import EncodedRow, Example, Overflow, Policy, Render, RowEncoder
+from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
 from deft.errors import InputError, Problem, Problems
+from deft.fates import Contents, Setting, settle
+from deft.files import Staging
 from deft.ledger import SourceLedger
 from deft.render.chat import ChatRenderer, Reasoning, Rules
 from deft.render.choose import Chosen, choose
 from deft.render.policy import TrainOn
 from deft.render.template import Template
-from deft.symptoms import Examiner
+from deft.store import Block, Examples, Store
 from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Encoded, Fate, Origin, Row
+from deft.types import Conversation, Encoded, Message, Origin
+
+Advance = Callable[[int], None]
+"""Called with so many rows more, for a progress bar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +50,13 @@ class Dataset:
     """What is trained on, what is held out, and what became of every row.
 
     train  has an example as often as it is learnt in an epoch
+    marks  what ended learnt turns of chats
     """
 
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    train: Examples
+    held_out: Examples
     ledgers: tuple[SourceLedger, ...]
-
-    def __add__(self, other: Dataset) -> Dataset:
-        return Dataset(self.train + other.train, self.held_out + other.held_out, self.ledgers + other.ledgers)
+    marks: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +78,42 @@ class Named:
     times: float = 1.0
     loss_weight: float = 1.0
     max_rows: int | None = None
+    piped: tuple[Chunk, ...] = ()
 
-    def read(self) -> Iterator[Row | Problem]:
-        if self.rows is None:
-            found = sources.read(self.path, subset=self.subset, split=self.choices.split)
+    @property
+    def is_by_name(self) -> bool:
+        """Whether it can be read again by its name alone."""
+        return self.rows is None and not self.piped
+
+    def files(self) -> list[str]:
+        """The files it consists of."""
+        is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
+        return sources.files(self.path) if is_here else []
+
+    def chunks(self) -> Iterator[Chunk]:
+        if self.rows is not None:
+            found: Iterator[Chunk] = chunks.of(sources.from_values(self.rows, self.path), self.path)
+        elif self.piped:
+            found = iter(self.piped)
         else:
-            found = iter(sources.from_values(self.rows, self.path))
-        return islice(found, self.max_rows)
+            found = sources.chunks(self.path, subset=self.subset, split=self.choices.split)
+        return found if self.max_rows is None else chunks.limited(found, self.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the work is done; no result depends on it.
+
+    cache      where results are kept; nowhere where it is None
+    processes  how many read and encode; as many as there are cores, where it is None
+    """
+
+    cache: Cache | None = None
+    processes: int | None = None
+    advance: Advance = lambda rows: None
+
+
+HERE = Way()
 
 
 def named(source: Source, split: str) -> Named:
@@ -92,165 +136,220 @@ def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequ
     return RowEncoder(ChatRenderer(template, tokenizer.marks(stop_ids), policy.rules), Coder(tokenizer), policy)
 
 
-def understand(named: Iterable[Named]) -> list[tuple[Named, Understood]]:
+# Reading
+
+
+def understand(named: Iterable[Named], way: Way = HERE) -> list[tuple[Named, Survey]]:
     """Reads all sources; every source that cannot be understood is in one error."""
-    found: list[tuple[Named, Understood]] = []
+    return _each(named, lambda source: _surveyed(source, way))
+
+
+def glance(named: Iterable[Named], way: Way = HERE) -> list[tuple[Named, Survey]]:
+    """`understand`, where the beginning of a source is enough to know its shape: soon done, however large it is."""
+    return _each(named, lambda source: _glanced(source, way))
+
+
+def _each(named: Iterable[Named], survey: Callable[[Named], Survey]) -> list[tuple[Named, Survey]]:
+    found: list[tuple[Named, Survey]] = []
     problems: list[Problem] = []
-    for source in named:
+    more = 0
+    for each in named:
         try:
-            found.append((source, shapes.understand(source.read(), source.path, source.format, source.choices)))
+            source = replace(each, piped=sources.piped()) if each.path == sources.STDIN else each
+            found.append((source, survey(source)))
         except Problems as error:
-            problems += [Problem(source.path, error.heading.removeprefix(f"{source.path}: ")), *error.problems]
+            problems += [Problem(each.path, error.heading.removeprefix(f"{each.path}: ")), *error.problems]
+            more += error.more
         except InputError as error:
             where, _, what = str(error).partition(": ")
             problems.append(Problem(where, what))
     if problems:
-        raise Problems("the data cannot be read", problems)
+        raise Problems("the data cannot be read", problems, more)
     return found
 
 
+def _glanced(source: Named, way: Way) -> Survey:
+    waiting = source.chunks()
+    count = shapes.counter((source.path, source.format, source.choices))
+    found = shapes.survey(map(count, islice(waiting, workers.HERE)), source.path, source.format, source.choices)
+    if next(waiting, None) is None:
+        return found
+    return _surveyed(source, way) if shapes.load(found.shape).left_out else replace(found, is_whole=False)
+
+
+def _surveyed(source: Named, way: Way) -> Survey:
+    content = _content(source)
+    if way.cache is None or not content:
+        return replace(_survey(source, way), content=content)
+    folder, _ = way.cache.get(_key(source, content), lambda staging: _write_survey(staging, _survey(source, way)))
+    return replace(_read_survey(folder), content=content)
+
+
+def _survey(source: Named, way: Way) -> Survey:
+    tallies = workers.ordered(
+        shapes.counter, (source.path, source.format, source.choices), source.chunks(), way.processes
+    )
+    return shapes.survey(_counted(tallies, way.advance), source.path, source.format, source.choices)
+
+
+def _counted(tallies: Iterable[shapes.Tally], advance: Advance) -> Iterator[shapes.Tally]:
+    for tally in tallies:
+        advance(tally.rows)
+        yield tally
+
+
+def _content(source: Named) -> dict[str, str]:
+    """A digest of each file of a source by its name; none where its rows are in memory, or nobody knows."""
+    if not source.is_by_name:
+        return {}
+    if sources.is_on_the_hub(source.path):
+        fingerprint = hub.fingerprint(source.path, source.subset)
+        return {source.path: fingerprint} if fingerprint else {}
+    return caches.file_digests(source.files())
+
+
+def _key(source: Named, content: Mapping[str, str]) -> str:
+    """The digest of all that a survey depends on."""
+    choices = [asdict(source.choices), source.subset, source.max_rows]
+    return caches.digest([content, source.path, source.format, _own_code(source.format), choices, caches.code()])
+
+
+def _own_code(format_name: str) -> str:
+    """The digest of the module of a user's own format."""
+    if ":" not in format_name:
+        return ""
+    shapes.load(format_name)
+    file = import_module(format_name.partition(":")[0]).__file__
+    return caches.digest(Path(file).read_text(encoding="utf-8")) if file else ""
+
+
+def _write_survey(staging: Staging, survey: Survey) -> None:
+    first = survey.first and {
+        "origin": asdict(survey.first.origin),
+        "kind": survey.first.kind,
+        "messages": [[message.role, message.content] for message in survey.first.messages],
+    }
+    refused = [[problem.where, problem.what, problem.fix] for problem in survey.refused]
+    left_out = [[*asdict(origin).values(), why] for origin, why in survey.left_out]
+    facts = {"shape": survey.shape, "rows": survey.rows, "refused_rows": survey.refused_rows}
+    staging.write_json("survey.json", {**facts, "first": first, "refused": refused, "left_out": left_out})
+
+
+def _read_survey(folder: Path) -> Survey:
+    found = json.loads((folder / "survey.json").read_text(encoding="utf-8"))
+    first = found["first"] and Conversation(
+        Origin(**found["first"]["origin"]),
+        found["first"]["kind"],
+        tuple(Message(role, content) for role, content in found["first"]["messages"]),
+    )
+    left_out = tuple((Origin(*origin), why) for *origin, why in found["left_out"])
+    refused = tuple(Problem(*problem) for problem in found["refused"])
+    return Survey(found["shape"], found["rows"], first, refused, found["refused_rows"], left_out)
+
+
+# Encoding
+
+
 def encode_sources(
-    understood: Sequence[tuple[Named, Understood]],
+    understood: Sequence[tuple[Named, Survey]],
     row_encoder: RowEncoder,
     *,
+    held_out: Sequence[tuple[Named, Survey]] = (),
     share: float = 0.0,
-    is_eval: bool = False,
-    held_out: Sequence[tuple[Named, Understood]] = (),
     seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    way: Way = HERE,
 ) -> Dataset:
-    """Encodes sources; `share` of the rows by content hash, or all with `is_eval`, are held out.
+    """Encodes sources, and the ledgers of all.
 
-    held_out  sources of their own for evaluation: a row that stands there too is not trained, but held out
+    held_out  sources of their own for evaluation: a row of theirs is not trained, wherever it stands
+    share     of the training rows by content hash that is held out
     seed      draws the rows of sources with `times`
-    advance   is called once per row, for a progress bar
     """
-    sorter = _Sorter(row_encoder, share, is_eval, contents(held_out), seed, advance)
-    found = [sorter.source(named, known, number) for number, (named, known) in enumerate(understood)]
-    return sum(found, Dataset((), (), ()))
-
-
-def contents(understood: Iterable[tuple[Named, Understood]]) -> dict[int, Origin]:
-    """The contents of all rows, and where they stand."""
-    return {split.digest(row): row[0].origin for _, known in understood for row in known.rows()}
-
-
-def encode_rows(
-    conversations: Iterable[Conversation],
-    row_encoder: RowEncoder,
-    share: float,
-    is_eval: bool,
-    loss_weight: float = 1.0,
-    taken: Mapping[int, Origin] | None = None,
-) -> Iterator[EncodedRow]:
-    """Each row with its fate, as it is asked for; `share` and `is_eval` as in `encode_sources`.
-
-    taken  contents of rows that are evaluated -> where they stand
-    """
-    for row in shapes.rows(conversations):
-        digest = split.digest(row) if share or taken else 0
-        if taken and digest in taken:
-            reason = f"stands in the evaluation data too: {taken[digest]}"
-            yield EncodedRow(row[0], Fate.HELD_OUT, reason=reason)
-            continue
-        encoded = _encode(row, row_encoder, loss_weight)
-        is_kept_back = encoded.examples and (is_eval or split.is_held_out(digest, share))
-        yield replace(encoded, fate=Fate.HELD_OUT) if is_kept_back else encoded
-
-
-def draw(rows: Sequence[EncodedRow], named: Named, seed: int, number: int) -> tuple[list[EncodedRow], list[int]]:
-    """Rows with their final fate, and how often an epoch learns each of them.
-
-    number  of the source among those of the run; a row that its `times` does not draw once is left out
-    """
-    trained = [bool(row.examples) and row.fate != Fate.HELD_OUT for row in rows]
-    drawn = iter(mixture.passes(sum(trained), named.times, seed, number).tolist())
-    passes = [next(drawn) if is_trained else 0 for is_trained in trained]
-    reason = f"not among the {named.times:g} of the source's rows that seed {seed} draws"
-    fated = [
-        replace(row, fate=Fate.LEFT_OUT, examples=(), reason=reason) if is_trained and not times else row
-        for row, is_trained, times in zip(rows, trained, passes, strict=True)
-    ]
-    return fated, passes
-
-
-DUPLICATE = "duplicate"
-"""The symptom of a row that says the same as an earlier one."""
-
-
-@dataclass(frozen=True)
-class _Sorter:
-    """Encodes the rows of sources and gives each its fate. `seen` are the contents met so far, with their rows."""
-
-    row_encoder: RowEncoder
-    share: float
-    is_eval: bool
-    taken: Mapping[int, Origin]
-    seed: int
-    advance: Callable[[], None]
-    seen: dict[int, Origin] = field(default_factory=dict)
-
-    def source(self, named: Named, known: Understood, number: int) -> Dataset:
-        rows = []
-        for row in encode_rows(
-            known.conversations, self.row_encoder, self.share, self.is_eval, named.loss_weight, self.taken
-        ):
-            rows.append(row)
-            self.advance()
-        rows, passes = draw(rows, named, self.seed, number)
-        train = [example for row, times in zip(rows, passes, strict=True) for example in row.examples * times]
-        held_out = [example for row in rows if row.fate == Fate.HELD_OUT for example in row.examples]
-        return Dataset(tuple(train), tuple(held_out), (self._account(named, known, rows),))
-
-    def _account(self, named: Named, known: Understood, rows: Sequence[EncodedRow]) -> SourceLedger:
-        examiner, repeated = Examiner(self.row_encoder), self._repeated(known)
-        left_out = (
-            EncodedRow(Conversation(origin, "text", ()), Fate.LEFT_OUT, reason=why) for origin, why in known.left_out
+    every = [*understood, *held_out]
+    stores = [store(*each, row_encoder, way) for each in every]
+    marks = frozenset(mark for each in stores for mark in each.marks)
+    stop_ids = symptoms.stop_ids(row_encoder, marks)
+    train_stores, other_stores = stores[: len(understood)], stores[len(understood) :]
+    taken = Contents.of(other_stores)
+    settled = [
+        settle(each, Setting(share, False, named.times, named.loss_weight, seed, number, stop_ids), taken, repeated)
+        for number, ((named, _), each, repeated) in enumerate(
+            zip(understood, train_stores, Contents.of(train_stores).repeated(), strict=True)
         )
-
-        def symptoms(row: EncodedRow) -> list[str]:
-            return [*examiner.symptoms(row), *([DUPLICATE] if row.conversation.origin in repeated else [])]
-
-        return ledger.account(named.path, known.shape, chain(rows, left_out), known.refused, symptoms)
-
-    def _repeated(self, known: Understood) -> set[Origin]:
-        """The rows of a source that say the same as an earlier one of any source."""
-        first = ((row[0].origin, self.seen.setdefault(split.digest(row), row[0].origin)) for row in known.rows())
-        return {origin for origin, earlier in first if earlier is not origin}
-
-
-def _encode(row: Sequence[Conversation], row_encoder: RowEncoder, loss_weight: float = 1.0) -> EncodedRow:
-    """The conversations of one row, encoded, under one fate."""
-    encoded = [_weighted(row_encoder.encode(each), each.weight * loss_weight) for each in row]
-    return encoded[0] if len(encoded) == 1 else _as_one(encoded)
-
-
-def _weighted(row: EncodedRow, weight: float) -> EncodedRow:
-    if weight == 1.0 or not row.examples:
-        return row
-    if weight == 0.0:
-        return replace(row, fate=Fate.NO_TARGET, examples=(), reason="its loss_weight is 0")
-    examples = tuple(
-        tuple(replace(part, weights=part.weights * np.float32(weight)) for part in example) for example in row.examples
+    ]
+    settled += [
+        settle(
+            each, Setting(0.0, True, named.times, named.loss_weight, seed, number, stop_ids), Contents.of(), repeated
+        )
+        for number, ((named, _), each, repeated) in enumerate(
+            zip(held_out, other_stores, taken.repeated(), strict=True)
+        )
+    ]
+    return Dataset(
+        Examples(tuple(each.train() for each in settled)),
+        Examples(tuple(each.held_out() for each in settled)),
+        tuple(
+            ledger.account(named.path, survey.shape, each) for (named, survey), each in zip(every, settled, strict=True)
+        ),
+        marks,
     )
-    return replace(row, examples=examples)
 
 
-def _as_one(rows: Sequence[EncodedRow]) -> EncodedRow:
-    """Several conversations of one row as the row: refused where one is, else trained as far as they are."""
-    refused = [row for row in rows if row.fate == Fate.REFUSED]
-    lost = [row for row in rows if not row.examples]
-    if refused or len(lost) == len(rows):
-        return (refused or lost)[0]
-    is_whole = all(row.fate == Fate.TRAINED for row in rows)
-    return EncodedRow(
-        rows[0].conversation,
-        Fate.TRAINED if is_whole else Fate.CUT,
-        tuple(example for row in rows for example in row.examples),
-        f"{len(lost)} of its {len(rows)} conversations are not trained: {lost[0].reason}" if lost else "",
-        max(row.literal for row in rows),
-        any(row.apart for row in rows),
+def store(named: Named, survey: Survey, row_encoder: RowEncoder, way: Way) -> Store:
+    """The rows of a source, encoded: from the cache, or made and put there."""
+    blocks = partial(_blocks, named, survey, row_encoder, way)
+    if way.cache is None or not survey.content:
+        return Store.of(blocks())
+    key = caches.digest([_key(named, survey.content), _identity(row_encoder)])
+    return caches.read(*way.cache.get(key, lambda staging: _write(staging, named, survey, blocks())))
+
+
+def _write(staging: Staging, named: Named, survey: Survey, blocks: Iterable[Block]) -> None:
+    caches.write(staging, blocks)
+    if not sources.is_on_the_hub(named.path) and caches.file_digests(survey.content) != survey.content:
+        raise InputError(f"{named.path}: changed while it was read; start again")
+
+
+def _blocks(named: Named, survey: Survey, row_encoder: RowEncoder, way: Way) -> Iterator[Block]:
+    template = row_encoder.renderer.template
+    recipe = Recipe(
+        row_encoder.tokenizer.hf,
+        template.source,
+        template.now,
+        row_encoder.renderer.marks,
+        row_encoder.policy,
+        named.path,
+        survey.shape,
+        named.choices,
     )
+    for block in workers.ordered(maker, recipe, items(named, survey), way.processes):
+        way.advance(block.rows)
+        yield block
+
+
+def items(named: Named, survey: Survey) -> Iterator[Item]:
+    """The chunks of a source, each with those of its rows that are left out because of others."""
+    waiting = deque(survey.left_out)
+    for chunk in named.chunks():
+        found = {}
+        while waiting and _stands_in(waiting[0][0], chunk):
+            origin, why = waiting.popleft()
+            found[origin] = why
+        yield chunk, found
+
+
+def _stands_in(origin: Origin, chunk: Chunk) -> bool:
+    """Whether a row that no earlier chunk has is in this one."""
+    return origin.source == chunk.source and (origin.line, origin.item) <= chunk.last
+
+
+def _identity(row_encoder: RowEncoder) -> str:
+    """The digest of all that tokens depend on beside their rows."""
+    tokenizer, template = row_encoder.tokenizer, row_encoder.renderer.template
+    special = [tokenizer.special_tokens, tokenizer.bos_id, tokenizer.eos_id, tokenizer.puts_bos, tokenizer.hf.eos_token]
+    today = template.now.date().isoformat() if "strftime_now" in template.source else ""
+    texts = [tokenizer.hf.backend_tokenizer.to_str(), special, template.source, template.tokens, today]
+    return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code()])
 
 
 @dataclass(frozen=True)
@@ -298,10 +397,9 @@ def encode(
     chosen = choose(template, held.chat_template, held.puts_bos, held.special_tokens)
     rules = Rules(reasoning, learn_reasoning, learn_tool_calls)
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
-    row_encoder = encoder(held, chosen, policy)
-    known = shapes.understand(sources.from_values(rows), "rows")
-    done = [_encode(row, row_encoder) for row in known.rows()]
-    lost = [(row.conversation.origin, row.reason) for row in done if not row.examples] + list(known.left_out)
-    unread = [(Origin.at(problem.where), problem.what) for problem in known.refused]
-    parts = tuple(part for row in done for example in row.examples for part in example)
-    return EncodedRows(parts, tuple(sorted(lost + unread, key=lambda item: item[0].line)))
+    way = Way(processes=1)
+    ((named, survey),) = understand([Named("rows", rows=tuple(rows))], way)
+    done = store(named, survey, encoder(held, chosen, policy), way)
+    count = len(done.columns["example_parts"])
+    lost = [(done.origin(row), done.reason(row)) for row in (done.counts("row_examples") == 0).nonzero()[0].tolist()]
+    return EncodedRows(tuple(part for example in range(count) for part in done.example(example)), tuple(lost))

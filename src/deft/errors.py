@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class DeftError(Exception):
@@ -22,6 +23,12 @@ class DamagedError(DeftError):
     """A file that deft wrote is missing, or is not what it wrote."""
 
     exit_code = 3
+
+
+class LostProcessError(DeftError):
+    """A process of this run was killed, or is gone."""
+
+    exit_code = 6
 
 
 class DiskError(DeftError):
@@ -56,11 +63,18 @@ SHOWN_PROBLEMS = 20
 
 
 class Problems(InputError):
-    """Several problems at once: the first twenty are written out, the rest counted."""
+    """Several problems at once: the first twenty are written out, the rest counted.
 
-    def __init__(self, heading: str, problems: Sequence[Problem]) -> None:
+    more  so many are counted beyond those that are given
+    """
+
+    def __init__(self, heading: str, problems: Sequence[Problem], more: int = 0) -> None:
         self.heading = heading
         self.problems = tuple(problems)
-        hidden = len(self.problems) - SHOWN_PROBLEMS
+        self.more = more
+        hidden = len(self.problems) + more - SHOWN_PROBLEMS
         lines = [heading, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
         super().__init__("\n".join(lines + ([f"  ... and {hidden} more"] if hidden > 0 else [])))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Problems, (self.heading, self.problems, self.more)

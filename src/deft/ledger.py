@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from deft.encoding.rows import EncodedRow
+import numpy as np
+
 from deft.errors import Problem
+from deft.fates import BIT, Settled
+from deft.store import FATES
 from deft.symptoms import SYMPTOMS, Finding
 from deft.types import Fate
 
@@ -43,7 +43,7 @@ class SourceLedger:
     longest_rows  (row, tokens of its longest text), the longest first
     symptoms      what may be wrong with rows that are trained
     fallbacks     other ways to hand a row to the chat template that its proof needed
-    lost          (row, fate, reason) of rows that were not trained whole
+    lost          (row, fate, reason) of the first rows of each fate but trained
     """
 
     source: str
@@ -75,7 +75,6 @@ class SourceLedger:
         return next((seen.rows for seen in self.symptoms if seen.name == symptom), 0)
 
     def as_json(self) -> dict[str, Any]:
-        named = {fate: [row for row in self.lost if row[1] == fate][:NAMED_ROWS] for fate in self.fates}
         return {
             **{name: getattr(self, name) for name in ("source", "shape", "rows", "fates", "examples", "tokens")},
             "target_tokens": self.target_tokens,
@@ -85,99 +84,87 @@ class SourceLedger:
             "longest_rows": [{"row": row, "tokens": tokens} for row, tokens in self.longest_rows],
             "symptoms": {seen.name: seen.as_json() for seen in self.symptoms},
             "fallbacks": {seen.name: seen.as_json() for seen in self.fallbacks},
-            "lost": [{"row": row, "fate": fate, "reason": why} for rows in named.values() for row, fate, why in rows],
+            "lost": [{"row": row, "fate": fate, "reason": why} for row, fate, why in self.lost],
         }
 
 
-def account(
-    source: str,
-    shape: str,
-    rows: Iterable[EncodedRow],
-    unread: Iterable[Problem],
-    symptoms: Callable[[EncodedRow], Sequence[str]] = lambda row: (),
-) -> SourceLedger:
-    """The ledger of a source: `rows` as encoded, read once; `unread` what its format refused.
-
-    symptoms  names what may be wrong with a row
-    """
-    added = _Account()
-    for row in rows:
-        added.add(row, symptoms(row))
-    refused = [(problem.where, Fate.REFUSED.value, _why(problem)) for problem in unread]
-    added.fates[Fate.REFUSED.value] += len(refused)
+def account(source: str, shape: str, rows: Settled) -> SourceLedger:
+    """The ledger of a source."""
+    store = rows.store
+    ends = np.concatenate([[0], store.columns["example_parts"]])[store.columns["row_examples"]]
+    lengths, kept_parts = store.counts("part_tokens"), np.repeat(rows.kept, np.diff(ends, prepend=0))
+    learnt = store.columns["part_targets"]
+    fates = np.bincount(rows.fate, minlength=len(FATES))
     return SourceLedger(
         source=source,
         shape=shape,
-        rows=added.fates.total(),
-        fates=dict(added.fates),
-        examples=added.examples,
-        tokens=sum(added.lengths),
-        target_tokens=added.target_tokens,
-        lengths=histogram(added.lengths),
-        longest_rows=tuple((origin, length) for length, _, origin in sorted(added.longest, reverse=True)),
-        symptoms=added.symptoms.seen(),
-        fallbacks=added.fallbacks.seen(),
-        lost=tuple(added.lost + refused),
+        rows=len(store),
+        fates={fate.value: int(count) for fate, count in zip(FATES, fates, strict=True)},
+        examples=int(store.counts("row_examples")[rows.kept].sum()),
+        tokens=int(lengths[kept_parts].sum()),
+        target_tokens=int(learnt[kept_parts].sum(dtype=np.int64)),
+        lengths=histogram(lengths[kept_parts]),
+        longest_rows=_longest(rows, lengths, ends),
+        symptoms=_symptoms(rows),
+        fallbacks=_fallbacks(rows),
+        lost=tuple(_lost(rows)),
     )
 
 
-@dataclass
-class _Account:
-    """Adds up rows as they come. `longest` is a heap of (tokens, -place, row), the shortest of the longest on top."""
-
-    fates: Counter[str] = field(default_factory=lambda: Counter({fate.value: 0 for fate in Fate}))
-    examples: int = 0
-    target_tokens: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    longest: list[tuple[int, int, str]] = field(default_factory=list)
-    symptoms: _Names = field(default_factory=lambda: _Names())
-    fallbacks: _Names = field(default_factory=lambda: _Names())
-    lost: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def add(self, row: EncodedRow, symptoms: Sequence[str]) -> None:
-        origin = str(row.conversation.origin)
-        parts = [part for example in row.examples for part in example]
-        if parts:
-            longest = (max(len(part.tokens) for part in parts), -self.fates.total(), origin)
-            (heapq.heappush if len(self.longest) < FIRST_ROWS else heapq.heappushpop)(self.longest, longest)
-        self.fates[row.fate.value] += 1
-        self.examples += len(row.examples)
-        self.target_tokens += sum(int((part.weights[1:] > 0).sum()) for part in parts)
-        self.lengths.extend(len(part.tokens) for part in parts)
-        if row.fate != Fate.TRAINED:
-            self.lost.append((origin, row.fate.value, row.reason))
-        self.symptoms.add(symptoms, origin)
-        self.fallbacks.add(row.notes, origin)
+def _longest(rows: Settled, lengths: np.ndarray, ends: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """The rows with the longest texts, of equal ones the first."""
+    kept = np.flatnonzero(rows.kept)
+    if not len(kept):
+        return ()
+    # Rows between two that are kept have no part, or parts that are not kept.
+    begins = ends[kept] - np.diff(ends, prepend=0)[kept]
+    edges = np.stack([begins, ends[kept]], axis=1).ravel()
+    longest = np.maximum.reduceat(np.concatenate([lengths, [0]]), edges)[::2]
+    first = np.argsort(-longest, kind="stable")[:FIRST_ROWS].tolist()
+    return tuple((str(rows.store.origin(int(kept[place]))), int(longest[place])) for place in first)
 
 
-@dataclass
-class _Names:
-    """Counts names, and keeps the first rows of each."""
-
-    rows: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, names: Iterable[str], origin: str) -> None:
-        for name in names:
-            self.rows[name] += 1
-            if self.rows[name] <= FIRST_ROWS:
-                self.first[name].append(origin)
-
-    def seen(self) -> tuple[Seen, ...]:
-        return tuple(Seen(name, rows, tuple(self.first[name])) for name, rows in self.rows.items())
+def _symptoms(rows: Settled) -> tuple[Seen, ...]:
+    return _seen(rows, {name: np.flatnonzero(rows.symptoms & bit) for name, bit in BIT.items()})
 
 
-def histogram(lengths: Iterable[int]) -> tuple[tuple[str, int], ...]:
+def _fallbacks(rows: Settled) -> tuple[Seen, ...]:
+    notes, codes = rows.store.notes, np.where(rows.kept, rows.store.columns["notes"], -1)
+    having = {note: [code for code, each in enumerate(notes) if note in each] for each in notes for note in each}
+    return _seen(rows, {note: np.flatnonzero(np.isin(codes, found)) for note, found in having.items()})
+
+
+def _seen(rows: Settled, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
+    """What is true of some rows, in the order in which they come."""
+    met = sorted((places[0], name) for name, places in found.items() if len(places))
+    return tuple(
+        Seen(name, len(found[name]), tuple(str(rows.store.origin(int(row))) for row in found[name][:FIRST_ROWS]))
+        for _, name in met
+    )
+
+
+def _lost(rows: Settled) -> Iterator[tuple[str, str, str]]:
+    """The first rows of each fate but trained, those that were encoded before those that could not be read."""
+    for number, fate in enumerate(FATES):
+        if fate != Fate.TRAINED:
+            found = np.flatnonzero(rows.fate == number)
+            found = found[np.argsort(rows.store.columns["stage"][found], kind="stable")]
+            yield from (
+                (str(rows.store.origin(row)), fate.value, rows.reason(row)) for row in found[:NAMED_ROWS].tolist()
+            )
+
+
+def histogram(lengths: np.ndarray) -> tuple[tuple[str, int], ...]:
     """How many lengths lie between two powers of two, from the shortest to the longest.
 
-    >>> histogram([5, 8, 17, 64])
+    >>> histogram(np.array([5, 8, 17, 64]))
     (('5-8', 2), ('9-16', 0), ('17-32', 1), ('33-64', 1))
     """
-    counts = Counter((length - 1).bit_length() for length in lengths)
-    if not counts:
+    if not len(lengths):
         return ()
-    bits = range(min(counts), max(counts) + 1)
-    return tuple((f"{(1 << bit >> 1) + 1}-{1 << bit}", counts[bit]) for bit in bits)
+    counts = np.bincount(np.searchsorted(2 ** np.arange(62), lengths))
+    bits = range(int(np.flatnonzero(counts)[0]), len(counts))
+    return tuple((f"{(1 << bit >> 1) + 1}-{1 << bit}", int(counts[bit])) for bit in bits)
 
 
 def findings(ledgers: Sequence[SourceLedger]) -> list[Finding]:
@@ -208,9 +195,10 @@ def _first(seen: Seen) -> tuple[str, ...]:
 
 
 def named(ledgers: Iterable[SourceLedger], fate: Fate) -> list[Problem]:
-    """The rows of all sources that met a fate, with the reason."""
+    """The first rows of all sources that met a fate, with the reason."""
     return [Problem(row, reason) for ledger in ledgers for row, met, reason in ledger.lost if met == fate.value]
 
 
-def _why(problem: Problem) -> str:
-    return f"{problem.what}; {problem.fix}" if problem.fix else problem.what
+def met(ledgers: Iterable[SourceLedger], fate: Fate) -> int:
+    """How many rows of all sources met a fate."""
+    return sum(ledger.fates[fate.value] for ledger in ledgers)

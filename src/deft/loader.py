@@ -12,6 +12,7 @@ import torch
 from deft.encoding.rows import Example
 from deft.plan.order import Batching, Epoch, plan
 from deft.plan.packs import pack
+from deft.store import Examples
 from deft.types import Batch, Encoded, Origin
 
 Normalize = Literal["tokens", "examples"]
@@ -105,9 +106,13 @@ def make(
     limit: int | None = None,
 ) -> Loader:
     """The plan of a run over `examples`, `limit` steps at most; several `batching` as in `plan`."""
-    sizes = np.array([sum(len(part.tokens) for part in example) for example in examples], np.int64)
+    sizes = examples.sizes() if isinstance(examples, Examples) else _sizes(examples)
     batchings = [(0, batching)] if isinstance(batching, Batching) else batching
     return Loader(examples, plan(sizes, batchings, seed, range(epochs)), microbatch_tokens, normalize, limit)
+
+
+def _sizes(examples: Sequence[Example]) -> np.ndarray:
+    return np.array([sum(len(part.tokens) for part in example) for example in examples], np.int64)
 
 
 def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:

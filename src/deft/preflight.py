@@ -20,16 +20,18 @@ def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     """
     results: list[Any] = []
     problems: list[Problem] = []
+    more = 0
     for check in checks:
         try:
             results.append(check())
         except Problems as error:
             problems += error.problems
+            more += error.more
         except InputError as error:
             where, _, what = str(error).partition(": ")
             problems.append(Problem(where, what))
     if problems:
-        raise Problems("this run cannot start:", problems)
+        raise Problems("this run cannot start:", problems, more)
     return results
 
 

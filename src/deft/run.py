@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft import (
+    cache,
     checkpoint,
     dataset,
     evaluate,
@@ -34,10 +36,11 @@ from deft import (
 )
 from deft import config as configuration
 from deft import tokenizer as edge
+from deft.cache import Cache
 from deft.checkpoint import Checkpoint, Found, Keep
 from deft.config import Config
-from deft.data.shapes import Understood
-from deft.dataset import Dataset, Named
+from deft.data.shapes import Survey
+from deft.dataset import Advance, Dataset, Named, Way
 from deft.encoding.rows import Policy, RowEncoder, as_chat
 from deft.errors import DiskError, InputError, NumbersError, Problem, Problems
 from deft.evaluate import MetricFn, Prompt
@@ -119,8 +122,8 @@ class Reading:
     policy: Policy
     is_chat: bool
     stop_ids: tuple[int, ...]
-    train: list[tuple[Named, Understood]]
-    held_out: list[tuple[Named, Understood]]
+    train: list[tuple[Named, Survey]]
+    held_out: list[tuple[Named, Survey]]
 
     def encoder(self) -> RowEncoder:
         return dataset.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
@@ -307,7 +310,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
             lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
             lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
-            *_readers(config, caller),
+            *(partial(_read, sources, caller) for sources in _sources(config, caller)),
         ]
     )
     reading = _reading(config, base, tokenizer, *rows)
@@ -316,9 +319,12 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
 
 
 def read(config: Config, caller: Caller) -> Reading:
-    """The part of `check` that rows need; the model's folder may hold a tokenizer alone."""
+    """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
     (base, tokenizer), *rows = preflight.collect(
-        [lambda: (_base_if_any(config.model), edge.load(config.model)), *_readers(config, caller)]
+        [
+            lambda: (_base_if_any(config.model), edge.load(config.model)),
+            *(partial(dataset.glance, sources) for sources in _sources(config, caller)),
+        ]
     )
     return _reading(config, base, tokenizer, *rows)
 
@@ -329,18 +335,12 @@ def _base_if_any(path: str) -> Base | None:
     return None if is_tokenizer_alone else models.inspect(path, needs_weights=False)
 
 
-def _readers(config: Config, caller: Caller) -> list[Callable[[], Any]]:
-    """What reads training rows and held-out rows."""
-    train_sources, held_out_sources = _sources(config, caller)
-    return [lambda: dataset.understand(train_sources), lambda: dataset.understand(held_out_sources)]
-
-
 def _reading(
     config: Config,
     base: Base | None,
     tokenizer: Tokenizer,
-    train: list[tuple[Named, Understood]],
-    held_out: list[tuple[Named, Understood]],
+    train: list[tuple[Named, Survey]],
+    held_out: list[tuple[Named, Survey]],
 ) -> Reading:
     chosen, length = preflight.collect(
         [
@@ -385,11 +385,11 @@ def plan(
     )
 
 
-def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Understood]]) -> bool:
+def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
     """Whether the training rows go through the chat template."""
     if policy.render != "auto":
         return policy.render == "chat"
-    return any(known.conversations[0].kind == "chat" for _, known in understood if known.conversations)
+    return any(survey.first is not None and survey.first.kind == "chat" for _, survey in understood)
 
 
 def _as_user(prompt: Prompt) -> Prompt:
@@ -407,17 +407,33 @@ def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
     return train_sources, [dataset.named(source, "test") for source in held_out]
 
 
+def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
+    """Reads sources from beginning to end."""
+    with _progress(caller, "reading", None) as advance:
+        return dataset.understand(sources, Way(Cache(cache.root(), caller.say), advance=advance))
+
+
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
     """Every row's tokens and fate."""
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    rows = sum(1 for _, known in checked.train + checked.held_out for _ in known.rows())
-    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
-        advance = partial(progress.advance, progress.add_task("encoding", total=rows))
-        trained = dataset.encode_sources(
-            checked.train, row_encoder, share=share, held_out=checked.held_out, seed=config.seed, advance=advance
+    rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
+    with _progress(caller, "encoding", rows) as advance:
+        return dataset.encode_sources(
+            checked.train,
+            row_encoder,
+            held_out=checked.held_out,
+            share=share,
+            seed=config.seed,
+            way=Way(Cache(cache.root(), caller.say), advance=advance),
         )
-        held_out = dataset.encode_sources(checked.held_out, row_encoder, is_eval=True, advance=advance)
-    return trained + held_out
+
+
+@contextmanager
+def _progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
+    """A bar that counts rows, where there is a terminal."""
+    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda rows: progress.advance(task, rows)
 
 
 def _described(checked: Checked, data: Dataset) -> list[str]:
@@ -436,13 +452,12 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
 
 def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
     """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
-    refused = ledger.named(data.ledgers, Fate.REFUSED)
-    if len(refused) > config.data.allow_refused:
-        heading = f"{len(refused)} rows are refused (data.allow_refused={len(refused)} trains without them):"
-        raise Problems(heading, refused)
-    too_long = ledger.named(data.ledgers, Fate.TOO_LONG)
+    refused = ledger.met(data.ledgers, Fate.REFUSED)
+    if refused > config.data.allow_refused:
+        _stop(data, Fate.REFUSED, f"{refused} rows are refused (data.allow_refused={refused} trains without them):")
+    too_long = ledger.met(data.ledgers, Fate.TOO_LONG)
     if too_long and config.overflow == "error":
-        raise Problems(f"{len(too_long)} rows are too long (overflow: error):", too_long)
+        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):")
     if not data.train:
         lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
         raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
@@ -450,15 +465,20 @@ def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> No
         _stop_if_unknown_to_the_model(checked, data)
 
 
+def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
+    """Raises Problems with the first rows that met a fate."""
+    named = ledger.named(data.ledgers, fate)
+    raise Problems(heading, named, ledger.met(data.ledgers, fate) - len(named))
+
+
 def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
     """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
     size = checked.base.vocab_size
-    parts = [part for example in data.train + data.held_out for part in example]
-    largest = {str(part.origin): int(part.tokens.max()) for part in parts if part.tokens.max() >= size}
+    largest = (data.train + data.held_out).past(size)
     if largest:
         text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
         problems = [
-            Problem(row, f"token {index} ({text(index)!r}) is past the model's {size}", fix)
+            Problem(str(row), f"token {index} ({text(index)!r}) is past the model's {size}", fix)
             for row, index in largest.items()
         ]
         raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
@@ -731,7 +751,7 @@ def _masters(prepared: Prepared, state: TrainState) -> Mapping[str, torch.Tensor
 
 def _stop_ids(prepared: Prepared) -> list[int]:
     """The ids of the marks that ended learnt turns, as far as they are single tokens, and EOS where text was learnt."""
-    tokenizer, marks = prepared.checked.tokenizer, prepared.row_encoder.renderer.stop_marks()
+    tokenizer, marks = prepared.checked.tokenizer, prepared.data.marks
     ids = [tokenizer.special_tokens[mark] for mark in sorted(marks) if mark in tokenizer.special_tokens]
     eos = [] if marks or tokenizer.eos_id is None else [tokenizer.eos_id]
     return list(dict.fromkeys([*ids, *eos]))
@@ -741,8 +761,9 @@ def _first_chat(prepared: Prepared) -> list[dict[str, str]] | None:
     """The messages of the first chat that is trained, for comparing templates."""
     if not prepared.checked.is_chat:
         return None
-    conversation = prepared.checked.train[0][1].conversations[0]
-    return [{"role": message.role, "content": message.content} for message in as_chat(conversation.messages)]
+    conversation = prepared.checked.train[0][1].first
+    messages = as_chat(conversation.messages) if conversation else []
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _card(prepared: Prepared) -> str:

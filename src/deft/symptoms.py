@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +113,18 @@ class Finding:
 _Signature = tuple[frozenset[tuple[str, bool, bool, bool]], bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is found in a row: names of `SYMPTOMS`, in their order, but for those that other rows decide.
+
+    tails  per text whose last learnt token does not always stop the model: its number, and the tokens that would, if
+           another row's template ended turns with one of them
+    """
+
+    symptoms: tuple[str, ...] = ()
+    tails: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(frozen=True)
 class Examiner:
     """Names each row's symptoms; `_whole` counts the rows of a kind that were shown whole, before any that was not."""
@@ -120,16 +133,14 @@ class Examiner:
     _whole: Counter[_Signature] = field(default_factory=Counter, repr=False)
     _partial: set[_Signature] = field(default_factory=set, repr=False)
 
-    def symptoms(self, row: EncodedRow) -> list[str]:
-        """The names of what is found, of `SYMPTOMS`, in their order; rows that are lost have none."""
-        if row.fate == Fate.HELD_OUT and row.reason:
-            return ["in_evaluation"]
+    def look(self, row: EncodedRow) -> Look:
+        """What is found in a row; in one that is lost, nothing."""
         if not row.examples:
-            return []
+            return Look()
         found = {*self._of_tokens(row), *self._dropped(row)}
         if any(_is_empty_answer(message) for message in row.conversation.messages):
             found.add("empty_answer")
-        return [name for name in SYMPTOMS if name in found]
+        return Look(tuple(name for name in SYMPTOMS if name in found), tuple(self._tails(row)))
 
     def _of_tokens(self, row: EncodedRow) -> Iterator[str]:
         if row.literal:
@@ -140,25 +151,30 @@ class Examiner:
         parts = [part for example in row.examples for part in example]
         if bos is not None and any(part.tokens[:2].tolist() == [bos, bos] for part in parts):
             yield "double_bos"
+
+    def _tails(self, row: EncodedRow) -> Iterator[tuple[int, int]]:
+        parts = [part for example in row.examples for part in example]
         # Windows of one long text go on in the next one, and a cut answer must not teach stopping.
         ends = parts[-1:] if row.conversation.kind == "text" else parts
-        if row.fate != Fate.CUT and not all(self._stops(part) for part in ends):
-            yield "no_stop"
+        if row.fate != Fate.CUT:
+            for number, part in enumerate(ends):
+                yield from ((number, token) for token in self._last(part))
 
-    def _stops(self, part: Encoded) -> bool:
-        """True if the last learnt token stops the model; white space may be learnt after it (train_on: all)."""
-        stop_ids = self._stop_ids()
-        learnt = part.tokens[np.flatnonzero(part.weights > 0)].tolist()
-        while learnt and learnt[-1] not in stop_ids and not self._decode(learnt[-1:]).strip():
-            learnt.pop()
-        return bool(learnt) and learnt[-1] in stop_ids
+    def _last(self, part: Encoded) -> list[int]:
+        """The last learnt token, and the one before it if that was white space; none if one of them always stops."""
+        learnt = part.tokens[np.flatnonzero(part.weights > 0)]
+        found: list[int] = []
+        for token in learnt[::-1].tolist():
+            if token in self._always:
+                return []
+            found.append(token)
+            if self._decode([token]).strip():
+                break
+        return found
 
-    def _stop_ids(self) -> set[int]:
-        """EOS, those of generation_config, and the marks that turns ended with so far: the export names them all."""
-        renderer, tokenizer = self.row_encoder.renderer, self.row_encoder.tokenizer
-        marks = {*renderer.marks.eos_all, *renderer.stop_marks()}
-        ids = {tokenizer.special_tokens[mark] for mark in marks if mark in tokenizer.special_tokens}
-        return ids if tokenizer.eos_id is None else ids | {tokenizer.eos_id}
+    @cached_property
+    def _always(self) -> frozenset[int]:
+        return stop_ids(self.row_encoder, ())
 
     def _dropped(self, row: EncodedRow) -> set[str]:
         """The fields of a chat of which the row's texts show nothing."""
@@ -191,6 +207,13 @@ class Examiner:
     def _decode(self, ids: list[int]) -> str:
         text: str = self.row_encoder.tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def stop_ids(row_encoder: RowEncoder, marks: Iterable[str]) -> frozenset[int]:
+    """EOS, the ids of generation_config and of the marks that turns ended with: the export names them all."""
+    tokenizer = row_encoder.tokenizer
+    named = {tokenizer.special_tokens.get(mark) for mark in (*row_encoder.renderer.marks.eos_all, *marks)}
+    return frozenset(each for each in {tokenizer.eos_id, *named} if each is not None)
 
 
 def _is_empty_answer(message: Message) -> bool:

@@ -39,3 +39,14 @@ def read(name: str, subset: str | None, split: str) -> Iterator[Row]:
     except Exception as error:  # what the network, the Hub and its libraries raise has no common kind
         what = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: cannot be read from the Hub, split {split!r}: {what}") from error
+
+
+def fingerprint(name: str, subset: str | None) -> str:
+    """What the Hub's files are known by, as `datasets` knows them; nothing where it cannot say."""
+    try:
+        import datasets
+
+        builder: Any = datasets.load_dataset_builder(name, subset)
+        return str(builder.hash or "")
+    except Exception:  # whoever reads the rows is told what is wrong
+        return ""

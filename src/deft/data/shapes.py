@@ -1,15 +1,16 @@
 """Rows -> the one format that reads them all, found by looking at the rows; the folder `formats` is the registry.
 
 A format is a module with `KEYS`, the sets of fields that make a row its own, and `convert`, from a row to its
-conversations. It may have `left_out`, for rows that others make needless, and `OPTIONS`, the choices of a source that
-it knows. A user's own format is a function named `pkg.mod:fn`: from a row to a row in a shape deft reads, or None.
+conversations. It may have `left_out`, for rows that others make needless, with `compared`, what that has to know of a
+row; and `OPTIONS`, the choices of a source that it knows. A user's own format is a function named `pkg.mod:fn`: from a
+row to a row in a shape deft reads, or None.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib import import_module
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import Any
 
 from deft import registry
 from deft.data.choices import Choices
+from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, kind_of, shortened, weight_of
 from deft.errors import InputError, Problem, Problems
 from deft.types import Conversation, Origin, Row
@@ -33,7 +35,8 @@ class Format:
     """One module of the folder `formats`.
 
     keys      fields that make a row this format's, any of these sets; strings and lists have names in angle brackets
-    left_out  sees all sound rows of a source: which are not learnt because of others, and why
+    left_out  which sound rows of a source are not learnt because of others, and why
+    compared  what `left_out` has to know of a row, as a row
     options   the choices of a source that have a meaning here
     """
 
@@ -41,27 +44,36 @@ class Format:
     keys: tuple[frozenset[str], ...]
     convert: Convert
     left_out: LeftOutHook | None = None
+    compared: Callable[[Row], Row] | None = None
     options: frozenset[str] = frozenset()
 
     def claim(self, keys: frozenset[str]) -> frozenset[str]:
         """The fields of a row that this format reads it by; none where it does not."""
         return frozenset().union(*(known for known in self.keys if known <= keys))
 
+    def reasons(self, rows: Sequence[Row], choices: Choices) -> Mapping[int, str]:
+        """Which of `rows`, as `compared` made them, are left out, and why."""
+        return self.left_out(rows, choices) if self.left_out else {}
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a row, the `index`th of its source, became: conversations, or the reason why it is refused or left out."""
+    """What a row, the `index`th of its source, became: conversations, or the reason why it is refused or left out.
+
+    compared  what its format compares it with others by
+    """
 
     index: int
     origin: Origin
     conversations: tuple[Conversation, ...] = ()
     refused: Problem | None = None
     left_out: str = ""
+    compared: Row | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Understood:
-    """A source, read: its shape, its conversations in order, and what was refused and left out.
+    """A source, read whole: its shape, its conversations in order, and what was refused and left out.
 
     The conversations of one row stand side by side and share its origin.
     """
@@ -73,12 +85,28 @@ class Understood:
 
     def rows(self) -> Iterator[tuple[Conversation, ...]]:
         """The conversations of each row."""
-        return rows(self.conversations)
+        return (tuple(row) for _, row in groupby(self.conversations, key=lambda conversation: conversation.origin))
 
 
-def rows(conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, ...]]:
-    """Conversations side by side that share an origin, together."""
-    return (tuple(row) for _, row in groupby(conversations, key=lambda conversation: conversation.origin))
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over a source found; it holds no row.
+
+    first     the first conversation, None where no row can be read
+    refused   the first of the rows that are refused, of `refused_rows`
+    left_out  rows that others make needless, in order, and why
+    content   a digest of each file by its name; none where nobody knows
+    is_whole  false where only the beginning was read, which `rows` and all else is true of
+    """
+
+    shape: str
+    rows: int
+    first: Conversation | None
+    refused: tuple[Problem, ...]
+    refused_rows: int
+    left_out: tuple[tuple[Origin, str], ...] = ()
+    content: Mapping[str, str] = field(default_factory=dict)
+    is_whole: bool = True
 
 
 def names() -> list[str]:
@@ -97,9 +125,10 @@ def load(name: str) -> Format:
         return _own(name)
     module = registry.load("data.formats", name, "data.format")
     keys = tuple(frozenset(known) for known in module.KEYS)
-    hook = module.left_out if hasattr(module, "left_out") else None
     options = frozenset(module.OPTIONS) if hasattr(module, "OPTIONS") else frozenset()
-    return Format(name, keys, module.convert, hook, options)
+    if hasattr(module, "left_out"):
+        return Format(name, keys, module.convert, module.left_out, module.compared, options)
+    return Format(name, keys, module.convert, options=options)
 
 
 def understand(
@@ -116,124 +145,231 @@ def understand(
     reader = Reader(source, shape, choices or Choices())
     outcomes = sorted(reader.read(rows), key=lambda outcome: outcome.index)
     return Understood(
-        reader.shape,
+        reader.tally.shape,
         tuple(conversation for outcome in outcomes for conversation in outcome.conversations),
         tuple(outcome.refused for outcome in outcomes if outcome.refused),
         tuple((outcome.origin, outcome.left_out) for outcome in outcomes if outcome.left_out),
     )
 
 
-class Reader:
-    """Reads one source, row by row; memory holds no row longer than its outcome, but for formats that compare rows.
+def survey(tallies: Iterable[Tally], source: str, shape: str = "auto", choices: Choices | None = None) -> Survey:
+    """What the tallies of a source's chunks say together. Raises Problems as `understand` does."""
+    reader = Reader(source, shape, choices or Choices())
+    for tally in tallies:
+        reader.tally.add(tally)
+    form = reader.one_shape()
+    reader.late(form)
+    return reader.tally.survey(form, reader.choices)
 
-    Rows without a shape wait for the end, when the shape of the others is known.
+
+def counter(recipe: tuple[str, str, Choices]) -> Callable[[Chunk], Tally]:
+    """What tallies chunks of a source: its name, shape and choices are the recipe."""
+    return lambda chunk: Reader(*recipe).counted(chunk.read())
+
+
+class Reader:
+    """Reads rows of one source, one by one; it holds no row longer than its outcome, but for formats that compare rows.
+
+    Rows without a shape wait for the end, when the shape of the others is known. What is true of all rows read is in
+    `tally`, which can be added to that of other rows of the source.
     """
 
     def __init__(self, source: str, shape: str, choices: Choices) -> None:
         self.source = source
         self.choices = choices
+        self.tally = Tally("auto" if shape == "auto" else load(shape).name)
         self._given = None if shape == "auto" else load(shape)
         self._columns = _Columns(choices.columns)
-        self._waiting: list[tuple[int, Row]] = []
-        self._compared: list[tuple[Row, Outcome]] = []
-        self._ambiguous: list[Problem] = []
-        self._counts: Counter[str] = Counter()
-        self._seen: dict[str, list[Origin]] = {}
-        self._unread: list[Problem] = []
-        self._readable = 0
-
-    @property
-    def shape(self) -> str:
-        """The shape that was given, or that the rows read so far have."""
-        return self._given.name if self._given else next(iter(self._counts), "auto")
 
     def read(self, rows: Iterable[Row | Problem]) -> Iterator[Outcome]:
         """The outcome of every row, not in their order. Raises Problems at the end where there is no one shape."""
-        for index, row in enumerate(rows):
-            if isinstance(row, Problem):
-                self._unread.append(row)
-                yield Outcome(index, Origin(row.where, 0), refused=row)
-            elif outcome := self._row(index, row):
+        compared = []
+        for outcome in self.each(rows):
+            if outcome.compared is None:
                 yield outcome
-        form = self._one_shape()
-        for index, row in self._waiting:
-            if outcome := self._converted(index, row, form):
+            else:
+                compared.append(outcome)
+        form = self.one_shape()
+        yield from self.late(form)
+        reasons = form.reasons([outcome.compared for outcome in compared if outcome.compared], self.choices)
+        for position, outcome in enumerate(compared):
+            reason = reasons.get(position, "")
+            yield replace(outcome, conversations=(), left_out=reason) if reason else outcome
+
+    def each(self, rows: Iterable[Row | Problem]) -> Iterator[Outcome]:
+        """The outcome of every row in their order, but for those that must wait."""
+        for row in rows:
+            outcome = self._outcome(self.tally.rows, row)
+            if outcome:
+                self.tally.note(outcome)
                 yield outcome
-        yield from self._without_left_out(form)
+            self.tally.rows += 1
 
-    def _row(self, index: int, row: Row) -> Outcome | None:
-        """The outcome of a row, None where it must wait for others."""
-        self._readable += 1
-        try:
-            row = self._columns.applied(row)
-        except RowError as error:
-            self._unread.append(_problem(row, error))
-            return Outcome(index, row.origin, refused=self._unread[-1])
-        form = self._given or self._found(row)
-        if form is None:
-            self._waiting.append((index, row))
-            return None
-        return self._converted(index, row, form)
+    def late(self, form: Format) -> list[Outcome]:
+        """The outcomes of the rows that waited, which have the shape of the others or are refused."""
+        waiting, self.tally.waiting = self.tally.waiting, []
+        found = [self._converted(index, row, form) for index, row in waiting]
+        for outcome in found:
+            self.tally.note(outcome)
+        return found
 
-    def _found(self, row: Row) -> Format | None:
-        formats = _formats(_keys(row.value))
-        if len(formats) > 1:
-            what = f"reads as {' and as '.join(form.name for form in formats)}"
-            self._ambiguous.append(Problem(str(row.origin), what, "keep one of them, or say data.format"))
-        if len(formats) != 1:
-            return None
-        name = formats[0].name
-        self._counts[name] += 1
-        origins = self._seen.setdefault(name, [])
-        if len(origins) < NAMED:
-            origins.append(row.origin)
-        return formats[0]
+    def counted(self, rows: Iterable[Row | Problem]) -> Tally:
+        """What there is to say of rows; the rows themselves are gone."""
+        for _ in self.each(rows):
+            pass
+        if len(self.tally.counts) == 1:
+            self.late(load(self.tally.shape))
+        return self.tally
 
-    def _converted(self, index: int, row: Row, form: Format) -> Outcome | None:
-        try:
-            found = _convert(row, form, self.choices)
-        except RowError as error:
-            return Outcome(index, row.origin, refused=_problem(row, self._columns.renamed(error)))
-        except LeftOut as reason:
-            return Outcome(index, row.origin, left_out=str(reason))
-        outcome = Outcome(index, row.origin, found)
-        if form.left_out:
-            self._compared.append((row, outcome))
-            return None
-        return outcome
-
-    def _without_left_out(self, form: Format) -> Iterator[Outcome]:
-        if form.left_out:
-            reasons = form.left_out([row for row, _ in self._compared], self.choices)
-            for position, (_, outcome) in enumerate(self._compared):
-                reason = reasons.get(position, "")
-                yield replace(outcome, conversations=(), left_out=reason) if reason else outcome
-
-    def _one_shape(self) -> Format:
-        if self._ambiguous:
-            raise Problems(f"{self.source}: rows with two meanings", self._ambiguous)
-        if len(self._counts) > 1:
-            raise Problems(f"{self.source}: rows of several shapes in one file; split it", self._mixed())
-        if not self._readable or not (self._given or self._counts):
-            raise self._no_shape()
-        form = self._given or load(self.shape)
+    def one_shape(self) -> Format:
+        """The format of all rows read. Raises Problems where there is none, or more than one."""
+        form = self._given or self.tally.one_shape(self.source)
+        if not self.tally.readable:
+            raise self.tally.no_shape(self.source)
         for option in sorted(self.choices.options() - form.options):
             knowing = ", ".join(name for name in names() if option in load(name).options)
             what = f"{option} has no meaning for rows of shape {form.name}"
             raise Problems(f"{self.source}: {what}", [Problem(self.source, what, f"only for {knowing}")])
         return form
 
+    def _outcome(self, index: int, row: Row | Problem) -> Outcome | None:
+        """The outcome of a row, None where it must wait for others."""
+        if isinstance(row, Problem):
+            self.tally.cannot_be_read(row)
+            return Outcome(index, Origin.at(row.where), refused=row)
+        self.tally.readable += 1
+        try:
+            row = self._columns.applied(row)
+        except RowError as error:
+            problem = _problem(row, error)
+            self.tally.cannot_be_read(problem)
+            return Outcome(index, row.origin, refused=problem)
+        form = self._given or self._found(row)
+        if form is None:
+            self.tally.waiting.append((index, row))
+            return None
+        return self._converted(index, row, form)
+
+    def _found(self, row: Row) -> Format | None:
+        formats = _formats(_keys(row.value))
+        self.tally.met(row.origin, formats)
+        return formats[0] if len(formats) == 1 else None
+
+    def _converted(self, index: int, row: Row, form: Format) -> Outcome:
+        try:
+            found = _convert(row, form, self.choices)
+        except RowError as error:
+            return Outcome(index, row.origin, refused=_problem(row, self._columns.renamed(error)))
+        except LeftOut as reason:
+            return Outcome(index, row.origin, left_out=str(reason))
+        return Outcome(
+            index, row.origin, found, compared=form.compared(row) if form.left_out and form.compared else None
+        )
+
+
+@dataclass
+class Tally:
+    """What is true of the rows of a source read so far, or of some of them, in their order.
+
+    given     the shape that was named, else auto
+    counts    rows of each shape
+    seen      where the first of them stand
+    waiting   rows without a shape, by their place
+    compared  what a format that compares rows has to know of them
+    """
+
+    given: str
+    rows: int = 0
+    readable: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, list[Origin]] = field(default_factory=dict)
+    waiting: list[tuple[int, Row]] = field(default_factory=list)
+    ambiguous: list[Problem] = field(default_factory=list)
+    ambiguous_rows: int = 0
+    unread: list[Problem] = field(default_factory=list)
+    first: Conversation | None = None
+    refused: list[Problem] = field(default_factory=list)
+    refused_rows: int = 0
+    compared: list[Row] = field(default_factory=list)
+
+    @property
+    def shape(self) -> str:
+        """The shape that was given, or that the rows have."""
+        return self.given if self.given != "auto" else next(iter(self.counts), "auto")
+
+    def cannot_be_read(self, problem: Problem) -> None:
+        self.unread += [problem][: NAMED - len(self.unread)]
+
+    def met(self, origin: Origin, formats: Sequence[Format]) -> None:
+        """A row that so many formats read."""
+        if len(formats) > 1:
+            what = f"reads as {' and as '.join(form.name for form in formats)}"
+            self.ambiguous_rows += 1
+            self.ambiguous += [Problem(str(origin), what, "keep one of them, or say data.format")]
+            del self.ambiguous[NAMED:]
+        if len(formats) == 1:
+            self.counts[formats[0].name] += 1
+            origins = self.seen.setdefault(formats[0].name, [])
+            if len(origins) < NAMED:
+                origins.append(origin)
+
+    def note(self, outcome: Outcome) -> None:
+        if outcome.refused:
+            self.refused_rows += 1
+            if len(self.refused) < NAMED:
+                self.refused.append(outcome.refused)
+        elif outcome.conversations and self.first is None:
+            self.first = outcome.conversations[0]
+        if outcome.compared:
+            self.compared.append(outcome.compared)
+
+    def add(self, later: Tally) -> None:
+        """Puts the tally of the rows that follow behind this one."""
+        self.waiting += [(self.rows + index, row) for index, row in later.waiting]
+        self.rows += later.rows
+        self.readable += later.readable
+        self.counts += later.counts
+        for name, origins in later.seen.items():
+            mine = self.seen.setdefault(name, [])
+            mine += origins[: NAMED - len(mine)]
+        self.ambiguous_rows += later.ambiguous_rows
+        self.refused_rows += later.refused_rows
+        for own, others in (
+            (self.ambiguous, later.ambiguous),
+            (self.unread, later.unread),
+            (self.refused, later.refused),
+        ):
+            own += others[: NAMED - len(own)]
+        self.first = self.first or later.first
+        self.compared += later.compared
+
+    def survey(self, form: Format, choices: Choices) -> Survey:
+        reasons = form.reasons(self.compared, choices)
+        left_out = tuple((self.compared[position].origin, reasons[position]) for position in sorted(reasons))
+        return Survey(form.name, self.rows, self.first, tuple(self.refused), self.refused_rows, left_out)
+
+    def one_shape(self, source: str) -> Format:
+        """The format that reads all rows. Raises Problems."""
+        if self.ambiguous:
+            more = self.ambiguous_rows - len(self.ambiguous)
+            raise Problems(f"{source}: rows with two meanings", self.ambiguous, more)
+        if len(self.counts) > 1:
+            raise Problems(f"{source}: rows of several shapes in one file; split it", self._mixed())
+        if not self.counts:
+            raise self.no_shape(source)
+        return load(self.shape)
+
     def _mixed(self) -> list[Problem]:
-        common = self._counts.most_common(1)[0][0]
-        others = [(origin, name) for name, origins in self._seen.items() if name != common for origin in origins]
+        common = self.counts.most_common(1)[0][0]
+        others = [(origin, name) for name, origins in self.seen.items() if name != common for origin in origins]
         return [Problem(str(origin), f"is {name}, most rows are {common}", "split the file") for origin, name in others]
 
-    def _no_shape(self) -> Problems:
-        if not self._waiting:
-            return Problems(f"{self.source}: no row can be read", self._unread)
+    def no_shape(self, source: str) -> Problems:
+        if not self.waiting:
+            return Problems(f"{source}: no row can be read", self.unread)
         fix = "map the columns, as in columns: {prompt: question, completion: answer}, or name a format"
-        problems = [Problem(str(row.origin), f"has {described(row.value)}", fix) for _, row in self._waiting[:3]]
-        return Problems(f"{self.source}: no row has a shape that deft knows ({', '.join(names())})", problems)
+        problems = [Problem(str(row.origin), f"has {described(row.value)}", fix) for _, row in self.waiting[:3]]
+        return Problems(f"{source}: no row has a shape that deft knows ({', '.join(names())})", problems)
 
 
 @dataclass(frozen=True, slots=True)

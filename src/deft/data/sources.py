@@ -14,22 +14,25 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from deft.data import hub
+from deft.data.chunks import Chunk, of
 from deft.data.readers import csv, json, jsonl, tables, text
 from deft.errors import InputError, Problem
 from deft.types import Origin, Row
 
-STDIN = "-"
-STREAMED: dict[str, Callable[[BinaryIO, str], Iterator[Row | Problem]]] = {
-    ".jsonl": jsonl.read,
-    ".ndjson": jsonl.read,
-    ".json": json.read,
-    ".csv": csv.read,
-    ".tsv": csv.read,
-    ".txt": text.read,
+STDIN, PIPED = "-", "stdin"
+"""The name of standard input as a source, and what its rows call it."""
+STREAMED: dict[str, Callable[[BinaryIO, str], Iterator[Chunk]]] = {
+    ".jsonl": jsonl.chunks,
+    ".ndjson": jsonl.chunks,
+    ".json": json.chunks,
+    ".csv": lambda stream, source: of(csv.read(stream, source), source),
+    ".tsv": lambda stream, source: of(csv.read(stream, source), source),
+    ".txt": lambda stream, source: of(text.read(stream, source), source),
 }
 TABLES = {".parquet": tables.parquet, ".arrow": tables.arrow, ".feather": tables.arrow}
 COMPRESSED = (".gz", ".zst", ".zstd")
@@ -63,11 +66,26 @@ def read(path: str, *, subset: str | None = None, split: str | None = None) -> I
 
     Raises InputError where there is no such source, or a file of it is of an unknown kind, damaged or empty.
     """
+    return chain.from_iterable(chunk.read() for chunk in chunks(path, subset=subset, split=split))
+
+
+def chunks(path: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Chunk]:
+    """What `read` reads, in chunks."""
     if path == STDIN:
-        return _not_empty(_stream(_stdin(), "stdin", ".json"), "stdin")
-    if not Path(path).exists() and not _is_glob(path) and hub.is_id(path):
-        return _not_empty(hub.read(path, subset, split or "train"), path)
+        return _not_empty(_stream(_stdin(), PIPED, ".json"), PIPED)
+    if is_on_the_hub(path):
+        return _not_empty(of(hub.read(path, subset, split or "train"), path), path)
     return _files(path)
+
+
+def is_on_the_hub(path: str) -> bool:
+    """Whether a name is that of a Hub data set, as nothing on this disk is called so."""
+    return not Path(path).exists() and not _is_glob(path) and hub.is_id(path)
+
+
+def piped() -> tuple[Chunk, ...]:
+    """The rows of standard input, which can be read once."""
+    return tuple(chunks(STDIN))
 
 
 def from_values(values: Iterable[Any], source: str = "rows") -> list[Row]:
@@ -126,12 +144,12 @@ def _similar(file: Path) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _files(path: str) -> Iterator[Row | Problem]:
+def _files(path: str) -> Iterator[Chunk]:
     for name in files(path):
         yield from _not_empty(_file(name), name)
 
 
-def _file(path: str) -> Iterator[Row | Problem]:
+def _file(path: str) -> Iterator[Chunk]:
     try:
         with Path(path).open("rb") as raw:
             head = raw.peek(_HEAD)
@@ -143,10 +161,10 @@ def _file(path: str) -> Iterator[Row | Problem]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if head:
-        yield from TABLES[kind](path)
+        yield from of(TABLES[kind](path), path)
 
 
-def _stream(raw: io.BufferedReader, source: str, kind: str) -> Iterator[Row | Problem]:
+def _stream(raw: io.BufferedReader, source: str, kind: str) -> Iterator[Chunk]:
     stream = _decompressed(raw, source)
     head = stream.peek(_HEAD)
     _refuse_what_is_no_data(head, source)
@@ -204,11 +222,11 @@ def _stdin() -> io.BufferedReader:
     return cast(io.BufferedReader, sys.stdin.buffer)
 
 
-def _not_empty(rows: Iterable[Row | Problem], source: str) -> Iterator[Row | Problem]:
-    """The rows, or InputError where there is none."""
+def _not_empty(found: Iterable[Chunk], source: str) -> Iterator[Chunk]:
+    """The chunks, or InputError where there is none."""
     is_empty = True
-    for row in rows:
+    for chunk in found:
         is_empty = False
-        yield row
+        yield chunk
     if is_empty:
         raise InputError(f"{source}: the file is empty; name another")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from deft.types import Conversation, Message
 
@@ -26,13 +29,14 @@ def digest(conversations: Sequence[Conversation]) -> int:
     return int.from_bytes(found.digest(), "big")
 
 
-def is_held_out(digest: int, share: float) -> bool:
-    """True for about `share` of all digests; the same words always fall on the same side.
+def held_out(digests: np.ndarray, share: float) -> np.ndarray:
+    """bool [rows]: true for about `share` of all digests, uint64; the same words always fall on the same side.
 
-    >>> is_held_out(2**62, 0.5), is_held_out(2**63, 0.5)
-    (True, False)
+    >>> held_out(np.array([2**62, 2**63], np.uint64), 0.5).tolist()
+    [True, False]
     """
-    return digest < share * 2**64
+    limit = math.ceil(share * 2**64)
+    return np.full(len(digests), True) if limit >= 2**64 else digests < np.uint64(limit)
 
 
 def _parts(message: Message) -> Iterable[str]:

@@ -99,8 +99,7 @@ class Template:
 
     tokens   bos_token, eos_token and the like, as transformers hands them to a template
     kwargs   the user's own variables for every render (`template_kwargs`)
-
-    Dates are those of the moment at which it was compiled, so that one run has one date.
+    now      the moment that it calls now: one run has one date
 
     >>> template = Template(plain(puts_bos=True), {"bos_token": "<s>", "eos_token": "</s>"})
     >>> template.render([Message("user", "Hi"), Message("assistant", "Hello")])
@@ -110,14 +109,14 @@ class Template:
     source: str
     tokens: Mapping[str, str]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime = field(default_factory=datetime.now)
     _plain: Compiled = field(init=False, repr=False, compare=False)
     _tracing: Compiled = field(init=False, repr=False, compare=False)
     _over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        now = datetime.now()
-        object.__setattr__(self, "_plain", Compiled(self.source, Sandbox(), now))
-        object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox(), now))
+        object.__setattr__(self, "_plain", Compiled(self.source, Sandbox(), self.now))
+        object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox(), self.now))
 
     @cached_property
     def switches(self) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deft import files
+from deft import cache, files
 from deft import run as running
+from deft.cache import Cache
 from deft.config import Config
-from deft.data.shapes import Understood
-from deft.dataset import Named
+from deft.data.shapes import Survey
+from deft.dataset import Named, Way
 from deft.errors import InputError
 from deft.run import Caller
 from deft.show import page, rows, terminal
@@ -40,7 +41,8 @@ def run(
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted)
+    way = Way(Cache(cache.root()))
+    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way)
     if html is None:
         terminal.write(console, shown)
         return
@@ -49,10 +51,9 @@ def run(
     console.print(f"{html}: {shown.extent}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _names(sources: Sequence[tuple[Named, Understood]]) -> list[str]:
+def _names(sources: Sequence[tuple[Named, Survey]]) -> list[str]:
     """What sources and their files are called."""
-    found = dict.fromkeys(named.path for named, _ in sources)
-    return list(found | dict.fromkeys(each.origin.source for _, known in sources for each in known.conversations))
+    return list(dict.fromkeys(name for named, _ in sources for name in (named.path, *named.files())))
 
 
 def _fate(only: str | None) -> Fate | None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
-from deft import dataset
-from deft.data.shapes import Understood
-from deft.dataset import Named
-from deft.encoding.rows import EncodedRow, RowEncoder
-from deft.errors import Problem
+import numpy as np
+
+from deft import blocks, dataset
+from deft.data.shapes import Outcome, Survey
+from deft.dataset import Named, Way
+from deft.encoding.rows import RowEncoder
+from deft.fates import Contents, Setting, Settled, settle
 from deft.show.tokens import ShownToken, TokenTexts
-from deft.symptoms import Examiner
-from deft.types import Conversation, Encoded, Fate, Origin
+from deft.store import FATES, Store
+from deft.symptoms import Examiner, stop_ids
+from deft.types import Encoded, Fate, Origin
+
+GROUP = 32
+"""So many rows are encoded at a time, or fewer where fewer are wanted."""
 
 SHOWN_TOKENS = 8000
 """So many tokens of a row are shown; its numbers are of all."""
@@ -68,43 +73,49 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The rows that were wanted, how many were looked at to find them, and how many there are."""
+    """The rows that were wanted, how many were looked at to find them, and how many there are, if anybody counted."""
 
     rows: tuple[ShownRow, ...]
     looked_at: int
-    total: int
+    total: int | None
 
     @property
     def extent(self) -> str:
         """In words, what is shown of how much."""
-        some = f"{len(self.rows)} of {self.total} rows"
+        some = f"{len(self.rows)} rows" if self.total is None else f"{len(self.rows)} of {self.total} rows"
         return some if len(self.rows) == self.looked_at else f"{some}; {self.looked_at} were looked at"
 
 
 def show(
-    train: Sequence[tuple[Named, Understood]],
-    held_out: Sequence[tuple[Named, Understood]],
+    train: Sequence[tuple[Named, Survey]],
+    held_out: Sequence[tuple[Named, Survey]],
     row_encoder: RowEncoder,
     share: float,
     seed: int,
     wanted: Wanted,
+    way: Way = dataset.HERE,
 ) -> Shown:
     """The wanted rows in the order of their sources; no more rows are encoded than it takes to find them."""
-    viewer = _Viewer(row_encoder, TokenTexts(row_encoder.tokenizer), Examiner(row_encoder), wanted)
-    taken = dataset.contents(held_out)
-    training = [
-        viewer.rows(*source, viewer.trained(*source, number, share, seed, taken)) for number, source in enumerate(train)
-    ]
-    evaluated = [viewer.rows(*source, viewer.evaluated(*source)) for source in held_out]
+    viewer = _Viewer(row_encoder, TokenTexts(row_encoder.tokenizer), Examiner(row_encoder), wanted, way)
+    taken = Contents.of([dataset.store(*known, row_encoder, way) for known in held_out])
+    training = (
+        viewer.rows(named, survey, Setting(share, False, named.times, named.loss_weight, seed, number), taken)
+        for number, (named, survey) in enumerate(train)
+    )
+    evaluated = (
+        viewer.rows(named, survey, Setting(is_eval=True, loss_weight=named.loss_weight), Contents.of())
+        for named, survey in held_out
+    )
     rows: list[ShownRow] = []
     looked_at = 0
-    for row in chain(*training, *evaluated):
+    for row in chain.from_iterable(chain(training, evaluated)):
         looked_at += 1
         if wanted.only in (None, row.fate):
             rows.append(row)
         if len(rows) == wanted.count:
             break
-    return Shown(tuple(rows), looked_at, sum(_rows(known) for _, known in (*train, *held_out)))
+    counted = [survey.rows for _, survey in (*train, *held_out) if survey.is_whole]
+    return Shown(tuple(rows), looked_at, sum(counted) if len(counted) == len(train) + len(held_out) else None)
 
 
 @dataclass(frozen=True)
@@ -115,59 +126,56 @@ class _Viewer:
     token_texts: TokenTexts
     examiner: Examiner
     wanted: Wanted
+    way: Way
 
-    def trained(
-        self, named: Named, known: Understood, number: int, share: float, seed: int, taken: Mapping[int, Origin]
-    ) -> Iterator[EncodedRow]:
-        """A training source; `number` counts them."""
-        draws = named.times < 1
-        # A share of the rows is drawn when it is known how many can be trained.
-        conversations = known.conversations if draws else self._wanted(named, known)
-        rows = dataset.encode_rows(
-            conversations, self.row_encoder, share, False, loss_weight=named.loss_weight, taken=taken
-        )
-        fated = dataset.draw(list(rows), named, seed, number)[0] if draws else rows
-        yield from (row for row in fated if self.wanted.has(named.path, row.conversation.origin))
+    def rows(self, named: Named, survey: Survey, setting: Setting, taken: Contents) -> Iterator[ShownRow]:
+        """The wanted rows of a source."""
+        if setting.times < 1:
+            # A share of the rows is drawn when it is known how many can be trained.
+            settled = self._settled(dataset.store(named, survey, self.row_encoder, self.way), setting, taken)
+            for number, outcome in self._wanted(named, survey):
+                yield self._row(settled, number, outcome, survey.shape)
+            return
+        found = self._wanted(named, survey)
+        while group := [outcome for _, outcome in islice(found, min(self.wanted.count, GROUP))]:
+            coded = blocks.encoded(self.row_encoder, group)
+            laid_out = blocks.block(self.row_encoder, group[0].origin.source, coded, self.examiner)
+            settled = self._settled(Store.of([laid_out]), setting, taken)
+            for number, outcome in enumerate(group):
+                yield self._row(settled, number, outcome, survey.shape)
 
-    def evaluated(self, named: Named, known: Understood) -> Iterator[EncodedRow]:
-        """A source of its own for evaluation."""
-        return dataset.encode_rows(
-            self._wanted(named, known), self.row_encoder, 0.0, True, loss_weight=named.loss_weight
-        )
+    def _wanted(self, named: Named, survey: Survey) -> Iterator[tuple[int, Outcome]]:
+        """The rows that are wanted by their place, and their numbers."""
+        number = 0
+        for item in dataset.items(named, survey):
+            for outcome in blocks.outcomes(named.path, survey.shape, named.choices, item):
+                if self.wanted.has(named.path, outcome.origin):
+                    yield number, outcome
+                number += 1
 
-    def _wanted(self, named: Named, known: Understood) -> Iterator[Conversation]:
-        return (each for each in known.conversations if self.wanted.has(named.path, each.origin))
+    def _settled(self, store: Store, setting: Setting, taken: Contents) -> Settled:
+        setting = replace(setting, stop_ids=stop_ids(self.row_encoder, store.marks))
+        return settle(store, setting, taken, np.zeros(len(store), bool))
 
-    def rows(self, named: Named, known: Understood, encoded: Iterable[EncodedRow]) -> Iterator[ShownRow]:
-        """The wanted rows of a source, those that its format refused or left out at their places."""
-        lost = [_refused(problem, known.shape) for problem in known.refused]
-        lost += [ShownRow(origin, known.shape, Fate.LEFT_OUT, why) for origin, why in known.left_out]
-        unread = sorted((row for row in lost if self.wanted.has(named.path, row.origin)), key=_place)
-        return heapq.merge((self._row(row, known.shape) for row in encoded), unread, key=_place)
-
-    def _row(self, row: EncodedRow, shape: str) -> ShownRow:
-        parts = [part for example in row.examples for part in example]
+    def _row(self, settled: Settled, number: int, outcome: Outcome, shape: str) -> ShownRow:
+        store = settled.store
+        examples = store.examples(number) if settled.kept[number] else range(0)
+        found = [store.example(example, settled.setting.loss_weight) for example in examples]
+        parts = [part for example in found for part in example]
         texts = tuple(self.token_texts.shown(part) for part in _beginning(parts))
+        messages = outcome.conversations[0].messages if outcome.conversations and not texts else ()
         return ShownRow(
-            origin=row.conversation.origin,
+            origin=outcome.origin,
             shape=shape,
-            fate=row.fate,
-            reason=row.reason,
-            symptoms=tuple(self.examiner.symptoms(row)),
-            fallbacks=row.notes,
+            fate=FATES[settled.fate[number]],
+            reason=settled.reason(number),
+            symptoms=tuple(settled.named(number)),
+            fallbacks=store.fallbacks(number) if texts else (),
             texts=texts,
-            words=() if texts else tuple((m.role, _shortened(m.content)) for m in row.conversation.messages),
+            words=tuple((message.role, _shortened(message.content)) for message in messages),
             tokens=sum(len(part.tokens) for part in parts),
             learnt=sum(int((part.weights[1:] > 0).sum()) for part in parts),
         )
-
-
-def _rows(known: Understood) -> int:
-    return sum(1 for _ in known.rows()) + len(known.refused) + len(known.left_out)
-
-
-def _place(row: ShownRow) -> tuple[str, int, int]:
-    return row.origin.source, row.origin.line, row.origin.item
 
 
 def _beginning(parts: Iterable[Encoded]) -> Iterator[Encoded]:
@@ -181,7 +189,3 @@ def _beginning(parts: Iterable[Encoded]) -> Iterator[Encoded]:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
-
-
-def _refused(problem: Problem, shape: str) -> ShownRow:
-    return ShownRow(Origin.at(problem.where), shape, Fate.REFUSED, str(problem).removeprefix(f"{problem.where}: "))

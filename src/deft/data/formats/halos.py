@@ -7,6 +7,7 @@ the highest reward is taken. With a `control` text for bad answers, these are le
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,12 +46,32 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     return [_answer(row, choices, "output", is_good or not choices.learns_bad)]
 
 
+def compared(row: Row) -> Row:
+    """What `left_out` has to know of a row: its prompt and answers as digests.
+
+    >>> from deft.types import Origin
+    >>> value = {"type": "binary_feedback", "prompt": "q" * 999, "output": "a" * 999, "label": 1, "more": "x" * 999}
+    >>> sorted(compared(Row(Origin("a.json", 1), value)).value)
+    ['label', 'prompt_id', 'type']
+    """
+    value = row.value
+    kept = {key: value[key] for key in ("type", "label", "reward", "reward_A", "reward_B") if key in value}
+    kept["prompt_id"] = _digest(value.get("prompt_id", value["prompt"]))
+    if value["type"] == "pairwise_feedback":
+        kept |= {key: _digest(value[key]) for key in ("output_A", "output_B") if key in value}
+    return Row(row.origin, kept)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(repr(value).encode("utf-8"), digest_size=16).digest()
+
+
 def left_out(rows: Sequence[Row], choices: Choices) -> dict[int, str]:
-    """Which of the sound rows are not learnt beside better ones, and why.
+    """Which of the sound rows, as `compared` made them, are not learnt beside better ones, and why.
 
     >>> from deft.types import Origin
     >>> good, bad = ({"type": "binary_feedback", "prompt_id": 1, "label": label, "prompt": "q"} for label in (1, 0))
-    >>> left_out([Row(Origin("a.json", 1), bad), Row(Origin("a.json", 2), good)], Choices())
+    >>> left_out([compared(Row(Origin("a.json", 1), bad)), compared(Row(Origin("a.json", 2), good))], Choices())
     {0: 'a worse answer than that of a.json:2'}
     """
     if choices.learns_bad:
@@ -74,11 +95,10 @@ def _reason(row: Row, best: Origin | None) -> str:
 
 
 def _by_prompt(rows: Sequence[Row]) -> Iterable[list[int]]:
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, bytes], list[int]] = {}
     for index, row in enumerate(rows):
         if row.value["type"] != "sample":
-            name = repr(row.value.get("prompt_id", row.value["prompt"]))
-            groups.setdefault((row.value["type"], name), []).append(index)
+            groups.setdefault((row.value["type"], row.value["prompt_id"]), []).append(index)
     return groups.values()
 
 
@@ -99,10 +119,10 @@ def _kept(rows: Sequence[Row], choices: Choices) -> list[int]:
 
 def _distinct(rows: Sequence[Row], order: Iterable[int]) -> list[int]:
     """The rows whose winner no row before them in `order` has."""
-    seen: dict[str, int] = {}
+    seen: dict[bytes, int] = {}
     for index in order:
         value = rows[index].value
-        seen.setdefault(repr(value[_ranked_pair(value)[0]]), index)
+        seen.setdefault(value[_ranked_pair(value)[0]], index)
     return list(seen.values())
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from itertools import chain
 from typing import BinaryIO
 
 from deft.data import json_text
+from deft.data.chunks import Chunk, of
 from deft.data.readers import jsonl
 from deft.errors import Problem
 from deft.types import Origin, Row
@@ -19,17 +19,22 @@ from deft.types import Origin, Row
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:
+def chunks(stream: BinaryIO, source: str) -> Iterator[Chunk]:
     """
     >>> import io
-    >>> [(row.origin.line, row.value) for row in read(io.BytesIO(b'[{"a": 1},\\n {"a": 2}]'), "a.json")]
+    >>> (chunk,) = chunks(io.BytesIO(b'[{"a": 1},\\n {"a": 2}]'), "a.json")
+    >>> [(row.origin.line, row.value) for row in chunk.read()]
     [(1, {'a': 1}), (2, {'a': 2})]
     """
     head = _head(stream)
     if _is_jsonl(head):
-        yield from jsonl.from_lines(chain(head, stream), source)
-        return
-    content = (b"".join(head) + stream.read()).removeprefix(jsonl.BOM)
+        yield from jsonl.chunks(stream, source, b"".join(head))
+    else:
+        yield from of(_whole(b"".join(head) + stream.read(), source), source)
+
+
+def _whole(content: bytes, source: str) -> Iterator[Row | Problem]:
+    content = content.removeprefix(jsonl.BOM)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
