@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def scene(rows: Sequence[Any] = CHATS) -> Iterator[Path]:
     """A folder with `model` (31 thousand parameters, ChatML, 512 positions) and `train.jsonl`; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
+        os.environ["DEFT_CACHE"] = str(folder / "cache")
         write_llama(folder / "model", chat_template=CHATML)
         edit_json(folder / "model" / "config.json", max_position_embeddings=512)
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -6,13 +6,11 @@ the next one that makes something.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache as once
 from importlib.metadata import version
@@ -21,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from deft import files
+from deft import files, lock
 from deft.errors import DamagedError, DiskError, InputError
-from deft.files import Manifest, Staging
+from deft.files import Staging
 from deft.store import COLUMNS, Block, Joiner, Store
 
 _CODE = ("types.py", "tokenizer.py", "blocks.py", "store.py", "symptoms.py", "workers.py", "cache.py", "dataset.py")
@@ -70,43 +68,24 @@ class Cache:
     def get(self, key: str, make: Callable[[Staging], None]) -> tuple[Path, Mapping[str, Any]]:
         """The folder of `key` and what its maker said of it, made by `make` unless it is there and whole."""
         folder = self.root / key
-        found = self._whole(folder)
-        if found is None:
-            with self._complaining(), self._lock(key):
-                found = self._whole(folder)
-                if found is None:
-                    self._make(folder, make)
-                    found = files.read_manifest(folder)
-        return folder, found.about
-
-    def _whole(self, folder: Path) -> Manifest | None:
-        """The manifest of a folder that is as it was written; None where it is not there, or damaged."""
-        if not folder.is_dir():
-            return None
-        try:
-            return files.verify(folder)
-        except DamagedError as error:
-            self.say(f"the cache is damaged and is made again ({error})")
-            return None
-
-    def _make(self, folder: Path, make: Callable[[Staging], None]) -> None:
-        files.sweep(self.root)
-        shutil.rmtree(folder, ignore_errors=True)
-        with files.staged(folder) as staging:
-            make(staging)
-
-    @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
-        """Held by one process at a time; it is free when its holder is gone, however it went."""
-        files.make_folder(self.root)
-        with open(self.root / f"{key}.lock", "a") as file:
+        with suppress(DamagedError):
+            return folder, files.verify(folder).about
+        with self._complaining(), self._turn(key):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.say("another process encodes these rows; waiting for it")
-                with suppress(OSError):  # where there are no locks, both make it and the first in place is used
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+                return folder, files.verify(folder).about
+            except DamagedError as error:
+                if folder.is_dir():
+                    self.say(f"the cache is damaged and is made again ({error})")
+                    files.discard(folder)
+            files.sweep(self.root)
+            with files.staged(folder) as staging:
+                make(staging)
+            return folder, files.read_manifest(folder).about
+
+    def _turn(self, key: str) -> AbstractContextManager[None]:
+        files.make_folder(self.root)
+        waiting = "another process encodes these rows; waiting for it"
+        return lock.turn(self.root / f"{key}.lock", lambda: self.say(waiting))
 
     @contextmanager
     def _complaining(self) -> Iterator[None]:

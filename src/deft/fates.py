@@ -38,43 +38,53 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of rows of several stores, and where they stand."""
+    """The contents of the rows of several stores: `digests`, uint64, ascending; 8 bytes a row."""
 
     stores: tuple[Store, ...]
     digests: np.ndarray
-    places: np.ndarray
 
     @classmethod
     def of(cls, stores: Sequence[Store] = ()) -> Contents:
-        digests = np.concatenate([np.zeros(0, np.uint64), *(store.columns["digest"] for store in stores)])
-        encoded = [store.columns["stage"] == Stage.ENCODED for store in stores]
-        places = np.flatnonzero(np.concatenate([np.zeros(0, bool), *encoded]))
-        order = places[np.argsort(digests[places], kind="stable")]
-        return cls(tuple(stores), digests[order], order)
+        found = [store.columns["digest"][store.columns["stage"] == Stage.ENCODED] for store in stores]
+        digests = np.concatenate([np.zeros(0, np.uint64), *found])
+        digests.sort()
+        return cls(tuple(stores), digests)
 
     def has(self, digests: np.ndarray) -> np.ndarray:
         """bool: which of `digests` are among them."""
-        if not len(self.digests):
-            return np.zeros(len(digests), bool)
-        found = np.minimum(np.searchsorted(self.digests, digests), len(self.digests) - 1)
-        return np.asarray(self.digests[found] == digests)
+        return _among(digests, self.digests)
 
     def origin(self, digest: int) -> Origin:
         """Where the last row with a digest stands."""
-        place = int(self.places[np.searchsorted(self.digests, np.uint64(digest), side="right") - 1])
-        for store in self.stores:
-            if place < len(store):
-                return store.origin(place)
-            place -= len(store)
+        for store in reversed(self.stores):
+            rows = np.flatnonzero((store.columns["digest"] == digest) & (store.columns["stage"] == Stage.ENCODED))
+            if len(rows):
+                return store.origin(int(rows[-1]))
         raise KeyError(digest)
 
     def repeated(self) -> list[np.ndarray]:
-        """bool [rows] of each store: the row says the same as an earlier one."""
-        again = np.concatenate([np.zeros(min(1, len(self.digests)), bool), self.digests[1:] == self.digests[:-1]])
-        flags = np.zeros(sum(map(len, self.stores)), bool)
-        flags[self.places[again]] = True
-        ends = np.cumsum([len(store) for store in self.stores])
-        return np.split(flags, ends[:-1]) if len(ends) else []
+        """bool [rows] of each store: the row says the same as an earlier one of any."""
+        twice = np.unique(self.digests[1:][self.digests[1:] == self.digests[:-1]])
+        flags = [np.zeros(len(store), bool) for store in self.stores]
+        seen = np.zeros(len(twice), bool)
+        for store, flag in zip(self.stores, flags, strict=True):
+            for rows in store.slabs() if len(twice) else ():
+                digests = store.columns["digest"][rows]
+                is_copy = (store.columns["stage"][rows] == Stage.ENCODED) & _among(digests, twice)
+                which = np.searchsorted(twice, digests[is_copy])
+                first = np.unique(which, return_index=True)[1]
+                is_new = np.zeros(len(which), bool)
+                is_new[first] = ~seen[which[first]]
+                seen[which] = True
+                flag[rows.start + np.flatnonzero(is_copy)[~is_new]] = True
+        return flags
+
+
+def _among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    if not len(ascending):
+        return np.zeros(len(values), bool)
+    found = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return np.asarray(ascending[found] == values)
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,9 @@ class Settled:
     """The rows of a source with their last fates.
 
     fate      uint8 [rows]: place in FATES
-    passes    int64 [rows]: how often each is learnt in an epoch
+    passes    uint16 [rows]: how often each is learnt in an epoch
     kept      bool [rows]: it has examples that are trained or evaluated
-    symptoms  uint32 [rows]: a bit for each name of SYMPTOMS
+    symptoms  uint16 [rows]: a bit for each name of SYMPTOMS
     """
 
     store: Store
@@ -114,15 +124,18 @@ class Settled:
         return self._picked(self.passes)
 
     def held_out(self) -> Picked:
-        return self._picked(((self.fate == _NUMBER[Fate.HELD_OUT]) & self.kept).astype(np.int64))
+        return self._picked((self.fate == _NUMBER[Fate.HELD_OUT]) & self.kept)
 
     def _picked(self, passes: np.ndarray) -> Picked:
-        rows = np.repeat(np.arange(len(passes)), passes)
-        counts = self.store.counts("row_examples")[rows]
-        first = self.store.columns["row_examples"][rows] - counts
-        index = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        small = len(self.store.columns["example_parts"]) < 2**31
-        return Picked(self.store, self.setting.loss_weight, index.astype(np.int32 if small else np.int64))
+        is_small = len(self.store.columns["example_parts"]) < 2**31
+        found = [np.zeros(0, np.int32 if is_small else np.int64)]
+        for rows in self.store.slabs():
+            times, ends = passes[rows], self.store.columns["row_examples"][rows]
+            counts = np.repeat(self.store.counts("row_examples", rows), times)
+            first = np.repeat(ends, times) - counts
+            index = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+            found.append(index.astype(found[0].dtype))
+        return Picked(self.store, self.setting.loss_weight, np.concatenate(found))
 
 
 def settle(store: Store, setting: Setting, taken: Contents, repeated: np.ndarray) -> Settled:
@@ -131,23 +144,25 @@ def settle(store: Store, setting: Setting, taken: Contents, repeated: np.ndarray
     taken     rows of the evaluation data: the same row here is held out
     repeated  bool [rows]: it says the same as an earlier one
     """
-    columns = store.columns
-    digest, is_encoded = columns["digest"], columns["stage"] == Stage.ENCODED
-    is_taken = is_encoded & taken.has(digest)
-    has_examples = (store.counts("row_examples") > 0) & ~is_taken
-    apart = has_examples & (setting.is_eval | split.held_out(digest, setting.share))
-    trained = has_examples & ~apart
-    passes = np.zeros(len(store), np.int64)
+    columns, fate = store.columns, np.array(store.columns["fate"])
+    is_taken, trained, kept = (np.zeros(len(store), bool) for _ in range(3))
+    for rows in store.slabs():
+        digest = columns["digest"][rows]
+        is_taken[rows] = (columns["stage"][rows] == Stage.ENCODED) & taken.has(digest)
+        kept[rows] = (store.counts("row_examples", rows) > 0) & ~is_taken[rows]
+        trained[rows] = kept[rows] & ~(setting.is_eval | split.held_out(digest, setting.share))
+    fate[is_taken | (kept & ~trained)] = _NUMBER[Fate.HELD_OUT]
+    passes = np.zeros(len(store), np.uint16)
     passes[trained] = mixture.passes(int(trained.sum()), setting.times, setting.seed, setting.number)
     undrawn = trained & (passes == 0)
-    fate = np.array(columns["fate"])
-    fate[is_taken | apart] = _NUMBER[Fate.HELD_OUT]
     fate[undrawn] = _NUMBER[Fate.LEFT_OUT]
-    kept = has_examples & ~undrawn
-    found = columns["symptoms"] | np.where(_without_stop(store, setting.stop_ids), np.uint32(BIT["no_stop"]), 0)
-    found = np.where(kept, found, 0) | np.where(is_taken, np.uint32(BIT["in_evaluation"]), 0)
-    found = found | np.where(repeated, np.uint32(BIT["duplicate"]), 0)
-    return Settled(store, setting, taken, fate, passes, kept, found.astype(np.uint32))
+    kept &= ~undrawn
+    symptoms = np.array(columns["symptoms"])
+    symptoms[_without_stop(store, setting.stop_ids)] |= BIT["no_stop"]
+    symptoms[~kept] = 0
+    symptoms[is_taken] |= BIT["in_evaluation"]
+    symptoms[repeated] |= BIT["duplicate"]
+    return Settled(store, setting, taken, fate, passes, kept, symptoms)
 
 
 def _without_stop(store: Store, stop_ids: frozenset[int]) -> np.ndarray:

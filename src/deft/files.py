@@ -303,6 +303,11 @@ def remove(folder: Path) -> None:
     strange = sorted(path for path in folder.rglob("*") if path.is_symlink() or (path.is_file() and path not in listed))
     if strange:
         raise InputError(f"{strange[0]}: was not written by deft; {folder} stays where it is")
+    discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder, whatever it holds; it loses its name first."""
     with _complaining(folder):
         path = _staging_name(folder)
         disk.rename(folder, path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from deft.errors import Problem
 from deft.fates import BIT, Settled
-from deft.store import FATES
+from deft.store import FATES, last
 from deft.symptoms import SYMPTOMS, Finding
 from deft.types import Fate
 
@@ -90,48 +90,68 @@ class SourceLedger:
 
 def account(source: str, shape: str, rows: Settled) -> SourceLedger:
     """The ledger of a source."""
-    store = rows.store
-    ends = np.concatenate([[0], store.columns["example_parts"]])[store.columns["row_examples"]]
-    lengths, kept_parts = store.counts("part_tokens"), np.repeat(rows.kept, np.diff(ends, prepend=0))
-    learnt = store.columns["part_targets"]
     fates = np.bincount(rows.fate, minlength=len(FATES))
+    counted = _Counted()
+    for slab in rows.store.slabs():
+        counted.add(rows, slab)
     return SourceLedger(
         source=source,
         shape=shape,
-        rows=len(store),
+        rows=len(rows.store),
         fates={fate.value: int(count) for fate, count in zip(FATES, fates, strict=True)},
-        examples=int(store.counts("row_examples")[rows.kept].sum()),
-        tokens=int(lengths[kept_parts].sum()),
-        target_tokens=int(learnt[kept_parts].sum(dtype=np.int64)),
-        lengths=histogram(lengths[kept_parts]),
-        longest_rows=_longest(rows, lengths, ends),
-        symptoms=_symptoms(rows),
+        examples=counted.examples,
+        tokens=counted.tokens,
+        target_tokens=counted.targets,
+        lengths=histogram(counted.bits),
+        longest_rows=tuple((str(rows.store.origin(row)), length) for length, row in counted.longest),
+        symptoms=_seen(rows, {name: np.flatnonzero(rows.symptoms & bit) for name, bit in BIT.items()}),
         fallbacks=_fallbacks(rows),
         lost=tuple(_lost(rows)),
     )
 
 
-def _longest(rows: Settled, lengths: np.ndarray, ends: np.ndarray) -> tuple[tuple[str, int], ...]:
-    """The rows with the longest texts, of equal ones the first."""
-    kept = np.flatnonzero(rows.kept)
-    if not len(kept):
-        return ()
-    # Rows between two that are kept have no part, or parts that are not kept.
-    begins = ends[kept] - np.diff(ends, prepend=0)[kept]
-    edges = np.stack([begins, ends[kept]], axis=1).ravel()
-    longest = np.maximum.reduceat(np.concatenate([lengths, [0]]), edges)[::2]
-    first = np.argsort(-longest, kind="stable")[:FIRST_ROWS].tolist()
-    return tuple((str(rows.store.origin(int(kept[place]))), int(longest[place])) for place in first)
+@dataclass
+class _Counted:
+    """Adds up rows as they come.
+
+    bits     texts by the bits that their tokens less one have
+    longest  (tokens of its longest text, row), the longest first, of equal ones the first
+    """
+
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(64, np.int64))
+    longest: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, rows: Settled, slab: slice) -> None:
+        store, kept = rows.store, rows.kept[slab]
+        examples = store.columns["row_examples"][slab]
+        first = store.start("example_parts", store.start("row_examples", slab.start))
+        ends = last(store.columns["example_parts"], examples)
+        counts = np.diff(ends, prepend=first)
+        places = slice(first, int(ends[-1]))
+        is_kept = np.repeat(kept, counts)
+        lengths = store.counts("part_tokens", places)
+        self.examples += int(store.counts("row_examples", slab)[kept].sum())
+        self.tokens += int(lengths[is_kept].sum())
+        self.targets += int(store.columns["part_targets"][places][is_kept].sum(dtype=np.int64))
+        self.bits += np.bincount(np.searchsorted(_POWERS, lengths[is_kept]), minlength=64)
+        whole = np.flatnonzero(kept & (counts > 0))
+        if len(whole):
+            longest = np.maximum.reduceat(lengths, (ends - counts)[whole] - first)
+            best = np.argsort(-longest, kind="stable")[:FIRST_ROWS]
+            found = [(int(longest[place]), slab.start + int(whole[place])) for place in best]
+            self.longest = sorted([*self.longest, *found], key=lambda each: (-each[0], each[1]))[:FIRST_ROWS]
 
 
-def _symptoms(rows: Settled) -> tuple[Seen, ...]:
-    return _seen(rows, {name: np.flatnonzero(rows.symptoms & bit) for name, bit in BIT.items()})
+_POWERS = 2 ** np.arange(62)
 
 
 def _fallbacks(rows: Settled) -> tuple[Seen, ...]:
-    notes, codes = rows.store.notes, np.where(rows.kept, rows.store.columns["notes"], -1)
+    notes, codes = rows.store.notes, rows.store.columns["notes"]
     having = {note: [code for code, each in enumerate(notes) if note in each] for each in notes for note in each}
-    return _seen(rows, {note: np.flatnonzero(np.isin(codes, found)) for note, found in having.items()})
+    return _seen(rows, {note: np.flatnonzero(np.isin(codes, found) & rows.kept) for note, found in having.items()})
 
 
 def _seen(rows: Settled, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
@@ -154,17 +174,17 @@ def _lost(rows: Settled) -> Iterator[tuple[str, str, str]]:
             )
 
 
-def histogram(lengths: np.ndarray) -> tuple[tuple[str, int], ...]:
+def histogram(bits: np.ndarray) -> tuple[tuple[str, int], ...]:
     """How many lengths lie between two powers of two, from the shortest to the longest.
 
-    >>> histogram(np.array([5, 8, 17, 64]))
+    bits  how many lengths, less one, have 0 bits, 1 bit, ...
+
+    >>> histogram(np.array([0, 0, 0, 2, 0, 1, 1, 0]))
     (('5-8', 2), ('9-16', 0), ('17-32', 1), ('33-64', 1))
     """
-    if not len(lengths):
-        return ()
-    counts = np.bincount(np.searchsorted(2 ** np.arange(62), lengths))
-    bits = range(int(np.flatnonzero(counts)[0]), len(counts))
-    return tuple((f"{(1 << bit >> 1) + 1}-{1 << bit}", int(counts[bit])) for bit in bits)
+    met = np.flatnonzero(bits)
+    between = range(int(met[0]), int(met[-1]) + 1) if len(met) else range(0)
+    return tuple((f"{(1 << bit >> 1) + 1}-{1 << bit}", int(bits[bit])) for bit in between)
 
 
 def findings(ledgers: Sequence[SourceLedger]) -> list[Finding]:

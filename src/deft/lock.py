@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +43,26 @@ def held(folder: Path) -> Iterator[str]:
             path.unlink()
         os.close(lock)
         _remove(made)
+
+
+@contextmanager
+def turn(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Waits until no other process holds `path`, a file that is made and stays; `busy` is called if one does.
+
+    Where there are no locks, all have their turn at once.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(lock)
 
 
 def _take(path: Path) -> tuple[int, str]:

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
-def collect(*, seed: int, device: str, dtype: str, data: Iterable[str], tokenizer_json: str) -> dict[str, Any]:
-    """Versions, git state, seed, device, and the digests of data files and tokenizer."""
+def collect(*, seed: int, device: str, dtype: str, data: Mapping[str, str], tokenizer_json: str) -> dict[str, Any]:
+    """Versions, git state, seed, device, and the digests of data files, by name, and of the tokenizer."""
     return {
         "versions": versions(),
         "git": _git_state(),
@@ -32,7 +32,7 @@ def collect(*, seed: int, device: str, dtype: str, data: Iterable[str], tokenize
         "seed": seed,
         "device": device,
         "dtype": dtype,
-        "data_sha256": {path: _file_digest(Path(path)) for path in data if Path(path).is_file()},
+        "data_sha256": dict(data),
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode("utf-8")).hexdigest(),
     }
 
@@ -56,8 +56,3 @@ def _git_state() -> dict[str, Any] | None:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=5)
     return done.stdout.strip()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

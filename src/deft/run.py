@@ -69,6 +69,8 @@ from deft.training.state import TrainState, random_state, set_random_state
 from deft.types import Fate, StepRecord
 
 SHOWN_SAMPLES = 3
+SOON_ENCODED = 20_000
+"""So many rows are encoded before those that cannot be read stop the run."""
 EXPORT_ROWS = 3
 """So many training examples are compared between the model in memory and the exported one."""
 
@@ -414,7 +416,12 @@ def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
-    """Every row's tokens and fate."""
+    """Every row's tokens and fate.
+
+    Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
+    together with those that its template refuses.
+    """
+    _stop_if_many_cannot_be_read(config, checked)
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
     with _progress(caller, "encoding", rows) as advance:
@@ -426,6 +433,15 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Ca
             seed=config.seed,
             way=Way(Cache(cache.root(), caller.say), advance=advance),
         )
+
+
+def _stop_if_many_cannot_be_read(config: Config, reading: Reading) -> None:
+    surveys = [survey for _, survey in reading.train + reading.held_out]
+    rows, refused = sum(survey.rows for survey in surveys), sum(survey.refused_rows for survey in surveys)
+    if rows > SOON_ENCODED and refused > config.data.allow_refused:
+        named = [problem for survey in surveys for problem in survey.refused]
+        heading = f"{refused} of {rows} rows cannot be read, and none was encoded (data.allow_refused={refused} does):"
+        raise Problems(heading, named, refused - len(named))
 
 
 @contextmanager
@@ -503,7 +519,9 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
         seed=config.seed,
         device=checked.machine.device.type,
         dtype=_name(checked.machine.dtype),
-        data=[source.source for source in prepared.data.ledgers],
+        data={
+            name: digest for _, survey in checked.train + checked.held_out for name, digest in survey.content.items()
+        },
         tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
     )
     files.write_json(checked.folder / "manifest.json", described)

@@ -22,6 +22,10 @@ FATES = tuple(Fate)
 """What the numbers in `fate` mean."""
 
 
+SLAB = 1 << 17
+"""So many rows are looked at together."""
+
+
 class Stage(IntEnum):
     """How far a row came: to its encoding, or it was left out or refused while it was read."""
 
@@ -37,7 +41,7 @@ COLUMNS: Mapping[str, str] = {
     "stage": "<u1",
     "fate": "<u1",
     "digest": "<u8",
-    "symptoms": "<u4",
+    "symptoms": "<u2",
     "notes": "<i4",
     "row_examples": "<i8",
     "lost_row": "<i8",
@@ -191,13 +195,39 @@ class Store:
         tokens = self.columns["tokens"][_span(self.columns["part_tokens"], part)]
         return Encoded(origin, tokens, weights if scale == 1.0 else weights * np.float32(scale))
 
-    def counts(self, name: str) -> np.ndarray:
+    def slabs(self) -> Iterator[slice]:
+        """All rows, some at a time, so that what is made of them takes little memory."""
+        return slabs(len(self))
+
+    def counts(self, name: str, places: slice = slice(None)) -> np.ndarray:
         """How many of the next level each has, by the column that says where they end.
 
-        >>> Store({"row_examples": np.array([2, 2, 5])}, (), (), frozenset()).counts("row_examples").tolist()
-        [2, 0, 3]
+        >>> store = Store({"row_examples": np.array([2, 2, 5])}, (), (), frozenset())
+        >>> store.counts("row_examples").tolist(), store.counts("row_examples", slice(1, 3)).tolist()
+        ([2, 0, 3], [0, 3])
         """
-        return np.diff(self.columns[name], prepend=0)
+        return np.diff(self.columns[name][places], prepend=self.start(name, places.start or 0))
+
+    def start(self, name: str, place: int) -> int:
+        """Where the next level begins for one of this level."""
+        return int(self.columns[name][place - 1]) if place else 0
+
+
+def last(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Where the next level ends for the first so many of this level.
+
+    >>> last(np.array([2, 5]), np.array([0, 1, 2])).tolist(), last(np.array([], int), np.array([0])).tolist()
+    ([0, 2, 5], [0])
+    """
+    return np.where(counts > 0, ends[np.maximum(counts, 1) - 1], 0) if len(ends) else np.zeros(len(counts), np.int64)
+
+
+def slabs(rows: int) -> Iterator[slice]:
+    """
+    >>> list(slabs(SLAB + 1))
+    [slice(0, 131072, None), slice(131072, 131073, None)]
+    """
+    return (slice(start, min(start + SLAB, rows)) for start in range(0, rows, SLAB))
 
 
 def _span(ends: np.ndarray, index: int) -> slice:
@@ -281,6 +311,9 @@ class Examples(Sequence[Example]):
 
 
 def _sizes(picked: Picked) -> np.ndarray:
-    columns = picked.store.columns
-    ends = columns["part_tokens"][columns["example_parts"] - 1]  # no example is without a part
-    return np.asarray(np.diff(ends, prepend=0)[picked.index], np.int64)
+    parts, tokens = picked.store.columns["example_parts"], picked.store.columns["part_tokens"]
+    sizes = np.zeros(len(picked.index), np.int64)
+    for each in slabs(len(sizes)):
+        index = picked.index[each]
+        sizes[each] = last(tokens, parts[index]) - last(tokens, last(parts, index))
+    return sizes

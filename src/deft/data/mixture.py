@@ -6,7 +6,7 @@ import numpy as np
 
 
 def passes(rows: int, times: float, seed: int, source: int) -> np.ndarray:
-    """int64 [rows]: how often each row is learnt per epoch: floor(times), and once more for a share drawn by seed.
+    """uint16 [rows]: how often each row is learnt per epoch: floor(times), and once more for a share drawn by seed.
 
     The share is exact to half a row, and the same in every epoch. `source` counts the sources, so that equal files draw
     apart.
@@ -15,7 +15,8 @@ def passes(rows: int, times: float, seed: int, source: int) -> np.ndarray:
     ([1, 2, 2, 1], [3, 3, 3, 3])
     """
     whole = int(times)
-    found = np.full(rows, whole, np.int64)
-    order = np.random.Generator(np.random.Philox(key=[seed, source])).permutation(rows)
-    found[order[: round((times - whole) * rows)]] += 1
+    found = np.full(rows, whole, np.uint16)
+    if times > whole:
+        order = np.random.Generator(np.random.Philox(key=[seed, source])).permutation(rows)
+        found[order[: round((times - whole) * rows)]] += 1
     return found

@@ -20,7 +20,7 @@ class Batching:
 class Epoch:
     """The examples of one epoch in order, and where each step begins in that order.
 
-    order   int64 [E]
+    order   int32 [E], int64 from 2**31 examples on
     starts  int64 [steps + 1], from 0 to E
     """
 
@@ -65,7 +65,7 @@ def plan(
     for epoch in epochs:
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(sizes))
         starts = _starts(sizes[order], batchings, done)
-        planned.append(Epoch(order, starts))
+        planned.append(Epoch(order.astype(np.int32 if len(order) < 2**31 else np.int64), starts))
         done += len(starts) - 1
     return tuple(planned)
 
@@ -95,8 +95,9 @@ def _token_starts(sizes: np.ndarray, limit: int) -> list[int]:
     [0, 2, 3, 4, 5]
     """
     totals = np.concatenate([[0], np.cumsum(sizes)])
+    fitting = np.searchsorted(totals, totals[:-1] + limit, side="right") - 1
+    following = np.maximum(fitting, np.arange(1, len(totals))).tolist()
     starts = [0]
     while starts[-1] < len(sizes):
-        end = int(np.searchsorted(totals, totals[starts[-1]] + limit, side="right")) - 1
-        starts.append(max(end, starts[-1] + 1))
+        starts.append(following[starts[-1]])
     return starts

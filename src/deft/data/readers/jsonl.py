@@ -47,7 +47,7 @@ def chunks(stream: BinaryIO, source: str, begun: bytes = b"") -> Iterator[Lines]
         found = data.removeprefix(BOM) if first == 1 else data
         following = first + data.count(b"\n")
         if found and not found.isspace():
-            yield Lines(source, first, (following, 0), found)
+            yield Lines(source, first, (following - data.endswith(b"\n"), 0), found)
         first = following
 
 
