@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from deft.data.choices import Choices
 from deft.data.chunks import Chunk
 from deft.data.shapes import Outcome
 from deft.encoding.pieces import Coder
-from deft.encoding.rows import EncodedRow, Policy, RowEncoder
+from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
 from deft.errors import DeftError, Problem
 from deft.fates import BIT
 from deft.render.chat import ChatRenderer
@@ -160,9 +161,7 @@ def block(row_encoder: RowEncoder, source: str, coded: Sequence[Coded], examiner
     parts = [part for example in examples for part in example]
     notes = Counter(row.notes for row in rows if row.notes)
     codes = {note: code for code, note in enumerate(notes)} | {(): -1}
-    scales = (
-        scale for each in coded for scale, example in zip(each.scales, each.row.examples, strict=True) for _ in example
-    )
+    scales = [scale for each in coded for scale in each.scales]
     tails = [(number, *tail) for number, look in enumerate(looks) for tail in look.tails]
     reasons = [(number, row.reason.encode("utf-8")) for number, row in enumerate(rows) if row.reason]
     found: dict[str, Any] = {
@@ -178,8 +177,9 @@ def block(row_encoder: RowEncoder, source: str, coded: Sequence[Coded], examiner
         "lost_end": _ends(len(reason) for _, reason in reasons),
         "reason": np.frombuffer(b"".join(reason for _, reason in reasons), np.uint8),
         "example_parts": _ends(len(example) for example in examples),
+        "example_digest": [_digest(example, scale) for example, scale in zip(examples, scales, strict=True)],
         "part_tokens": _ends(len(part.tokens) for part in parts),
-        "part_scale": list(scales),
+        "part_scale": [scale for example, scale in zip(examples, scales, strict=True) for _ in example],
         "tokens": np.concatenate([[], *(part.tokens for part in parts)]),
         "tail_row": [row for row, _, _ in tails],
         "tail_part": [part for _, part, _ in tails],
@@ -189,6 +189,15 @@ def block(row_encoder: RowEncoder, source: str, coded: Sequence[Coded], examiner
     found["file"] = np.zeros(len(rows))
     columns = {name: np.asarray(found[name], COLUMNS[name]) for name in COLUMNS}
     return Block(source, columns, tuple(notes), row_encoder.renderer.stop_marks())
+
+
+def _digest(example: Example, scale: float) -> int:
+    found = hashlib.blake2b(np.float64(scale).tobytes(), digest_size=8)
+    for part in example:
+        found.update(len(part.tokens).to_bytes(8, "little"))
+        found.update(part.tokens.astype("<i4", copy=False).tobytes())
+        found.update(part.weights.astype("<f4", copy=False).tobytes())
+    return int.from_bytes(found.digest(), "little")
 
 
 def _ends(counts: Any) -> np.ndarray:

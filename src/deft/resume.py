@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deft.errors import Problem
-from deft.types import Encoded
+from deft.store import Examples
 
 AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""
@@ -47,14 +47,9 @@ class Rows:
     source: np.ndarray
 
     @classmethod
-    def of(cls, examples: Iterable[Sequence[Encoded]]) -> Rows:
-        names: dict[str, int] = {}
-        found = [
-            (_digest(example), example[0].origin.line, names.setdefault(example[0].origin.source, len(names)))
-            for example in examples
-        ]
-        columns = np.array(found, np.int64).reshape(-1, 3)
-        return cls(tuple(names), columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].astype(np.int32))
+    def of(cls, examples: Examples) -> Rows:
+        names, lines, numbers = examples.origins()
+        return cls(names, examples.digests(), lines, numbers)
 
     def differences(self, now: Rows) -> dict[str, str]:
         """Source -> what is different in it now, by line.
@@ -173,15 +168,6 @@ def plan_digest(orders: Iterable[np.ndarray]) -> str:
     for order in orders:
         found.update(np.ascontiguousarray(order, np.int64).tobytes() + b"|")
     return found.hexdigest()
-
-
-def _digest(example: Sequence[Encoded]) -> int:
-    found = hashlib.blake2b(digest_size=8)
-    for part in example:
-        found.update(len(part.tokens).to_bytes(8, "little"))
-        found.update(np.ascontiguousarray(part.tokens, np.int32).data)
-        found.update(np.ascontiguousarray(part.weights, np.float32).data)
-    return int.from_bytes(found.digest(), "little", signed=True)
 
 
 def _difference(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> str:

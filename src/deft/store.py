@@ -48,6 +48,7 @@ COLUMNS: Mapping[str, str] = {
     "lost_end": "<i8",
     "reason": "<u1",
     "example_parts": "<i8",
+    "example_digest": "<u8",
     "part_tokens": "<i8",
     "part_runs": "<i8",
     "part_targets": "<i4",
@@ -65,7 +66,7 @@ rows      line, item, file: the origin, `file` counts the names of files; stage;
           drawn; digest of the words; symptoms, a bit each of those of `SYMPTOMS`; notes: which tuple of notes, -1 none;
           row_examples: where its examples end
 lost      rows that have a reason: lost_row; lost_end, where it ends in `reason` (UTF-8)
-examples  example_parts: where its parts end
+examples  example_parts: where its parts end; example_digest: of its ids and weights
 parts     part_tokens, part_runs: where they end; part_targets: learnt tokens; part_scale: what the weight of the row
           multiplies its weights by
 runs      run_length, in tokens; run_weight
@@ -297,6 +298,23 @@ class Examples(Sequence[Example]):
                 found[parts_of[0].origin] = max(largest, found.get(parts_of[0].origin, 0))
         return found
 
+    def digests(self) -> np.ndarray:
+        """int64 [E]: of the ids and weights of each."""
+        found = [each.store.columns["example_digest"][each.index] ^ _mark(each.loss_weight) for each in self.picked]
+        return np.concatenate([np.zeros(0, np.uint64), *found]).view(np.int64)
+
+    def origins(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """The names of files, and of each example its line, int64 [E], and its file among them, int32 [E]."""
+        names = tuple(dict.fromkeys(name for each in self.picked for name in each.store.files))
+        lines, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        for each in self.picked:
+            columns, files = each.store.columns, np.array([names.index(name) for name in each.store.files], np.int32)
+            for places in slabs(len(each.index)):
+                rows = np.searchsorted(columns["row_examples"], each.index[places], side="right")
+                lines.append(columns["line"][rows])
+                numbers.append(files[columns["file"][rows]])
+        return names, np.concatenate(lines), np.concatenate(numbers)
+
     def lengths(self, index: int) -> list[int]:
         """The tokens of each part of an example."""
         each, place = self.at(index)
@@ -308,6 +326,11 @@ class Examples(Sequence[Example]):
         each, place = self.at(index)
         parts = each.store.parts(int(each.index[place]))
         return int(each.store.columns["part_targets"][parts.start : parts.stop].sum())
+
+
+def _mark(loss_weight: float) -> np.uint64:
+    """What tells the digests of examples under one loss_weight from those under another."""
+    return np.uint64(0 if loss_weight == 1.0 else hash(loss_weight) & (2**64 - 1))
 
 
 def _sizes(picked: Picked) -> np.ndarray:
