@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tiny_tokenizers import CHATML, byte_level, sentencepiece
 
 from deft import dataset
 from deft import tokenizer as edge
-from deft.dataset import Named
+from deft.data import shapes, sources
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.render import trace
 from deft.render.chat import ChatRenderer, Rendered
@@ -315,8 +316,8 @@ FAMILIES = ("qwen2.5", "qwen3", "llama-3", "mistral", "gemma", "deepseek", "chat
 
 @pytest.fixture(scope="module")
 def corpus_rows(corpus: Path) -> list[Conversation]:
-    named = [Named(str(corpus / "data" / name), max_rows=8) for name in FILES]
-    return [row for _, known in dataset.understand(named) for row in known.conversations]
+    read = [islice(sources.read(str(corpus / "data" / name)), 8) for name in FILES]
+    return [row for rows in read for row in shapes.understand(rows, "corpus").conversations]
 
 
 @pytest.fixture(scope="module")
