@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from deft import signals
+from deft import floors, signals
 from deft.errors import DeftError, InputError
+from deft.redact import redacted
 
 if TYPE_CHECKING:
     from deft.config import Config
@@ -134,13 +137,29 @@ def main() -> None:
     # then did 4 steps in 16 s, with 1,000 spins 122; alone it is as fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
+        floors.check()
         app()
-    except DeftError as error:
-        print(f"deft: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except signals.Preempted as stop:
-        print(f"deft: {stop}", file=sys.stderr)
-        sys.exit(signals.EXIT_CODE)
+        _leave(str(stop), signals.EXIT_CODE)
+    except DeftError as error:
+        _leave(str(error), error.exit_code)
+    except Exception as error:
+        from deft import crash
+
+        _leave(crash.report(error, _run_folder(sys.argv[2:])), DeftError.exit_code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(f"deft: {redacted(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run_folder(arguments: list[str]) -> Path:
+    """The folder of the run that a command line starts, where it has one by now; else the one it was typed in."""
+    with suppress(Exception):
+        folder = Path(_config([each for each in arguments if not each.startswith("-")]).output or ".")
+        return folder if folder.is_dir() else Path(".")
+    return Path(".")
 
 
 def _sorted(arguments: list[str] | None) -> tuple[list[str], list[str]]:

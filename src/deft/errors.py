@@ -43,6 +43,12 @@ class NumbersError(DeftError):
     exit_code = 5
 
 
+class MemoryShort(DeftError):
+    """The run does not fit into the memory of this machine."""
+
+    exit_code = 7
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong in the input: where it stands, what it is, what to do about it.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from deft.errors import InputError
+from deft.errors import InputError, MemoryShort
 
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 """A micro-batch's tokens where nothing is said."""
@@ -70,3 +71,18 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} is not on this machine; auto, cpu, cuda or mps") from error
     return named
+
+
+@contextmanager
+def within_memory(what: Callable[[], str]) -> Iterator[None]:
+    """Raises MemoryShort where the body runs out of memory, the device's or the machine's.
+
+    what  says what does not fit, and what would
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not is_full:
+            raise
+        raise MemoryShort(f"out of memory: {what()}") from error

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from deft.redact import redacted
+
 PACKAGES = ("deft-sft", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -28,7 +30,7 @@ def collect(*, seed: int, device: str, dtype: str, data: Mapping[str, str], toke
     return {
         "versions": versions(),
         "git": _git_state(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [redacted(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "seed": seed,
         "device": device,
         "dtype": dtype,

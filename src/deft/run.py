@@ -55,6 +55,7 @@ from deft.model import selftest, towers
 from deft.model.load import Base
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
+from deft.redact import redacted
 from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.resume import Inputs, Rows
@@ -112,7 +113,7 @@ class Caller:
     signals: Signals = field(default_factory=Signals)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -513,7 +514,7 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     earlier = jsonl.cut(checked.folder / "metrics.jsonl", step)
     for name in ("eval", "samples"):
         jsonl.cut(checked.folder / f"{name}.jsonl", step if _is_evaluated(prepared) else step - 1)
-    files.write_text(checked.folder / "config.yaml", configuration.as_yaml(config))
+    files.write_text(checked.folder / "config.yaml", redacted(configuration.as_yaml(config)))
     files.write_json(checked.folder / "ledger.json", [source.as_json() for source in prepared.data.ledgers])
     described = manifest.collect(
         seed=config.seed,
@@ -789,7 +790,7 @@ def _card(prepared: Prepared) -> str:
     return export.model_card(
         {
             "name": prepared.checked.folder.name,
-            "base_model": config.model,
+            "base_model": redacted(config.model),
             "data": [{"path": source.source, "rows": source.rows} for source in data.ledgers],
             "tokens": sum(source.tokens for source in data.ledgers),
             "target_tokens": sum(source.target_tokens for source in data.ledgers),

@@ -199,6 +199,9 @@ def load(path: str) -> Tokenizer:
     try:
         hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "custom code" in str(error):
+            fix = "save one that transformers has, as tokenizer.json"
+            raise InputError(f"{path}: its tokenizer brings its own code, which is not run; {fix}") from error
         raise InputError(f"{path}: no tokenizer can be loaded ({_first_line(error)}); {_advice(path)}") from error
     return wrap(hf, path)
 

@@ -1,0 +1,77 @@
+"""What a model's files may say: nothing that makes transformers run code or look outside. Read before it reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+from deft.errors import InputError, Problem
+
+INDEX = "model.safetensors.index.json"
+_KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+
+
+def check_config(path: str) -> None:
+    """Raises InputError where a model's config.json asks for code to be run: its own, or a kernel from the hub.
+
+    Code that is named at the top of the file, beside an architecture that transformers has, is left unused.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    for key, value in _entries(raw):
+        where = f"{path}: config.json: {'.'.join(key)}"
+        if key[-1] == "trust_remote_code" and value:
+            raise _refusal(where, "asks to trust code that comes with the model", "remove it, or use another model")
+        if key[-1] == "auto_map" and len(key) > 1:
+            raise _refusal(where, "names code that comes with the model", "remove it, or use another model")
+        if any(name in key[-1] for name in _KERNEL_KEYS) and isinstance(value, str) and "/" in value:
+            raise _refusal(where, f"names {value}, code to be fetched and run", "remove it")
+
+
+def check_index(path: str) -> None:
+    """Raises InputError where the index of sharded weights names anything but safetensors files beside it."""
+    found = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return
+    where = f"{path}: {INDEX}"
+    try:
+        names = set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refusal(where, "is not an index of weights", "download or save the model again") from error
+    for name in names:
+        if not isinstance(name, str) or "\0" in name or "\\" in name or PurePosixPath(name).name != name:
+            raise _refusal(where, f"{name!r} is not a file beside it", "download or save the model again")
+        if not name.endswith(".safetensors"):
+            fix = "save it with model.save_pretrained, which writes safetensors"
+            raise _refusal(where, f"{name!r} is pickled, and a pickle can run code", fix)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises InputError where a folder holds an adapter whose weights are pickled: transformers would load it too."""
+    pickled, sound = folder / "adapter_model.bin", folder / "adapter_model.safetensors"
+    if (folder / "adapter_config.json").exists() and pickled.exists() and not sound.exists():
+        fix = "save the adapter with peft's save_pretrained, which writes safetensors"
+        raise _refusal(str(pickled), "is pickled, and a pickle can run code", fix)
+
+
+def _entries(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every key of nested mappings and lists, with its value.
+
+    >>> list(_entries({"a": [{"b": 1}]}))
+    [(('a',), [{'b': 1}]), (('a', 'b'), 1)]
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield (*key, str(name)), inner
+            yield from _entries(inner, (*key, str(name)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _entries(inner, key)
+
+
+def _refusal(where: str, what: str, fix: str) -> InputError:
+    return InputError(str(Problem(where, what, fix)))
