@@ -141,6 +141,7 @@ def test_a_pickled_adapter_is_refused(model: Path) -> None:
         ("hub_token=abc", "abc"),
         ("template_kwargs.api_key='a b c'", "a b c"),
         ("https://me:pw@host/x.jsonl", "pw"),
+        ("https:/me:pw@host/x.jsonl", "pw"),
         ("{'password': 'pw', 'a': 1}", "pw"),
         ("a: 1\napi_key: x-y-z\nb: 2", "x-y-z"),
         ("it is hf_abcdefghijklmnopqrstuv", "hf_abcd"),

@@ -42,7 +42,9 @@ RUN_FILES = frozenset(("config.yaml", "manifest.json", "ledger.json", "report.ht
 
 
 def run_folder(output: str | None) -> Path:
-    """The folder a run will write to, `runs/<date-time>` where none is named."""
+    """The folder a run will write to, `runs/<date-time>` where none is named. InputError where that is no path."""
+    if output and "\0" in output:
+        raise InputError(f"output: {output!r} is not a path")
     return Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
 
 

@@ -25,7 +25,8 @@ _WRITTEN = (
 """key=value, "key": value, and a line of YAML."""
 _ASSIGNED = re.compile("|".join(_WRITTEN), re.IGNORECASE | re.MULTILINE)
 _SECRET_KEY = re.compile(_KEY, re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_IN_URL = re.compile(r"\b([a-z][a-z0-9+.-]+:/{1,2})[^/\s@]+@", re.IGNORECASE)
+"""A path that was made of an address has one slash less."""
 _BY_SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{10,})"
     r"|(?<=Bearer )[\w.~+/=-]{8,}"
@@ -40,7 +41,7 @@ def redacted(text: str) -> str:
     """
     for secret in sorted({*_of_environment(), *_of_netrc()}, key=len, reverse=True):
         text = text.replace(secret, MARK)
-    text = _BY_SHAPE.sub(MARK, _IN_URL.sub(MARK, text))
+    text = _BY_SHAPE.sub(MARK, _IN_URL.sub(rf"\1{MARK}@", text))
     return _ASSIGNED.sub(lambda found: (found["a"] or found["b"] or found["c"]) + MARK, text)
 
 

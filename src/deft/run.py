@@ -53,9 +53,10 @@ from deft.logs.jsonl import Logs
 from deft.model import load as models
 from deft.model import selftest, towers
 from deft.model.load import Base
+from deft.model.outline import outline
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
-from deft.redact import redacted
+from deft.redact import redacted, redacted_json
 from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.resume import Inputs, Rows
@@ -186,10 +187,12 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
-        state = _load(prepared, caller)
+        with hardware.within_memory(partial(_too_large, prepared)):
+            state = _load(prepared, caller)
         earlier = _write_beginnings(prepared, caller)
         with caller.signals.deferred():
-            metrics, unsaved = _train(prepared, state, earlier, caller)
+            with hardware.within_memory(partial(_too_long, prepared, state)):
+                metrics, unsaved = _train(prepared, state, earlier, caller)
             saved = None if unsaved or config.checkpoint.every is None else state.step
             with caller.signals.at_once():
                 _finish(prepared, state, caller)
@@ -282,7 +285,7 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
     """What the run is trained on; the plan is that of no step yet."""
     hf = checked.tokenizer.hf
     return Inputs(
-        config=config.model_dump(mode="json"),
+        config=redacted_json(config.model_dump(mode="json")),
         model=resume.fingerprint(models.folder(checked.base)),
         tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
         template=resume.digest(checked.chosen.source) if checked.is_chat else "",
@@ -578,6 +581,23 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
     return state
 
 
+def _too_large(prepared: Prepared) -> str:
+    base, dtype = prepared.checked.base, prepared.checked.machine.dtype
+    need = outline(base).state_bytes(dtype) / 2**30
+    return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; take a smaller model"
+
+
+def _too_long(prepared: Prepared, state: TrainState) -> str:
+    """What did not fit into memory, and what may: smaller micro-batches, or shorter rows where one fills it alone."""
+    tokens = prepared.checked.machine.microbatch_tokens
+    longest = max(len(part.tokens) for example in prepared.data.train for part in example)
+    if longest < tokens:
+        fix = f"microbatch_tokens={max(longest, tokens // 2)} needs less memory and changes no result"
+    else:
+        fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
+    return f"step {state.step + 1} with micro-batches of {tokens} tokens; {fix}"
+
+
 def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
     """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
     is_half = base.dtype == _name(machine.dtype) == "bfloat16"
@@ -631,7 +651,11 @@ def _train(
         except Preempted as stop:
             if not is_evaluated:  # the next start evaluates
                 set_random_state(random)
-            raise _saved(prepared, state, saver, logs, is_evaluated, stop) from None
+            unsaved = _save(prepared, state, saver, logs, is_evaluated)
+            raise unsaved or Preempted(stop.number, state.step or None) from None
+        except NumbersError:
+            _save(prepared, state, saver, logs, is_evaluated)
+            raise
         unsaved = saver.finish()
     logs.flush()
     return lines, unsaved
@@ -642,17 +666,13 @@ def _is_evaluated(prepared: Prepared) -> bool:
     return prepared.found is not None and prepared.found.checkpoint.values["cursor"]["is_evaluated"]
 
 
-def _saved(
-    prepared: Prepared, state: TrainState, saver: Saver, logs: Logs, is_evaluated: bool, stop: Preempted
-) -> BaseException:
-    """Saves the steps that are done, unless they are saved; what to end the run with."""
-    if state.step == 0:
-        return stop
+def _save(prepared: Prepared, state: TrainState, saver: Saver, logs: Logs, is_evaluated: bool) -> DiskError | None:
+    """Saves the steps that are done, unless they are saved; what was wrong with that."""
     unsaved = saver.finish()
-    if unsaved or saver.newest != state.step:
+    if state.step and (unsaved or saver.newest != state.step):
         saver.begin(_checkpoint(prepared, state, is_evaluated, None), logs.flush)
         unsaved = saver.finish()
-    return unsaved or Preempted(stop.number, state.step)
+    return unsaved
 
 
 def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss: float | None) -> Checkpoint:
