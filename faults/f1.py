@@ -9,9 +9,8 @@ from pathlib import Path
 from bad_inputs import CASES, Case
 
 from deft.data import shapes
-from faults.forking import deft
 from faults.harness import Result, Scale, tally
-from faults.scenes import arguments, scene
+from faults.scenes import Ended, arguments, ended, scene
 
 TITLE = "kinds of bad input: each named by file and line with its fix, or read and reported"
 FIGURE = 80
@@ -46,22 +45,20 @@ def _shown(case: Case, output: str) -> list[str]:
 
 def _check(case: Case, folder: Path, before: Callable[[], None]) -> tuple[str, str]:
     """What was wrong with the answer, "" if nothing; and what was printed."""
-    data, found, log = folder / case.file, folder / "found.json", folder / "log"
+    data, found = folder / case.file, folder / "found.json"
     data.write_bytes(case.content)
     found.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
-    child = deft("check", *arguments(folder, data__train=data), "--json", str(found), log=log, before=before)
-    code = child.wait()
-    if "Traceback" in child.output:
-        return f"{case.name}: a traceback", child.output
-    failure = _refused(case, data, code, child.output) if case.kind == "error" else _reported(case, code, found)
-    return failure, child.output
+    done = ended(folder, "check", *arguments(folder, data__train=data), "--json", str(found), before=before)
+    if done.has_traceback:
+        return f"{case.name}: a traceback", done.output
+    failure = _refused(case, data, done) if case.kind == "error" else _reported(case, done.code, found)
+    return failure, done.output
 
 
-def _refused(case: Case, data: Path, code: int, output: str) -> str:
-    words, where = " ".join(output.split()), f"{data}:{case.line}: " if case.line else f"{data}: "
-    is_named = code == 2 and where in words and " ".join(case.says.split()) in words
-    return "" if is_named else f"{case.name}: exit code {code}: {output[-300:]}"
+def _refused(case: Case, data: Path, done: Ended) -> str:
+    words, where = " ".join(done.output.split()), f"{data}:{case.line}: " if case.line else f"{data}: "
+    is_named = done.code == 2 and where in words and " ".join(case.says.split()) in words
+    return "" if is_named else f"{case.name}: exit code {done.code}: {done.output[-300:]}"
 
 
 def _reported(case: Case, code: int, found: Path) -> str:

@@ -60,7 +60,10 @@ class Child:
 
 
 def fork(target: Callable[[], object], log: Path) -> Child:
-    """Runs `target` in a child, its output in `log`; SystemExit gives the exit code, any other exception 1."""
+    """Runs `target` in a child, in the folder of `log`, which gets its output.
+
+    SystemExit gives the exit code, any other exception 1.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -90,6 +93,7 @@ def _become(target: Callable[[], object], log: Path) -> None:
         opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, 1)
         os.dup2(opened, 2)
+        os.chdir(log.parent)
         os.environ["COLUMNS"] = "200"
         target()
         code = 0

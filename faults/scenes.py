@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
+
+from faults.forking import deft
 
 CHATS = [
     {
@@ -55,6 +59,29 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def message(output: str) -> str:
-    """The line that deft ended with."""
-    return next((line for line in reversed(output.splitlines()) if line.startswith("deft: ")), "")
+def ended(folder: Path, *words: str, before: Callable[[], object] = lambda: None, seconds: float = 120.0) -> Ended:
+    """What `deft WORDS` came to. `before` runs first in its process."""
+    log = folder / f"log-{next(_logs)}"
+    child = deft(*words, log=log, before=before)
+    code = child.wait(seconds)
+    return Ended(code, child.output)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that is over."""
+
+    code: int
+    output: str
+
+    @property
+    def message(self) -> str:
+        """What deft said last, from its `deft: ` on."""
+        return self.output[self.output.rindex("deft: ") :].strip() if "deft: " in self.output else ""
+
+    @property
+    def has_traceback(self) -> bool:
+        return "Traceback" in self.output
+
+
+_logs = count()

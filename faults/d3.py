@@ -1,0 +1,213 @@
+"""D3: signals to a run in each of its phases; the same command afterwards goes on to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from deft import checkpoint, export, generate
+from deft import run as running
+from deft.model import load as models
+from deft.training import heldout, loop, step
+from faults.forking import Child, deft
+from faults.harness import Result, Scale, tally
+from faults.scenes import CHATS, arguments, ended, scene
+
+TITLE = "signals in every phase: state saved, exit code 75 within 25 s, no step done twice, same bits in the end"
+FIGURE = 60
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SECONDS = 25.0
+PHASES: dict[str, tuple[Any, str]] = {
+    "checking": (running, "check"),
+    "encoding": (running, "encode"),
+    "loading": (models, "load"),
+    "held-out loss": (heldout, "nll_sum"),
+    "sampling": (generate, "complete"),
+    "a step": (step, "nll_sum"),
+    "an update": (step, "clip_scale"),
+    "saving": (checkpoint, "write"),
+    "export": (export, "export"),
+    "comparing": (export, "verify"),
+}
+"""A phase, and the function that opens it."""
+LATER = {"held-out loss": 3, "sampling": 2, "a step": 5, "an update": 5, "saving": 2}
+"""Phases that come several times: the signal comes at so manyeth."""
+
+
+def run(scale: Scale) -> Result:
+    points = [
+        *product(PHASES, SIGNALS),
+        *((phase, signal.SIGTERM) for phase in ("a step", "saving", "export", "encoding")),
+    ]
+    doubled = [*product(("a step", "saving", "export", "sampling"), ("TERM, TERM", "INT, INT", "TERM, INT"))]
+    chosen = points[:: scale.of(11, 2, 1)]
+    with scene(CHATS) as folder:
+        whole = _undisturbed(folder)
+        found = [_point(folder, whole, phase, (number,)) for phase, number in chosen]
+        found += [_point(folder, whole, phase, _pair(pair)) for phase, pair in doubled[:: scale.of(12, 2, 1)]]
+        found += [(_imports(folder, number, after), "") for number, after in _starts()[:: scale.of(4, 1, 1)]]
+    sees = next((text for _, text in found if "SIGTERM: saved step" in text), "")
+    return tally((failure for failure, _ in found), sees)
+
+
+def control() -> Result:
+    """The command line does not handle signals."""
+
+    def deaf() -> None:
+        from contextlib import nullcontext
+
+        from deft import signals
+
+        signals.handled = lambda: nullcontext(signals.Signals())  # type: ignore[assignment]
+
+    with scene(CHATS) as folder:
+        whole = _undisturbed(folder)
+        phases = ("a step", "saving", "encoding")
+        return tally(_point(folder, whole, phase, (signal.SIGTERM,), deaf)[0] for phase in phases)
+
+
+def _words(folder: Path, **settings: Any) -> list[str]:
+    return arguments(
+        folder,
+        data__eval=0.1,
+        evaluate__every=3,
+        evaluate__prompts='["What is 2 + 2?"]',
+        evaluate__generate="{max_new_tokens: 8}",
+        checkpoint__every=4,
+        dropout="config",
+        microbatch_tokens=256,
+        **settings,
+    )
+
+
+def _undisturbed(folder: Path) -> str:
+    done = ended(folder, "train", *_words(folder, output=folder / "whole"))
+    assert done.code == 0, done.output
+    return _result(folder / "whole")
+
+
+def _point(
+    folder: Path, whole: str, phase: str, numbers: tuple[int, ...], before: Callable[[], None] = lambda: None
+) -> tuple[str, str]:
+    """What went wrong, "" if nothing; and what the user was told."""
+    place = folder / f"{phase.replace(' ', '-')}-{'-'.join(str(int(number)) for number in numbers)}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    words = _words(folder, output=place / "run")
+    mark, steps = place / "mark", place / "steps"
+    child = deft("train", *words, log=place / "log", before=lambda: (before(), _plant(phase, mark, steps)))
+    if not child.wait_until(mark.exists):
+        return f"{place.name}: the phase did not come: {child.output[-300:]}", ""
+    seconds = _send(child, numbers)
+    again = ended(folder, "train", *words, before=lambda: _watch(steps))
+    told = child.output[child.output.rindex("deft: ") :].strip() if "deft: " in child.output else ""
+    wrong = _judged(child, numbers, seconds, told) or _finished(place, again.code, again.output, whole, numbers, steps)
+    shutil.rmtree(place)
+    return f"{place.name}: {wrong}" if wrong else "", told
+
+
+def _send(child: Child, numbers: tuple[int, ...]) -> float:
+    """Sends the signals and waits for the end; seconds from the first."""
+    began = time.monotonic()
+    for number in numbers:
+        child.kill(number)
+        time.sleep(0.05)
+    child.wait(SECONDS + 5)
+    return time.monotonic() - began
+
+
+def _judged(child: Child, numbers: tuple[int, ...], seconds: float, told: str) -> str:
+    leaves_at_once = len(numbers) > 1 and numbers[-1] == signal.SIGINT
+    name = signal.Signals(numbers[0]).name
+    if seconds > SECONDS:
+        return f"took {seconds:.1f} s"
+    if child.code not in ((75, 130) if leaves_at_once else (75,)):
+        return f"exit code {child.code}: {child.output[-300:]}"
+    is_told = told.startswith(f"deft: {name}: ") and told.endswith("run the same command again to go on")
+    return "" if is_told or child.code == 130 else f"said {told!r}"
+
+
+def _finished(place: Path, code: int, output: str, whole: str, numbers: tuple[int, ...], steps: Path) -> str:
+    """What is wrong with the run that went on."""
+    if code != 0:
+        return f"the second start ended with {code}: {output[-300:]}"
+    if _result(place / "run") != whole:
+        return "another result than undisturbed"
+    if len(numbers) > 1 and numbers[-1] == signal.SIGINT:
+        return ""  # who leaves at once may do steps again
+    done = [int(line) for line in steps.read_text().split()]
+    return "" if done == list(range(1, 13)) else f"steps done: {done}"
+
+
+def _result(run: Path) -> str:
+    """A digest of the weights and of metrics.jsonl but for time and memory."""
+    found = hashlib.sha256((run / "final" / "model.safetensors").read_bytes())
+    for name in ("metrics", "eval", "samples"):
+        for line in (run / f"{name}.jsonl").read_text().splitlines():
+            record = {key: value for key, value in json.loads(line).items() if key not in ("seconds", "peak_bytes")}
+            found.update(json.dumps(record).encode())
+    return found.hexdigest()
+
+
+def _plant(phase: str, mark: Path, steps: Path) -> None:
+    """Marks the moment at which a phase begins, and gives the signal time to come in it."""
+    room, name = PHASES[phase]
+    plain, left = getattr(room, name), iter(range(LATER.get(phase, 1), 0, -1))
+
+    def marked(*given: Any, **more: Any) -> Any:
+        if next(left, 0) == 1:
+            mark.touch()
+            until = time.monotonic() + 0.4
+            while time.monotonic() < until:
+                time.sleep(0.01)
+        return plain(*given, **more)
+
+    setattr(room, name, marked)
+    _watch(steps)
+
+
+def _watch(steps: Path) -> None:
+    """Notes each step that is done."""
+    loop.take = partial(_noted, step.take, steps)  # type: ignore[assignment]
+
+
+def _noted(take: Any, steps: Path, state: Any, work: Any, *given: Any, **more: Any) -> Any:
+    numbers = take(state, work, *given, **more)
+    with steps.open("a") as file:
+        file.write(f"{work.step + 1}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return numbers
+
+
+def _pair(name: str) -> tuple[int, ...]:
+    return tuple(getattr(signal, f"SIG{each}") for each in name.split(", "))
+
+
+def _starts() -> list[tuple[int, float]]:
+    """Signals while torch is being imported, after so many seconds."""
+    return [*zip(SIGNALS, (0.5, 1.0, 1.5, 2.0), strict=True)]
+
+
+def _imports(folder: Path, number: int, after: float) -> str:
+    """A signal to a command that has only just been started."""
+    output = folder / f"start-{int(number)}"
+    command = [sys.executable, "-m", "deft", "train", *_words(folder, output=output)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(after)
+    child.send_signal(number)
+    text, _ = child.communicate(timeout=SECONDS)
+    is_told = "nothing was trained yet, run the same command again to go on" in text
+    is_clean = not output.exists() and "Traceback" not in text
+    return "" if child.returncode == 75 and is_told and is_clean else f"import: {child.returncode}: {text[-300:]}"
