@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +23,10 @@ def main() -> int:
     parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.SHORT)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write faults.json and the README's table")
+    parser.add_argument("--peers", action="store_true", help="throw them at transformers' Trainer in DEFT_PEERS_PYTHON")
     given = parser.parse_args()
+    if given.peers:
+        return _throw_at_peers()
     chosen = [fault for fault in ids() if not given.ids or {fault, fault[0]} & {each.lower() for each in given.ids}]
     if not chosen:
         parser.error(f"no such fault; there are {', '.join(ids())}")
@@ -33,6 +39,16 @@ def main() -> int:
         table.record(outcomes)
         table.write_table()
     return 0 if all(outcome.is_good for outcome in outcomes) else 1
+
+
+def _throw_at_peers() -> int:
+    script = Path(__file__).parent / "peers" / "trainer.py"
+    python = os.environ["DEFT_PEERS_PYTHON"]
+    done = subprocess.run([python, str(script)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        table.record_peers(json.loads(done.stdout.splitlines()[-1]))
+        table.write_table()
+    return done.returncode
 
 
 if __name__ == "__main__":

@@ -196,8 +196,8 @@ def _pair(name: str) -> tuple[int, ...]:
 
 
 def _starts() -> list[tuple[int, float]]:
-    """Signals while torch is being imported, after so many seconds."""
-    return [*zip(SIGNALS, (0.5, 1.0, 1.5, 2.0), strict=True)]
+    """Signals while torch is being imported: so many seconds after the command began to listen."""
+    return [*zip(SIGNALS, (0.0, 0.3, 0.6, 1.0), strict=True)]
 
 
 def _imports(folder: Path, number: int, after: float) -> str:
@@ -205,9 +205,18 @@ def _imports(folder: Path, number: int, after: float) -> str:
     output = folder / f"start-{int(number)}"
     command = [sys.executable, "-m", "deft", "train", *_words(folder, output=output)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not _listens(child.pid, SIGNALS[-1]):  # earlier, a signal kills a process that has done nothing
+        time.sleep(0.01)
     time.sleep(after)
     child.send_signal(number)
     text, _ = child.communicate(timeout=SECONDS)
     is_told = "nothing was trained yet, run the same command again to go on" in text
     is_clean = not output.exists() and "Traceback" not in text
     return "" if child.returncode == 75 and is_told and is_clean else f"import: {child.returncode}: {text[-300:]}"
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) & (1 << (number - 1)))

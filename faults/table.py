@@ -18,11 +18,25 @@ MARKS = re.compile(r"(<!-- faults -->\n).*?(<!-- /faults -->)", re.DOTALL)
 
 def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
     """Puts outcomes into faults.json, in place of older ones of the same id; those of others, and of peers, stay."""
-    known = json.loads(path.read_text()) if path.exists() else {"faults": {}, "peers": {}}
-    about = about_the_machine()
+    known, about = _known(path), about_the_machine()
     for outcome in outcomes:
         known["faults"][outcome.id] = asdict(outcome) | {"measured": about}
     known["faults"] = {fault: known["faults"][fault] for fault in ids() if fault in known["faults"]}
+    _write(path, known)
+
+
+def record_peers(found: dict[str, Any], path: Path = RECORD) -> None:
+    """Puts what became of transformers' Trainer into faults.json."""
+    about = about_the_machine() | {"versions": found["versions"]}
+    peers = {fault: entry | {"measured": about} for fault, entry in found["faults"].items()}
+    _write(path, _known(path) | {"peers": peers})
+
+
+def _known(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"faults": {}, "peers": {}}
+
+
+def _write(path: Path, known: dict[str, Any]) -> None:
     path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
 
