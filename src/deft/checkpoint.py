@@ -208,8 +208,8 @@ def unsaved(folder: Path, checkpoint: Checkpoint, error: Exception) -> str:
     if not is_full(error):
         return f"{error}; {still}"
     return (
-        f"disk full: {name(checkpoint.step)} needs {gigabytes(checkpoint.bytes)}, "
-        f"{gigabytes(_free(folder))} free in {folder}; {still}"
+        f"disk full: {name(checkpoint.step)} needs {size(checkpoint.bytes)}, "
+        f"{size(_free(folder))} free in {folder}; {still}"
     )
 
 
@@ -219,12 +219,12 @@ def is_full(error: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def gigabytes(count: int) -> str:
+def size(count: int) -> str:
     """
-    >>> gigabytes(1_900_000_000), gigabytes(40_000)
-    ('1.9 GB', '0.00004 GB')
+    >>> size(1_900_000_000), size(370_000), size(12)
+    ('1.9 GB', '0.4 MB', '0.0 MB')
     """
-    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e9:.5f}".rstrip("0").rstrip(".") + " GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def serialised(tensors: Mapping[str, Tensor]) -> Iterator[Any]:

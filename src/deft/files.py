@@ -123,9 +123,11 @@ def append(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes what was appended to a file safe from a power cut."""
-    with _complaining(path), disk.open(path, "rb") as file:
-        disk.sync(file)
+    """Makes a file, and what was appended to it, safe from a power cut."""
+    with _complaining(path):
+        with disk.open(path, "rb") as file:
+            disk.sync(file)
+        disk.sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -217,7 +219,7 @@ class Staging:
         self._adopt()
         listed = {"files": {name: asdict(self.files[name]) for name in sorted(self.files)}, "about": self.about}
         with disk.open(self.path / MANIFEST, "xb") as file:
-            disk.write(file, memoryview(_as_json(listed, indent=1).encode("utf-8")))
+            disk.write(file, memoryview(_sealed(listed)))
             disk.sync(file)
         for folder in sorted((each for each in self.path.rglob("*") if each.is_dir()), reverse=True):
             disk.sync_folder(folder)
@@ -262,7 +264,10 @@ def read_manifest(folder: Path) -> Manifest:
     """What a folder should hold; DamagedError where its manifest is missing, not readable or leads outside."""
     path = folder / MANIFEST
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        value = json.loads(text)
+        if text != _sealed({"files": value["files"], "about": value["about"]}):
+            raise ValueError
         files = {
             _inside(name): FileRecord(int(each["bytes"]), str(each["sha256"]), tuple(each["blocks"]))
             for name, each in value["files"].items()
@@ -271,7 +276,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
-        raise DamagedError(f"{path}: not a manifest that deft wrote") from error
+        raise DamagedError(f"{path}: checksum differs, or not written by deft") from error
 
 
 def verify(folder: Path) -> Manifest:
@@ -463,8 +468,14 @@ def _flat(data: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def _as_json(value: Any, indent: int = 2) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+def _sealed(listed: Mapping[str, Any]) -> bytes:
+    """A manifest with the digest of what it says, so that it is whole or not one."""
+    digest = hashlib.sha256(_as_json(listed).encode("utf-8")).hexdigest()
+    return json.dumps({**listed, "sha256": digest}, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager

@@ -66,7 +66,12 @@ class Loader:
         return self.epochs[epoch].members(inner)
 
     def until(self, step: int) -> list[np.ndarray]:
-        """The plan as far as `step` steps follow it: the order of the epoch they are in, and its steps so far."""
+        """The plan as far as `step` steps follow it: the order of the epoch they are in, and its steps so far.
+
+        Nothing where it has fewer steps.
+        """
+        if step > sum(epoch.steps for epoch in self.epochs):
+            return []
         epoch, inner = self._locate(max(0, step - 1))
         return [np.array([step, epoch]), self.epochs[epoch].order, self.epochs[epoch].starts[: inner + 2]]
 

@@ -42,10 +42,17 @@ RUN_FILES = frozenset(("config.yaml", "manifest.json", "ledger.json", "report.ht
 
 
 def run_folder(output: str | None) -> Path:
-    """The folder a run will write to, `runs/<date-time>` where none is named. InputError where that is no path."""
+    """The folder a run will write to, `runs/<date-time>` where none is named. InputError where it can be no path."""
     if output and "\0" in output:
         raise InputError(f"output: {output!r} is not a path")
-    return Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
+    folder = Path(output or datetime.now().strftime("runs/%Y-%m-%d-%H%M%S"))
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return folder
+    except OSError as error:
+        raise InputError(f"{str(folder)[:80]}: {error.strerror}; name another folder with output=") from error
+    return folder
 
 
 def output_folder(output: str | None, may_go_on: bool = False) -> Path:
@@ -62,6 +69,8 @@ def output_folder(output: str | None, may_go_on: bool = False) -> Path:
         raise InputError(f"{folder}: {nearest} is not a folder; name another with output=")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: {nearest} cannot be written to; name another folder with output=")
+    if folder.is_dir():
+        _try_writing(folder)
     return folder
 
 
@@ -80,6 +89,13 @@ def make_folder(folder: Path) -> None:
     """Makes the run's folder; InputError where the disk refuses."""
     try:
         files.make_folder(folder)
+    except DiskError as error:
+        raise InputError(f"{error}; name another folder with output=") from error
+    _try_writing(folder)
+
+
+def _try_writing(folder: Path) -> None:
+    try:
         files.try_writing(folder)
     except DiskError as error:
         raise InputError(f"{error}; name another folder with output=") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deft import files
+from deft.errors import DiskError
 
 WIDTH, HEIGHT = 720, 240
 
@@ -24,14 +25,22 @@ pre {{ white-space: pre-wrap; background: #fafafa; padding: 1em; border: 1px sol
 
 
 def write(folder: Path) -> Path:
-    """Reads the folder's files, never live objects, and writes report.html beside them."""
+    """Reads the folder's files, never live objects, and writes report.html beside them. DiskError where it cannot."""
+    try:
+        body = _body(folder)
+    except OSError as error:
+        raise DiskError(f"{error.filename}: cannot be read ({error.strerror}); there is no report") from error
+    page = folder / "report.html"
+    files.write_text(page, _PAGE.format(title=escape(folder.name), body=body))
+    return page
+
+
+def _body(folder: Path) -> str:
     metrics = _lines(folder / "metrics.jsonl")
     parts = [_summary(metrics), _curve([line["loss"] for line in metrics]), _ledger(folder / "ledger.json")]
     parts += [_evaluations(_lines(folder / "eval.jsonl")), _samples(_lines(folder / "samples.jsonl"))]
     parts.append(f"<h2>Configuration</h2><pre>{escape((folder / 'config.yaml').read_text(encoding='utf-8'))}</pre>")
-    page = folder / "report.html"
-    files.write_text(page, _PAGE.format(title=escape(folder.name), body="".join(parts)))
-    return page
+    return "".join(parts)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

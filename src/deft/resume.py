@@ -132,8 +132,7 @@ def compare(step: int, before: Inputs, now: Inputs, rows_before: Rows, rows_now:
     if different and not refused:
         refused += _about_rows(step, different, {key: keys[key] for key in causes})
     if before.plan != now.plan and not refused:
-        what = f"the steps until {step} hold other rows; numpy {before.versions['numpy']} -> {now.versions['numpy']}"
-        refused.append(Problem("the plan", what))
+        refused.append(_about_the_plan(step, before, now))
     return Changes(tuple(refused), tuple(_applied(keys, before, now)))
 
 
@@ -212,6 +211,15 @@ def _about_rows(step: int, different: Mapping[str, str], causes: Mapping[str, tu
         rows = "; ".join(f"{source} {what}" for source, what in different.items())
         return [Problem(key, f"{old} -> {new} makes other rows: {rows}") for key, (old, new) in causes.items()]
     return [Problem(source, f"changed since step {step}: {what}") for source, what in different.items()]
+
+
+def _about_the_plan(step: int, before: Inputs, now: Inputs) -> Problem:
+    if now.plan == plan_digest([]):
+        return Problem(
+            "epochs", f"they would end before step {step}, which is done", f"steps={step} ends the run there"
+        )
+    versions = f"numpy {before.versions['numpy']} -> {now.versions['numpy']}"
+    return Problem("the plan", f"the steps until {step} come out otherwise ({versions})", "use the numpy of before")
 
 
 def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -> list[str]:

@@ -199,7 +199,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     except Preempted as stop:
         raise Preempted(stop.number, stop.saved or saved) from None
     if unsaved:
-        raise unsaved
+        raise DiskError(f"{unsaved}; the run is finished, {prepared.checked.folder / 'final'} is whole") from unsaved
     return Run(prepared.checked.folder, tuple(metrics), (state.learner.model, prepared.checked.tokenizer.hf))
 
 
@@ -221,11 +221,11 @@ def _earlier_run(config: Config) -> Path | None:
 
 def _checkpoint_of(config: Config, caller: Caller) -> Found | None:
     """The checkpoint to go on from; what earlier starts left half written is removed."""
+    for each in (Path(str(config.output)), Path(str(config.output)) / "checkpoints"):
+        files.sweep(each)
     folder = _earlier_run(config)
     if folder is None:
         return None
-    for each in (folder, folder / "checkpoints"):
-        files.sweep(each)
     found = checkpoint.find(folder / "checkpoints", config.resume)
     for note in found.notes if found else ():
         caller.say(note)
