@@ -13,7 +13,7 @@ FIGURE = 20
 
 
 def run(scale: Scale) -> Result:
-    return _thrown(scale.of(1, 4, 20), scale.of(4, 10, 10))
+    return _thrown(scale.of(1, 4, 20), scale.of(3, 10, 10))
 
 
 def control() -> Result:

@@ -20,7 +20,7 @@ FIGURE = 50
 
 
 def run(scale: Scale) -> Result:
-    return _thrown(lambda moments: moments[:: scale.of(8, 2, 1)])
+    return _thrown(lambda moments: moments[:: scale.of(12, 2, 1)])
 
 
 def control() -> Result:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from deft import checkpoint, files
 from faults.harness import Result, Scale, tally
-from faults.runs import killed, start
-from faults.scenes import message, scene
+from faults.runs import killed, message, start
+from faults.scenes import scene
 
 TITLE = "parts missing: weights, optimizer, schedule, random numbers, position in the data, inputs: refused by name"
 FIGURE = 6

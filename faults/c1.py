@@ -16,7 +16,7 @@ from deft import checkpoint, files
 from deft.errors import DeftError, DiskError
 from faults import disks, runs, saves
 from faults.harness import Result, Scale, tally
-from faults.scenes import message, scene
+from faults.scenes import scene
 
 TITLE = "full disks: old steps intact, training goes on, exit 4 if the last save fails, resumed to the same bits"
 FIGURE = 50
@@ -123,7 +123,7 @@ def _was_told(code: int, output: str) -> tuple[str, str]:
         return "", told
     if code != DiskError.exit_code or "Traceback" in output:
         return f"exit code {code}: {output[-400:]}", told
-    return "" if message(output) else "nothing was said", told
+    return "" if runs.message(output) else "nothing was said", told
 
 
 @contextmanager

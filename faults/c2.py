@@ -15,7 +15,7 @@ from typing import Any
 from deft import files
 from faults import disks, runs
 from faults.harness import Result, Scale, tally
-from faults.scenes import message, scene
+from faults.scenes import scene
 
 TITLE = (
     "folders without permission, files in their place, links, no inodes, removed in mid-run: one line, path, way out"
@@ -78,12 +78,14 @@ def _thrown(cases: tuple[Case, ...], before: Callable[[], None] = lambda: None) 
 
 def _start(folder: Path, case: Case, reference: Path, before: Callable[[], None]) -> tuple[str, str]:
     folder.chmod(0o755)
+    (folder / "cache").mkdir(exist_ok=True)
+    (folder / "cache").chmod(0o777)
     place = folder / case.output
     case.prepare(place)
     try:
         child = runs.start(folder, case.output, lambda: (before(), case.plant(place)))
         code = child.wait()
-        said = message(child.output)
+        said = runs.message(child.output)
         if code not in case.codes or "Traceback" in child.output:
             return f"exit code {code}: {child.output[-600:]}", said
         if code == 2 and ("parameters" in child.output or case.output.split("/")[0][:40] not in child.output):

@@ -88,6 +88,11 @@ def resumed(folder: Path, output: str) -> str:
     return next((line for line in reversed(lines) if line.startswith("resumed step")), "")
 
 
+def message(output: str) -> str:
+    """The line that deft ended with."""
+    return next((line for line in reversed(output.splitlines()) if line.startswith("deft: ")), "")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
