@@ -91,7 +91,7 @@ class Cache:
     def _complaining(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, DiskError) as error:
+        except DiskError as error:
             raise DiskError(f"{error}; the cache is {self.root}, DEFT_CACHE names another folder") from error
 
 

@@ -113,7 +113,8 @@ class Way:
     advance: Advance = lambda rows: None
 
 
-HERE = Way()
+NOT_KEPT = Way()
+"""By as many processes as there are cores, and kept nowhere."""
 
 
 def named(source: Source, split: str) -> Named:
@@ -139,12 +140,12 @@ def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequ
 # Reading
 
 
-def understand(named: Iterable[Named], way: Way = HERE) -> list[tuple[Named, Survey]]:
+def understand(named: Iterable[Named], way: Way = NOT_KEPT) -> list[tuple[Named, Survey]]:
     """Reads all sources; every source that cannot be understood is in one error."""
     return _each(named, lambda source: _surveyed(source, way))
 
 
-def glance(named: Iterable[Named], way: Way = HERE) -> list[tuple[Named, Survey]]:
+def glance(named: Iterable[Named], way: Way = NOT_KEPT) -> list[tuple[Named, Survey]]:
     """`understand`, where the beginning of a source is enough to know its shape: soon done, however large it is."""
     return _each(named, lambda source: _glanced(source, way))
 
@@ -257,7 +258,7 @@ def encode_sources(
     held_out: Sequence[tuple[Named, Survey]] = (),
     share: float = 0.0,
     seed: int = 0,
-    way: Way = HERE,
+    way: Way = NOT_KEPT,
 ) -> Dataset:
     """Encodes sources, and the ledgers of all.
 
@@ -266,7 +267,8 @@ def encode_sources(
     seed      draws the rows of sources with `times`
     """
     every = [*understood, *held_out]
-    stores = [store(*each, row_encoder, way) for each in every]
+    identity = _identity(row_encoder)
+    stores = [store(*each, row_encoder, way, identity) for each in every]
     marks = frozenset(mark for each in stores for mark in each.marks)
     stop_ids = symptoms.stop_ids(row_encoder, marks)
     train_stores, other_stores = stores[: len(understood)], stores[len(understood) :]
@@ -295,12 +297,15 @@ def encode_sources(
     )
 
 
-def store(named: Named, survey: Survey, row_encoder: RowEncoder, way: Way) -> Store:
-    """The rows of a source, encoded: from the cache, or made and put there."""
+def store(named: Named, survey: Survey, row_encoder: RowEncoder, way: Way, identity: str = "") -> Store:
+    """The rows of a source, encoded: from the cache, or made and put there.
+
+    identity  of the encoder, where it is known already: it takes a look at the whole vocabulary
+    """
     blocks = partial(_blocks, named, survey, row_encoder, way)
     if way.cache is None or not survey.content:
         return Store.of(blocks())
-    key = caches.digest([_key(named, survey.content), _identity(row_encoder)])
+    key = caches.digest([_key(named, survey.content), identity or _identity(row_encoder)])
     return caches.read(*way.cache.get(key, lambda staging: _write(staging, named, survey, blocks())))
 
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deft.errors import InputError
+from deft.errors import DiskError, InputError
 
 NAME = ".lock"
 
@@ -49,9 +49,12 @@ def held(folder: Path) -> Iterator[str]:
 def turn(path: Path, busy: Callable[[], None]) -> Iterator[None]:
     """Waits until no other process holds `path`, a file that is made and stays; `busy` is called if one does.
 
-    Where there are no locks, all have their turn at once.
+    Where there are no locks, all have their turn at once. Raises DiskError where it cannot be made.
     """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written ({error.strerror})") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -329,7 +329,7 @@ def read(config: Config, caller: Caller) -> Reading:
     (base, tokenizer), *rows = preflight.collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(dataset.glance, sources) for sources in _sources(config, caller)),
+            *(partial(dataset.glance, sources, way(caller)) for sources in _sources(config, caller)),
         ]
     )
     return _reading(config, base, tokenizer, *rows)
@@ -416,7 +416,12 @@ def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
 def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
     """Reads sources from beginning to end."""
     with _progress(caller, "reading", None) as advance:
-        return dataset.understand(sources, Way(Cache(cache.root(), caller.say), advance=advance))
+        return dataset.understand(sources, way(caller, advance))
+
+
+def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
+    """Whatever is made of rows is kept in the user's cache."""
+    return Way(Cache(cache.root(), caller.say), advance=advance)
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
@@ -435,7 +440,7 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Ca
             held_out=checked.held_out,
             share=share,
             seed=config.seed,
-            way=Way(Cache(cache.root(), caller.say), advance=advance),
+            way=way(caller, advance),
         )
 
 

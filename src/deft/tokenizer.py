@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deft.errors import InputError
 from deft.render.stop import Marks
@@ -196,6 +196,8 @@ def load(path: str) -> Tokenizer:
 
     Raises InputError where there is none, where it is not a fast one, or where it would have to run code.
     """
+    from transformers import AutoTokenizer  # it imports torch, which helping processes do without
+
     try:
         hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deft import cache, files
+from deft import files
 from deft import run as running
-from deft.cache import Cache
 from deft.config import Config
 from deft.data.shapes import Survey
-from deft.dataset import Named, Way
+from deft.dataset import Named
 from deft.errors import InputError
 from deft.run import Caller
 from deft.show import page, rows, terminal
@@ -36,12 +35,13 @@ def run(
     """Shows what is learnt of the rows of a run; `html` names a page to write instead. Nothing is trained."""
     console = console or Console()
     wanted = Wanted(count or (PAGE_ROWS if html else TERMINAL_ROWS), _fate(only), source, from_line)
-    reading = running.read(config, Caller(console=console))
+    caller = Caller(console=console)
+    reading = running.read(config, caller)
     names = _names(reading.train + reading.held_out)
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    way = Way(Cache(cache.root()))
+    way = running.way(caller)
     shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way)
     if html is None:
         terminal.write(console, shown)

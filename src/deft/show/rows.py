@@ -93,7 +93,7 @@ def show(
     share: float,
     seed: int,
     wanted: Wanted,
-    way: Way = dataset.HERE,
+    way: Way = dataset.NOT_KEPT,
 ) -> Shown:
     """The wanted rows in the order of their sources; no more rows are encoded than it takes to find them."""
     viewer = _Viewer(row_encoder, TokenTexts(row_encoder.tokenizer), Examiner(row_encoder), wanted, way)
