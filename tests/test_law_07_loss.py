@@ -158,6 +158,30 @@ def test_the_weight_gradient_is_summed_in_fp32() -> None:
     assert ours[2] <= 1.5 * theirs[2]
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.usefixtures("tiny_blocks")
+def test_accuracy_and_entropy_come_with_the_loss(head: str, is_trained: bool) -> None:
+    case = make_case(targets=37, vocabulary=19, **HEADS[head])
+    hidden_KH, own = leaves_of(case, torch.float64)
+    logits_KV = own.scale * functional.linear(hidden_KH, own.weight, own.bias)
+    if own.softcap is not None:
+        logits_KV = own.softcap * torch.tanh(logits_KV / own.softcap)
+    targets_K, weights_K = case[2], case[3]
+    targets_K[::2] = logits_KV.argmax(1)[::2]
+    hits = (weights_K * (logits_KV.argmax(1) == targets_K)).double().sum()
+    entropy = (weights_K * torch.distributions.Categorical(logits=logits_KV).entropy()).sum()
+    assert 0 < hits < weights_K.sum()
+    with torch.set_grad_enabled(is_trained):
+        loss, found_hits, found_entropy = nll.loss_and_statistics(hidden_KH, own, targets_K, weights_K)
+        assert torch.equal(loss, nll.loss(hidden_KH, own, targets_K, weights_K))
+    assert loss.requires_grad == is_trained
+    assert not found_hits.requires_grad
+    assert not found_entropy.requires_grad
+    assert float(found_hits) == pytest.approx(float(hits), rel=1e-12)
+    assert float(found_entropy) == pytest.approx(float(entropy.detach()), rel=1e-12)
+
+
 def test_zero_weight_gives_zero_gradient(room: ModuleType) -> None:
     hidden_KH, head, targets_K, weights_K = make_case(**HEADS["all"])
     weights_K[::3] = 0.0

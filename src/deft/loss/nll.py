@@ -40,9 +40,23 @@ def loss(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) ->
     Matrix products are in the dtype of hidden_KH, softmax in fp32. Gradients come in the dtype of each parameter, and
     only for what requires one; targets_K and weights_K get none. Differentiable once.
     """
+    return _apply(hidden_KH, head, targets_K, weights_K, None)
+
+
+def loss_and_statistics(
+    hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and beside it from the same products two sums over k without gradients, in its dtype: weights[k] where
+    no token is likelier than the target, and weights[k] times the entropy of the softmax, in nats."""
+    statistics = torch.zeros(2, dtype=_wide(hidden_KH.dtype), device=hidden_KH.device)
+    total = _apply(hidden_KH, head, targets_K, weights_K, statistics)
+    return total, statistics[0], statistics[1]
+
+
+def _apply(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor, statistics: Tensor | None) -> Tensor:
     leaves = (hidden_KH, head.weight, head.bias)
     is_needed = tuple(torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves)
-    return _HeadLoss.apply(*leaves, targets_K, weights_K, head.scale, head.softcap, is_needed)
+    return _HeadLoss.apply(*leaves, targets_K, weights_K, head.scale, head.softcap, is_needed, statistics)
 
 
 def loss_from_logits(logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
@@ -62,6 +76,7 @@ class _HeadLoss(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         is_needed: tuple[bool, bool, bool],
+        statistics: Tensor | None,
     ) -> Tensor:
         wide = _wide(hidden_KH.dtype)
         weight = weight_VH.to(hidden_KH.dtype)
@@ -77,7 +92,8 @@ class _HeadLoss(torch.autograd.Function):
             for chunk in _slices(len(hidden_BH), _on(hidden_KH.device, CPU_CHUNK, GPU_CHUNK)):
                 rows = slice(block.start + chunk.start, block.start + chunk.stop)
                 logits_CV = _project(hidden_KH[rows], weight, bias, logits[chunk] if any(is_needed) else None)
-                total += _logits_gradient(logits_CV, targets_K[rows], weights_K[rows].to(wide), scale, softcap)
+                own_weights = weights_K[rows].to(wide)
+                total += _logits_gradient(logits_CV, targets_K[rows], own_weights, scale, softcap, statistics)
                 if d_hidden is not None:
                     torch.mm(logits_CV, weight, out=d_hidden[rows])
             d_logits_BV = logits[: len(hidden_BH)]
@@ -96,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None else _times(gradient, grad_output, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -131,22 +147,31 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV
 
 
 def _logits_gradient(
-    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, scale: float, softcap: float | None
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    weights_C: Tensor,
+    scale: float,
+    softcap: float | None,
+    statistics: Tensor | None,
 ) -> Tensor:
     """The loss of these rows; logits_CV, as the weight gave them, becomes the gradient before scale and softcap."""
     total = weights_C.new_zeros(())
     for rows in _slices(len(logits_CV), _slice_rows(logits_CV)):
         slice_SV = logits_CV[rows].to(weights_C.dtype)
         tanh_SV = _cap_in_place(slice_SV, scale, softcap)
-        total += _softmax_gradient_in_place(slice_SV, targets_C[rows], weights_C[rows])
+        total += _softmax_gradient_in_place(slice_SV, targets_C[rows], weights_C[rows], statistics)
         _uncap_in_place(slice_SV, tanh_SV, scale)
         if slice_SV.dtype != logits_CV.dtype:
             logits_CV[rows] = slice_SV
     return total
 
 
-def _softmax_gradient_in_place(logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor) -> Tensor:
+def _softmax_gradient_in_place(
+    logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor, statistics: Tensor | None = None
+) -> Tensor:
     """The loss of these rows; logits_SV becomes weights * (softmax(logits) - onehot(targets)).
+
+    `statistics`, where given, gets what `loss_and_statistics` sums.
 
     The largest probability is 1 / sum(exp(logits - peak)), so that the loss needs no pass of its own.
     """
@@ -155,6 +180,9 @@ def _softmax_gradient_in_place(logits_SV: Tensor, targets_S: Tensor, weights_S: 
     target_S1 = logits_SV.gather(1, targets_S1) - peak_S1
     torch.softmax(logits_SV, 1, out=logits_SV)
     nll_S = (-logits_SV.amax(1, keepdim=True).log() - target_S1)[:, 0]
+    if statistics is not None:
+        statistics[0] += weights_S[target_S1[:, 0] >= 0].sum()
+        statistics[1] += (weights_S * torch.special.entr(logits_SV).sum(1)).sum()
     logits_SV.mul_(weights_S[:, None])
     logits_SV.scatter_add_(1, targets_S1, -weights_S[:, None])
     return (weights_S * nll_S).sum()
