@@ -210,6 +210,19 @@ def test_who_listens_to_a_part_of_a_layer_hears_it() -> None:
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_behind_its_attention_the_last_layer_computes_targets_only(name: str) -> None:
+    learner, batch, seen = fast(name), as_batch(random_documents()), []
+    learner.model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    trimmed = learner.hidden(batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faster, "trims", lambda model: False)
+        whole = learner.hidden(batch)
+    assert seen == [len(batch.rows), len(batch.tokens)]
+    assert len(batch.rows) < len(batch.tokens)
+    assert torch.allclose(trimmed, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_a_copy_of_a_model_has_blocks_of_its_own() -> None:
     learner, batch = fast("llama"), as_batch(random_documents())
     expected, _ = sums(learner, batch)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deft.model.blocks import llama
 
@@ -15,13 +17,19 @@ def install(model: nn.Module) -> int:
     Modules, parameters and their names stay what they are. A call that is not about packed documents on a CPU goes to
     the layer's own forward.
     """
-    count = 0
-    for layer in model.modules():
-        form = llama.form_of(layer)
-        if form is not None:
-            layer.forward = partial(llama.forward, layer, form, layer.forward)
-            count += 1
-    return count
+    remove(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    forms = {layer: form for layer in layers if (form := llama.form_of(layer)) is not None}
+    for layer, form in forms.items():
+        exact = replace(form, is_last=layer is layers[-1])
+        layer.forward = partial(llama.forward, layer, exact, layer.forward)
+    return len(forms)
+
+
+def trims(model: nn.Module) -> bool:
+    """Whether the last layer is a block, which can be told the rows that the head is applied to."""
+    blocks = [layer.__dict__["forward"] for layer in model.modules() if "forward" in layer.__dict__]
+    return bool(blocks) and blocks[-1].args[1].is_last
 
 
 def remove(model: nn.Module) -> None:

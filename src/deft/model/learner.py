@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deft.model import faster
 from deft.model.attention import packing_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.towers import text_body
@@ -50,9 +51,15 @@ class Learner:
     def hidden(self, batch: Batch) -> Tensor:
         """float [K, H]: what the head is applied to, at batch.rows. For the modes packed and alone."""
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
-        run = packed_hidden if self.mode == "packed" else alone_hidden
+        if self.mode == "alone":
+            with checkpointed(self.model, self.checkpointing):
+                return alone_hidden(self.model, batch)[batch.rows]
+        is_trimmed = faster.trims(self.model)
+        arguments = {"target_rows": batch.rows} if is_trimmed else {}
         with checkpointed(self.model, self.checkpointing):
-            return run(self.model, batch)[batch.rows]
+            hidden = packed_hidden(self.model, batch, **arguments)
+        # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
+        return hidden if is_trimmed and len(hidden) == len(batch.rows) else hidden[batch.rows]
 
     def logits(self, batch: Batch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""

@@ -36,13 +36,14 @@ NORM_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a layer is, beside its weights."""
+    """What a layer is, beside its weights. is_last: its output goes to the head alone."""
 
     head_size: int
     scaling: float
     window: int | None
     eps: float
     head_eps: float | None
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,12 @@ def forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     documents: tuple[int, ...] | None = None,
     is_thrifty: bool = False,
+    target_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """[1, M, H] -> [1, M, H] over packed documents. All other calls go to `own`, the layer's own forward.
 
+    The last layer, if told the int64 [K] rows that the head is applied to, gives [1, K, H]: the others need no MLP.
     With is_thrifty the gate and up projections and the probabilities are not kept but computed again.
     """
     if documents is None or position_embeddings is None or not _is_plain(layer, hidden_states):
@@ -109,7 +112,8 @@ def forward(
         return own(hidden_states, position_embeddings=position_embeddings, **extra, **kwargs)
     cos, sin = (_wide(table[0]) for table in position_embeddings)
     order = causal.layout(documents, layer.self_attn.k_proj.out_features // form.head_size, hidden_states.device)
-    return _Layer.apply(hidden_states[0], form, order, is_thrifty, cos, sin, *weights_of(layer).as_tuple())[None]
+    rows = target_rows if form.is_last else None
+    return _Layer.apply(hidden_states[0], form, order, rows, is_thrifty, cos, sin, *weights_of(layer).as_tuple())[None]
 
 
 def _window(layer: Any) -> int | None:
@@ -161,6 +165,7 @@ class _Layer(torch.autograd.Function):
         input_MH: Tensor,
         form: Form,
         order: Layout,
+        rows: Tensor | None,
         is_thrifty: bool,
         cos_MD: Tensor,
         sin_MD: Tensor,
@@ -176,8 +181,8 @@ class _Layer(torch.autograd.Function):
         query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
         del normed_MH
         out, kept = causal.forward(query, key, value, order, form.window)
-        mixed_MW = order.restore(out).view(len(input_MH), -1)
-        middle_MH = torch.addmm(input_MH, mixed_MW, w.output.T)
+        mixed_MW = _at(rows, order.restore(out).view(len(input_MH), -1))
+        middle_MH = torch.addmm(_at(rows, input_MH), mixed_MW, w.output.T)
         normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
         gate_MI, up_MI = functional.linear(normed_MH, w.gate), functional.linear(normed_MH, w.up)
         output_MH = torch.addmm(middle_MH, functional.silu(gate_MI).mul_(up_MI), w.down.T)
@@ -185,13 +190,13 @@ class _Layer(torch.autograd.Function):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
             recomputable = () if is_thrifty else (gate_MI, up_MI, *kept)
             ctx.save_for_backward(input_MH, cos_MD, sin_MD, *weights, *attention, mixed_MW, middle_MH, *recomputable)
-            ctx.form, ctx.order = form, order
+            ctx.form, ctx.order, ctx.rows = form, order, rows
         return output_MH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        form, order = ctx.form, ctx.order
+        form, order, rows = ctx.form, ctx.order, ctx.rows
         input_MH, cos_MD, sin_MD, *rest = ctx.saved_tensors
         count = len(Weights.__slots__)
         w, needs = _weights(rest[:count]), _weights(ctx.needs_input_grad[-count:])
@@ -212,7 +217,8 @@ class _Layer(torch.autograd.Function):
         raw = (query, key)
         if form.head_eps is not None:
             query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
-        d_out = order.order_gradient(torch.mm(d_middle_MH, w.output).view(-1, *query.shape[1:]))
+        d_mixed_MW = _spread(rows, torch.mm(d_middle_MH, w.output), len(input_MH))
+        d_out = order.order_gradient(d_mixed_MW.view(-1, *query.shape[1:]))
         d_query, d_key, d_value = causal.backward(d_out, query, key, value, kept, order, form.window)
         d_query_MQD = _rotate_back(order.restore(d_query), form, cos_MD, sin_MD).mul_(form.scaling)
         d_key_MGD = _rotate_back(order.restore(d_key), form, cos_MD, sin_MD)
@@ -222,8 +228,20 @@ class _Layer(torch.autograd.Function):
         gradients = (d_query_MQD, d_key_MGD, order.restore(d_value))
         normed_MH = _norm(input_MH, w.norm, form.eps)
         d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
+        d_middle_MH = _spread(rows, d_middle_MH, len(input_MH))
         d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, w.norm, form.eps, d_middle_MH)
-        return d_input_MH, None, None, None, None, None, *grads.values()
+        return d_input_MH, *[None] * 6, *grads.values()
+
+
+def _at(rows: Tensor | None, tensor_MX: Tensor) -> Tensor:
+    return tensor_MX if rows is None else tensor_MX.index_select(0, rows)
+
+
+def _spread(rows: Tensor | None, grad_KX: Tensor, count: int) -> Tensor:
+    """The gradient of all `count` rows from that of those which `_at` chose."""
+    if rows is None:
+        return grad_KX
+    return grad_KX.new_zeros(count, grad_KX.shape[1]).index_copy_(0, rows, grad_KX)
 
 
 def _mlp_backward(
