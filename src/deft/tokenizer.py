@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deft.ascii_words import AsciiWords
 from deft.errors import InputError
 from deft.render.stop import Marks
 
@@ -96,20 +95,19 @@ class Tokenizer:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Tokens(e.ids, [start for start, _ in e.offsets]) for e in encodings]
 
-    def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts -> ids; special tokens in a text are read as control tokens, none is added."""
-        if not self._is_nfc:
-            return _batch(self._backend, texts)
-        normal = [_is_nfc(text) for text in texts]
-        others = iter(_batch(self._backend, [text for text, is_nfc in zip(texts, normal, strict=True) if not is_nfc]))
-        with _unnormalized(self._backend) as backend:
-            found = iter(_batch(backend, [text for text, is_nfc in zip(texts, normal, strict=True) if is_nfc]))
-        return [next(found if is_nfc else others) for is_nfc in normal]
+    def between(self, texts: Sequence[str]) -> list[bytes | None]:
+        """The ids, as int32, of texts that stand between special tokens; None for those in which one stands."""
+        quick = [self._words.ids(text) if self._words else None for text in texts]
+        slow = [text for text, ids in zip(texts, quick, strict=True) if ids is None]
+        found = iter(self._backend.encode_batch_fast(slow, add_special_tokens=False) if slow else [])
+        return [self._without_special(next(found).ids) if ids is None else ids for ids in quick]
+
+    def _without_special(self, ids: list[int]) -> bytes | None:
+        return None if self._special_ids.intersection(ids) else np.array(ids, np.int32).tobytes()
 
     @cached_property
-    def _is_nfc(self) -> bool:
-        """True where all that the tokenizer's normalizer does is NFC, which leaves most texts as they are."""
-        return [step["type"] for step in _steps(self._backend.normalizer, "normalizers")] == ["NFC"]
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     @cached_property
     def spells_bytes(self) -> bool:
@@ -126,27 +124,30 @@ class Tokenizer:
 
     @cached_property
     def marks_are_apart(self) -> bool:
-        """True where ids spell bytes and no special token can overlap another: text that makes one more adds its id."""
-        tokens = list(self.special_tokens)
-        ends = {token[-length:] for token in tokens for length in range(1, len(token))}
-        overlap = any(token[:length] in ends for token in tokens for length in range(1, len(token)))
-        return self.spells_bytes and not overlap
+        """True where ids spell bytes, and texts between special tokens can be encoded each alone.
 
-    def special_places(self, ids: np.ndarray) -> np.ndarray:
-        """Where control tokens stand among ids: their indices, in order."""
-        return np.flatnonzero(self._is_special[np.minimum(ids, len(self._is_special) - 1)])
+        So it is where no special token takes anything from the text beside it, or can overlap another token that is
+        looked for before a text is cut into words.
+        """
+        added = [token for token in self._backend.get_added_tokens_decoder().values() if token.content]
+        special, others = [token for token in added if token.special], [token.content for token in added]
+        takes = any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in special)
+        return self.spells_bytes and not takes and not _overlap([token.content for token in special], others)
 
     @cached_property
-    def _is_special(self) -> np.ndarray:
-        """bool: which ids are control tokens; no larger id is one, and the last of these is none."""
-        special = list(self.special_tokens.values())
-        found = np.zeros(max(special, default=0) + 2, bool)
-        found[special] = True
+    def _words(self) -> AsciiWords | None:
+        return AsciiWords.of(self._backend) if self.spells_bytes else None
+
+    def _quick(self, text: str) -> list[int] | None:
+        """The ids of a text in which no token stands that is looked for before it is cut into words."""
+        ids = self._words.ids(text) if self._words else None
+        found: list[int] | None = None if ids is None else np.frombuffer(ids, np.int32).tolist()
         return found
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text that stands alone; special tokens in it are control tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        quick = self._quick(text)
+        return self._backend.encode(text, add_special_tokens=False).ids if quick is None else quick
 
     def literal(self, text: str, continues: bool) -> list[int]:
         """The ids of a text in which special tokens are nothing but text.
@@ -154,11 +155,14 @@ class Tokenizer:
         `continues`: the text goes on after other text, so that tokenizers that open a text with a space of their own
         (sentencepiece) do not put one.
         """
-        return (self._continuing_literal if continues else self._literal).encode(text, add_special_tokens=False).ids
+        quick = self._quick(text)
+        backend = self._continuing_literal if continues else self._literal
+        return backend.encode(text, add_special_tokens=False).ids if quick is None else quick
 
     def continuation(self, text: str) -> list[int]:
         """The ids of a text that goes on after other text; special tokens in it are control tokens."""
-        return self._continuing.encode(text, add_special_tokens=False).ids
+        quick = self._quick(text)
+        return self._continuing.encode(text, add_special_tokens=False).ids if quick is None else quick
 
     def find_special(self, text: str) -> list[re.Match[str]]:
         """Where special tokens stand in a text, the longest first at each place."""
@@ -233,32 +237,20 @@ def _literally(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return literal
 
 
-_NEW_CHARACTERS = re.compile("[\U00010000-\U0001efff\U000e0000-\U0010ffff]")
-"""Planes in which Unicode still adds characters with a normal form: versions of Unicode may differ about them."""
+def _overlap(tokens: Sequence[str], others: Sequence[str]) -> bool:
+    """True if one of the tokens can stand in a text so that another one of `others` shares characters with it.
 
-
-def _is_nfc(text: str) -> bool:
-    """True if NFC surely leaves a text as it is.
-
-    >>> _is_nfc("caf\u00e9"), _is_nfc("cafe\u0301")
-    (True, False)
+    >>> _overlap(["<s>"], ["<s>", "</s>"]), _overlap(["<s>"], ["<s>", ">>"]), _overlap(["<s>"], ["<s>", "s"])
+    (False, True, True)
     """
-    return text.isascii() or (unicodedata.is_normalized("NFC", text) and not _NEW_CHARACTERS.search(text))
-
-
-@contextmanager
-def _unnormalized(backend: tokenizers.Tokenizer) -> Iterator[tokenizers.Tokenizer]:
-    """The tokenizer without its normalizer, for texts that it would not change: it takes an eighth of the time."""
-    normalizer = backend.normalizer
-    backend.normalizer = None
-    try:
-        yield backend
-    finally:
-        backend.normalizer = normalizer
-
-
-def _batch(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)] if texts else []
+    begins = {other[:length] for other in others for length in range(1, len(other))}
+    ends = {other[-length:] for other in others for length in range(1, len(other))}
+    for token in tokens:
+        if any(token[-length:] in begins or token[:length] in ends for length in range(1, len(token))):
+            return True
+        if any(token != other and (token in other or other in token) for other in others):
+            return True
+    return False
 
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()

@@ -6,9 +6,10 @@ the edges and encoded piece by piece, as inference will see it.
 
 Literal: special tokens in what messages wrote are encoded as text.
 
-Special tokens separate what stands before and after them. So an edge is found by counting them: the tokens after the
-last one before the edge must be those of the text between, encoded alone. Where a tokenizer's ids spell out a text byte
-by byte, that is also where the edge lies, and nobody has to ask which characters each token covers.
+Special tokens separate what stands before and after them. So where nothing can overlap them, a text is encoded piece by
+piece between them, and an edge is found by counting them: the ids after the last one before the edge must begin with
+those of the text between, encoded alone. Where ids spell out a text byte by byte, that is also where the edge lies, and
+nobody has to ask which characters each token covers.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from deft.render.chat import Rendered
-from deft.render.slots import Items
+from deft.render.slots import Item, Items, fill
 from deft.render.trace import Place, Trace
 from deft.tokenizer import Tokenizer, Tokens
+from deft.types import Message
 
 _REMEMBERED_LENGTH = 64
 """Headers before answers are short and always the same; longer tails are not worth remembering."""
@@ -45,23 +47,31 @@ class Coded:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What must be true of a text's ids for its edges to hold.
+    """What must be true of a text's ids for its edges to hold. Ids are int32, as bytes.
 
-    marks  ids of the special tokens that stand in it, in their order
+    marks  the ids of the special tokens that stand in it, in their order
     edges  each as (how many of those stand before it, ids of the text between the last of them and the edge)
     spans  learnt ranges, each from one of `edges` to another, by index
     """
 
-    marks: list[int]
-    edges: tuple[tuple[int, list[int]], ...]
+    marks: tuple[bytes, ...]
+    edges: tuple[tuple[int, bytes], ...]
     spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """A text, its layout, and the weight of each of the layout's spans."""
+class Outline:
+    """The layout of all texts of a trace, and what stands before, between and after their marks: items, or ids."""
 
-    text: str
+    layout: Layout
+    between: tuple[Items | bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A text by what stands before, between and after its marks, as text or as ids; its layout; the spans' weights."""
+
+    between: Sequence[str | bytes]
     layout: Layout
     weights: Sequence[float]
 
@@ -71,8 +81,8 @@ class Coder:
     """Encodes rendered texts with one tokenizer; `_tails` remembers the ids of the headers before answers."""
 
     tokenizer: Tokenizer
-    _tails: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    _layouts: WeakKeyDictionary[Trace, Layout | None] = field(default_factory=WeakKeyDictionary, repr=False)
+    _tails: dict[str, bytes] = field(default_factory=dict, repr=False)
+    _outlines: WeakKeyDictionary[Trace, Outline | None] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def encode(self, rendered: Rendered) -> Coded:
         return self.encode_many([rendered])[0]
@@ -87,61 +97,70 @@ class Coder:
         ]
 
     def placed(self, sheets: Sequence[Sheet]) -> list[Coded | None]:
-        """The texts encoded whole; None where the ids do not have the layout."""
-        found = self.tokenizer.ids_of([sheet.text for sheet in sheets])
-        if not found:
-            return []
-        tokens = [_ids(ids) for ids in found]
-        ends = np.cumsum([len(ids) for ids in found])
-        flat = np.concatenate(tokens)
-        places = self.tokenizer.special_places(flat)
-        marks, after = flat[places].tolist(), (places + 1).tolist()
-        last = np.searchsorted(places, ends).tolist()
+        """The texts of sheets, encoded; None where the ids do not have the layout."""
+        texts = [each for sheet in sheets for each in sheet.between if isinstance(each, str)]
+        found = iter(self.tokenizer.between(texts))
         return [
-            _placed(sheet, ids, row, marks[first:end], [start, *after[first:end]])
-            for sheet, ids, row, first, end, start in zip(
-                sheets, found, tokens, [0, *last], last, [0, *ends.tolist()], strict=False
-            )
+            _placed(sheet, [next(found) if isinstance(each, str) else each for each in sheet.between])
+            for sheet in sheets
         ]
 
-    def layout(self, trace: Trace) -> Layout | None:
-        """The layout of all texts of a trace; None where words of messages stand between an edge and the mark before.
+    def sheet(self, trace: Trace, messages: Sequence[Message], weights: Sequence[float]) -> Sheet | None:
+        """The text of a trace for these messages; None where words of messages stand between an edge and its mark.
 
-        A text in which messages make special tokens of their own does not have this layout.
+        A text in which messages make special tokens of their own does not have the sheet's layout.
         """
-        if trace not in self._layouts:
-            self._layouts[trace] = self._layout(trace) if self.tokenizer.marks_are_apart else None
-        return self._layouts[trace]
+        if trace not in self._outlines:
+            self._outlines[trace] = self._outline(trace) if self.tokenizer.marks_are_apart else None
+        outline = self._outlines[trace]
+        if outline is None:
+            return None
+        between = [each if isinstance(each, bytes) else fill(each, messages) for each in outline.between]
+        return Sheet(between, outline.layout, [weights[turn] for turn in trace.turns])
 
-    def _layout(self, trace: Trace) -> Layout | None:
-        marks: list[tuple[Place, int]] = []
+    def _outline(self, trace: Trace) -> Outline | None:
+        marks: list[tuple[Place, Place, bytes]] = []
         for index, item in enumerate(trace.items):
             if isinstance(item, str):
-                marks += [((index, end), self._special(mark)) for _, end, mark in self._specials(item)]
+                marks += [((index, start), (index, end), self._mark(mark)) for start, end, mark in self._specials(item)]
+        ends = [(0, 0), *(end for _, end, _ in marks)]
+        starts = [*(start for start, _, _ in marks), (len(trace.items), 0)]
+        between = [_between(trace.items, *places) for places in zip(ends, starts, strict=True)]
         edges = []
         for place in trace.edges:
-            count = sum(end <= place for end, _ in marks)
-            tail = _between(trace.items, marks[count - 1][0] if count else (0, 0), place)
-            if tail is None:
+            count = sum(end <= place for _, end, _ in marks)
+            tail = _between(trace.items, ends[count], place)
+            if any(not isinstance(item, str) for item in tail):
                 return None
-            edges.append((count, self._tail(tail)))
-        return Layout([mark for _, mark in marks], tuple(edges), trace.spans)
+            edges.append((count, self._tail("".join(map(str, tail)))))
+        layout = Layout(tuple(mark for _, _, mark in marks), tuple(edges), trace.spans)
+        return Outline(layout, tuple(self._known(items) for items in between))
+
+    def _known(self, items: Items) -> Items | bytes:
+        """The ids of items in which no message stands."""
+        (ids,) = self.tokenizer.between([fill(items, ())]) if all(isinstance(item, str) for item in items) else (None,)
+        return items if ids is None else ids
 
     def _sheet(self, rendered: Rendered) -> Sheet | None:
         """None where special tokens must be kept as text, or where ids do not say how much text they cover."""
         edges = _edges(rendered)
         is_cut_at_edges = all(span.start in edges and span.end in edges for span in rendered.spans)
         specials = self._specials(rendered.text)
-        if not self.tokenizer.spells_bytes or not is_cut_at_edges or _literal(specials, rendered.written):
+        if not self.tokenizer.marks_are_apart or not is_cut_at_edges or _literal(specials, rendered.written):
             return None
-        ends = [end for _, end, _ in specials]
+        ends = [0, *(end for _, end, _ in specials)]
+        starts = [*(start for start, _, _ in specials), len(rendered.text)]
         found = []
         for edge in edges:
-            count = bisect_right(ends, edge)
-            found.append((count, self._tail(rendered.text[ends[count - 1] if count else 0 : edge])))
+            count = bisect_right(ends, edge) - 1
+            found.append((count, self._tail(rendered.text[ends[count] : edge])))
         spans = tuple((edges.index(span.start), edges.index(span.end)) for span in rendered.spans)
-        layout = Layout([self._special(mark) for _, _, mark in specials], tuple(found), spans)
-        return Sheet(rendered.text, layout, [span.weight for span in rendered.spans])
+        layout = Layout(tuple(self._mark(mark) for _, _, mark in specials), tuple(found), spans)
+        between = [rendered.text[start:end] for start, end in zip(ends, starts, strict=True)]
+        return Sheet(between, layout, [span.weight for span in rendered.spans])
+
+    def _mark(self, mark: str) -> bytes:
+        return _ids([self._special(mark)]).tobytes()
 
     def _by_offsets(self, rendered: Rendered) -> Coded:
         specials = self._specials(rendered.text)
@@ -161,7 +180,7 @@ class Coder:
         Special tokens separate what stands before and after them, so only the text after the last one is encoded again.
         """
         before = next(((end, mark) for _, end, mark in reversed(specials) if end <= edge), None)
-        tail = self._tail(text[before[0] : edge] if before else text[:edge])
+        tail = self.tokenizer.ids(text[before[0] : edge] if before else text[:edge])
         count = bisect_left(tokens.starts, edge)
         first = count - len(tail)
         if first < 0 or tokens.ids[first:count] != tail:
@@ -171,10 +190,10 @@ class Coder:
     def _special(self, mark: str) -> int:
         return self.tokenizer.special_tokens[mark]
 
-    def _tail(self, text: str) -> list[int]:
+    def _tail(self, text: str) -> bytes:
         if text in self._tails:
             return self._tails[text]
-        ids = self.tokenizer.ids(text)
+        ids = _ids(self.tokenizer.ids(text)).tobytes()
         if len(text) <= _REMEMBERED_LENGTH and len(self._tails) < _REMEMBERED:
             self._tails[text] = ids
         return ids
@@ -195,25 +214,26 @@ class Coder:
         return self.tokenizer.continuation(text) if continues else self.tokenizer.ids(text)
 
 
-def _placed(sheet: Sheet, ids: list[int], tokens: np.ndarray, marks: list[int], after: list[int]) -> Coded | None:
-    """The text's ids with their weights, if they have its layout.
-
-    marks  the special tokens among the ids
-    after  where the text begins and where each of them ends, all counted from the same place
-    """
-    if marks != sheet.layout.marks:
-        return None
+def _placed(sheet: Sheet, between: Sequence[bytes | None]) -> Coded | None:
+    """The sheet's ids with their weights, if they have its layout; None stands for a text that has special tokens."""
+    found: list[bytes] = []
+    starts = []
+    length = 0
+    for ids, mark in zip(between, (*sheet.layout.marks, b""), strict=True):
+        if ids is None:
+            return None
+        starts.append(length // 4)
+        length += len(ids) + len(mark)
+        found += (ids, mark)
     edges = []
     for count, tail in sheet.layout.edges:
-        start = after[count] - after[0]
-        end = start + len(tail)
-        if ids[start:end] != tail:
+        if not found[2 * count].startswith(tail):
             return None
-        edges.append(end)
-    weights = np.zeros(len(ids), np.float32)
+        edges.append(starts[count] + len(tail) // 4)
+    weights = np.zeros(length // 4, np.float32)
     for (begin, end), weight in zip(sheet.layout.spans, sheet.weights, strict=True):
         weights[edges[begin] : edges[end]] = weight
-    return Coded(tokens, weights, 0, False)
+    return Coded(np.frombuffer(bytearray(b"").join(found), np.int32), weights, 0, False)
 
 
 def _edges(rendered: Rendered) -> list[int]:
@@ -223,21 +243,19 @@ def _edges(rendered: Rendered) -> list[int]:
     return sorted({edge for span in rendered.spans for edge in (span.start, span.end)})
 
 
-def _between(items: Items, start: Place, end: Place) -> str | None:
-    """The text between two places; None where a message's words stand there.
+def _between(items: Items, start: Place, end: Place) -> Items:
+    """What stands between two places.
 
     >>> _between(("<user>Hi", "<bot>"), (0, 6), (1, 5))
-    'Hi<bot>'
+    ('Hi', '<bot>')
     """
-    found = []
+    found: list[Item] = []
     for index in range(start[0], min(end[0] + 1, len(items))):
         item = items[index]
-        kept = slice(start[1] if index == start[0] else 0, end[1] if index == end[0] else None)
-        if isinstance(item, str):
-            found.append(item[kept])
-        elif kept.stop != 0:
-            return None
-    return "".join(found)
+        first, last = start[1] if index == start[0] else 0, end[1] if index == end[0] else None
+        part = item[first:last] if isinstance(item, str) else item if last is None else ""
+        found += [part] if part else []
+    return tuple(found)
 
 
 def _literal(specials: Sequence[tuple[int, int, str]], written: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

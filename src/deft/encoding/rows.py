@@ -13,7 +13,6 @@ from deft.encoding.pieces import Coded, Coder, Sheet
 from deft.render import policy as render_policy
 from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rendered, Rules
 from deft.render.policy import TrainOn
-from deft.render.slots import fill
 from deft.render.template import Refusal
 from deft.render.trace import Trace, Tracer
 from deft.tokenizer import Tokenizer
@@ -193,11 +192,9 @@ class RowEncoder:
         ]
 
     def _sheet(self, chat: _Chat) -> Sheet | None:
-        layout = self.coder.layout(chat.rendered) if isinstance(chat.rendered, Trace) else None
-        if layout is None or not isinstance(chat.rendered, Trace):
+        if not isinstance(chat.rendered, Trace):
             return None
-        weights = [chat.weights[turn] for turn in chat.rendered.turns]
-        return Sheet(fill(chat.rendered.items, chat.messages), layout, weights)
+        return self.coder.sheet(chat.rendered, chat.messages, chat.weights)
 
     def _chat_row(self, chat: _Chat, parts: Sequence[_Part]) -> EncodedRow:
         longest = max(map(_tokens, parts))
