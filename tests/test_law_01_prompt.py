@@ -11,7 +11,7 @@ from deft.render.chat import ChatRenderer, Rendered
 from deft.render.provenance import Traced, join
 from deft.render.stop import Marks
 from deft.render.template import Refusal, Template, plain
-from deft.types import Message
+from deft.types import Message, ToolCall
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MARKS = Marks("</s>", ("</s>",), ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"))
@@ -128,6 +128,40 @@ def test_another_message_inside_an_answer_is_refused() -> None:
     template = LOOP + "{{ m.role }}{{ m.content[:2] ~ messages[0].content ~ m.content[2:] }}</s>" + END
     with pytest.raises(Refusal, match="another message inside"):
         render(template + opens("assistant"), [USER, ANSWER])
+
+
+CALL = ToolCall("f", {"a": "b", "c": [{"d": "it's"}, 1, True]}, "id")
+CALLED = [USER, Message("assistant", "", tool_calls=(CALL,)), Message("tool", "x", name="f"), ANSWER]
+ARGUMENTS = "{{ call.function.name }}({% for k in call.function.arguments %}{{ k }}={{ V }}, {% endfor %})"
+CALLS = LOOP + "<|{{ m.role }}|>{{ m.name }}{{ m.content }}{% for call in m.tool_calls %}" + ARGUMENTS + "{% endfor %}"
+
+
+def test_a_tool_s_answer_that_names_its_call_does_not_hide_where_the_call_ends() -> None:
+    names = CALLS.replace("{{ m.name }}", "{{ messages[loop.index0 - 1].tool_calls[0].function.name if m.name }}")
+    for template in (CALLS, names):
+        (one,) = render(template.replace("V", "call.function.arguments[k]") + "</s>" + END + PROMPTS, CALLED)
+        assert learnt(one) == ["""f(a=b, c=[{'d': "it's"}, 1, True], )</s>""", "Hello.</s>"]
+
+
+def test_arguments_in_pieces_are_no_arguments() -> None:
+    with pytest.raises(Refusal, match=r"drops words.*tool calls"):
+        render(CALLS.replace("V", "call.function.arguments[k]|string|list|join('.')") + "</s>" + END + PROMPTS, CALLED)
+
+
+def test_of_several_marks_the_last_before_the_next_header_ends_an_answer() -> None:
+    template = LOOP + "<|{{ m.role }}|>{{ m.content }}<|close|>text<|close|><|end|>\n" + END + PROMPTS
+    marks = Marks("</s>", ("</s>",), ("</s>", "<|user|>", "<|assistant|>", "<|close|>", "<|end|>"))
+    (one,) = ChatRenderer(Template(template, TOKENS), marks).render(TWO, [0, 1, 0, 1])
+    assert learnt(one) == ["Hello.<|close|>text<|close|><|end|>", "So.<|close|>text<|close|><|end|>"]
+
+
+def test_no_reasoning_follows_a_prompt_that_has_closed_it() -> None:
+    template = LOOP + "[{{ m.role }}]{{ '</think>' if m.role == 'assistant' }}{{ m.content }}</s>" + END
+    prompt = opens("[assistant]{{ '<think>' if thinking else '</think>' }}")
+    (one,) = render(template + prompt, [USER, Message("assistant", "4.", reasoning="2 + 2")])
+    assert one.text == "[user]Hi?</s>[assistant]<think>2 + 2\n</think>\n\n4.</s>"
+    with pytest.raises(Refusal, match=r"drops words.*reasoning"):
+        render(template + opens("[assistant]</think>"), [USER, Message("assistant", "4.", reasoning="2 + 2")])
 
 
 def test_characters_remember_their_message_through_what_templates_do() -> None:

@@ -84,6 +84,8 @@ def stripped(shot: Shot) -> Anchored | None:
     """
     if not shot.message.reasoning or first_character(shot.text, shot.index, (Part.REASONING,)) is not None:
         return None
+    if _closes(shot):
+        return None
     for opening, closing in shot.marks if shot.block is None else [shot.block]:
         end = _found(re.escape(opening.rstrip()) + r"\s*\Z", shot.prompt)
         found = _aligned(shot.prompt if end is None else shot.prompt[:end], shot)
@@ -117,6 +119,12 @@ def opens(shot: Shot) -> Marks | None:
     """The marks of the reasoning block that the prompt opens and does not close."""
     ending = shot.prompt.rstrip()
     return next((marks for marks in shot.marks if ending.endswith(marks[0].rstrip())), None)
+
+
+def _closes(shot: Shot) -> bool:
+    """True if the prompt ends with a reasoning block that is closed: no reasoning can follow."""
+    ending = shot.prompt.rstrip()
+    return any(ending.endswith(closing.strip()) for _, closing in shot.marks)
 
 
 Anchor = Callable[[Shot], Anchored | None]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from deft.render import anchor, handing, probe, stop, words
 from deft.render.anchor import Anchor, Anchored, Shot
 from deft.render.handing import DEFAULT, Way
+from deft.render.handing import Marks as Block
 from deft.render.provenance import TEMPLATE, Part, Traced, owner_of
 from deft.render.stop import Ending, Marks, Stop
 from deft.render.template import Handed, Refusal, Template
@@ -236,7 +237,7 @@ class ChatRenderer:
         if found is None:
             return None
         last = _check(found, shot, handed.way)
-        if handed.way.inline and not _opens_with(found, shot.index, handed.way.inline[0]):
+        if handed.way.inline and not _opens_with(found, shot.index, handed.way.inline):
             return None
         ended = self._stop(messages, found.text[:last], str.__getitem__(found.text, slice(last, None)), handed)
         end = last + ended.length
@@ -294,7 +295,7 @@ class ChatRenderer:
                 f"the prompt opens a reasoning block ({opened[0].strip()!r}) that messages[{usual.index}] does not"
                 " have; give it reasoning, or say reasoning: empty to learn an empty block"
             )
-        dropped = words.dropped(words.by_owner(usual.text), usual.message, usual.index, way)
+        dropped = words.dropped(usual.text, usual.message, usual.index, way)
         if way not in reasons and dropped:
             return _drops(usual.index, dropped)
         return reasons[way] if way in reasons else _contradiction(usual.prompt, usual.text)
@@ -307,7 +308,7 @@ def _shape(message: Message) -> tuple[Any, ...]:
 
 def _check(found: Anchored, shot: Shot, way: Way) -> int:
     """One past the last character of the turn; Refusal unless it holds all its words."""
-    dropped = words.dropped(words.by_owner(found.text), shot.message, shot.index, way)
+    dropped = words.dropped(found.text, shot.message, shot.index, way)
     if dropped:
         raise Refusal(_drops(shot.index, dropped))
     last = words.last_character(found.text, shot.index)
@@ -316,11 +317,12 @@ def _check(found: Anchored, shot: Shot, way: Way) -> int:
     return last
 
 
-def _opens_with(found: Anchored, index: int, opening: str) -> bool:
-    """True if the block of reasoning comes first in the answer, or the prompt has opened it."""
+def _opens_with(found: Anchored, index: int, marks: Block) -> bool:
+    """True if the block of reasoning comes first in the answer, or the prompt has opened it and not closed it."""
+    opening, closing = (mark.strip() for mark in marks)
     first = words.first_character(found.text, index, (Part.REASONING,), found.start)
-    before = found.text[found.start : first].strip()
-    return before == opening.strip() or (not before and found.text[: found.start].rstrip().endswith(opening.rstrip()))
+    before, prompt = found.text[found.start : first].strip(), found.text[: found.start].rstrip()
+    return prompt.endswith(opening) if not before else before == opening and not prompt.endswith(closing)
 
 
 def _drops(index: int, dropped: Sequence[str]) -> str:

@@ -14,7 +14,19 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from deft.render.provenance import TEMPLATE, TOOLS, Part, Traced, TracedFloat, TracedInt, join, owner_of, part_of
+from deft.render.provenance import (
+    TEMPLATE,
+    TOOLS,
+    Part,
+    Traced,
+    TracedDict,
+    TracedFloat,
+    TracedInt,
+    TracedList,
+    join,
+    owner_of,
+    part_of,
+)
 from deft.types import Message, ToolCall
 
 Marks = tuple[str, str]
@@ -222,9 +234,11 @@ def _owned(value: Any, owner: Callable[[], int], text: Text) -> Any:
     if isinstance(value, str):
         return text(value, owner())
     if isinstance(value, Mapping):
-        return {text(str(key), owner()): _owned(item, owner, text) for key, item in value.items()}
+        items = {text(str(key), owner()): _owned(item, owner, text) for key, item in value.items()}
+        return TracedDict(items) if text is traced else items
     if isinstance(value, list | tuple):
-        return [_owned(item, owner, text) for item in value]
+        listed = [_owned(item, owner, text) for item in value]
+        return TracedList(listed) if text is traced else listed
     if text is plain or isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if text is not traced:

@@ -225,6 +225,36 @@ class TracedFloat(float):
         return Traced.of(float.__repr__(self), self.owner)
 
 
+class TracedList(list[Any]):
+    """A list from a row: written out, its texts and numbers have owners."""
+
+    def __str__(self) -> str:
+        return _represented(self)
+
+
+class TracedDict(dict[Any, Any]):
+    """An object from a row: written out, its texts and numbers have owners."""
+
+    def __str__(self) -> str:
+        return _represented(self)
+
+
+def _represented(value: Any) -> str:
+    """`repr(value)` as some templates write arguments, with the owners kept.
+
+    >>> _represented({"a": [Traced.of("b", 0)]}).runs
+    ((-1, 8), (0, 1), (-1, 3))
+    """
+    if isinstance(value, Traced) and len(value.runs) == 1:
+        quoted = repr(str.__str__(value))
+        return quoted[0] + Traced.of(quoted[1:-1], value.runs[0][0]) + quoted[0]
+    if isinstance(value, dict):
+        return "{" + join(", ", (join(": ", map(_represented, item)) for item in value.items())) + "}"
+    if isinstance(value, list):
+        return "[" + join(", ", map(_represented, value)) + "]"
+    return str(value) if isinstance(value, TracedInt | TracedFloat) else repr(value)
+
+
 def _runs(text: str) -> tuple[Run, ...]:
     return text.runs if isinstance(text, Traced) else ((TEMPLATE, len(text)),)
 

@@ -56,6 +56,7 @@ class Ending:
     plain: str | None = None
 
 
+_BEGUN = re.compile(r"<[^<>\s]{0,40}\Z")
 _LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 
 PROBES = ("user", "tool", "assistant")
@@ -67,25 +68,30 @@ def find(render: Render, marks: Marks, messages: Sequence[Message], ending: Endi
 
     In order: an EOS token in what always follows the turn; for tool calls, the mark of plain answers; the only special
     token there; a mark there that the tokenizer has no token for, learnt as text; an EOS token that stands only at the
-    very end of a conversation; a mark that a template leaves out at the end but writes before the next turn; the
-    tokenizer's EOS, appended. The white space after a mark is never learnt.
+    very end of a conversation; the last of several special tokens before the next turn's header; a mark that a template
+    leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white space after a mark
+    is never learnt.
     """
     tail = ending.tail
     followed = _followed(render, messages)
     close = os.path.commonprefix([tail, *followed])
     mark = _first(close, marks.eos_all) or _first(close, [ending.plain] if ending.plain else [])
-    mark = mark or _only(close, marks.special) or _text_mark(close) or _first(tail, marks.eos_all)
-    if mark:
+    if mark := mark or _only(close, marks.special) or _text_mark(close) or _first(tail, marks.eos_all):
         before = tail[: tail.index(mark)]
         _check_before(before, mark, marks, ending)
         return Stop(len(before) + len(mark), "", mark)
+    own = _own(close, ending.header, marks.special)
+    if last := _last(own, marks.special) if ending.header.strip() else "":
+        return Stop(len(own[: own.rindex(last)] + last), "", last)
     if not tail.strip() and followed:
         begun = _begins(os.path.commonprefix(followed).lstrip(), marks.special) or _begins(followed[0], marks.eos_all)
         if begun:
             return Stop(0, begun, begun)
     if not marks.eos:
         raise Refusal("nothing ends the assistant's turn: the template writes no mark and the tokenizer has no EOS")
-    length = len(os.path.commonprefix([tail.rstrip(), *followed])) if ending.plain is not None else 0
+    length = len(own.rstrip()) if ending.plain is not None else 0
+    if length and not ending.header.strip() and _first(own, marks.special):
+        raise Refusal(f"in {own!r} after the tool calls, no mark can be told from the next turn's header")
     _check_before(tail[:length], marks.eos, marks, ending)
     return Stop(length, marks.eos, marks.eos)
 
@@ -100,13 +106,16 @@ def _check_before(before: str, mark: str, marks: Marks, ending: Ending) -> None:
 
 def _followed(render: Render, messages: Sequence[Message]) -> list[str]:
     """What follows the last message's last character when a user, a tool or an assistant speaks next."""
-    tails = []
+    index, tails = len(messages) - 1, []
+    alone = render(messages)
+    end = last_character(alone, index)
     for role in PROBES:
         try:
             text = render([*messages, _probe(role, messages[-1])])
         except Refusal:
             continue
-        last = last_character(text, len(messages) - 1)
+        is_same = end is not None and text.startswith(str.__getitem__(alone, slice(0, end)))
+        last = end if is_same else last_character(text, index)
         if last is not None:
             tails.append(str.__getitem__(text, slice(last, None)))
     return tails
@@ -130,6 +139,23 @@ def _only(text: str, marks: Sequence[str]) -> str:
     found = [mark for mark in marks if mark in text]
     whole = [mark for mark in found if not any(mark != other and mark in other for other in found)]
     return whole[0] if len(whole) == 1 and text.count(whole[0]) == 1 else ""
+
+
+def _own(close: str, header: str, special: Sequence[str]) -> str:
+    """What always follows a turn, up to the next turn's header or a mark that is not whole.
+
+    >>> _own("}<end><turn><|", "<turn><bot>", ["<turn>", "<end>"]), _own("]<|", "", [])
+    ('}<end>', ']')
+    """
+    opener = _first(header, special) or next(iter(_LOOKS_LIKE_A_MARK.findall(header)), "")
+    own = close.partition(opener)[0] if opener else close
+    return _BEGUN.sub("", own)
+
+
+def _last(own: str, special: Sequence[str]) -> str:
+    """The special token that ends `own`, white space aside, and stands there once; or nothing."""
+    mark = max((mark for mark in special if own.rstrip().endswith(mark)), key=len, default="")
+    return mark if own.count(mark) == 1 else ""
 
 
 def _text_mark(close: str) -> str:

@@ -25,8 +25,9 @@ def by_owner(text: Traced) -> dict[int, str]:
     return {owner: "".join(pieces) for owner, pieces in found.items()}
 
 
-def dropped(owned: Mapping[int, str], message: Message, index: int, way: Way) -> list[str]:
-    """The parts of messages[index] whose words are not all there, each with what is left of it."""
+def dropped(text: Traced, message: Message, index: int, way: Way) -> list[str]:
+    """The parts of messages[index] whose words are not all in `text`, each with what is left of it."""
+    owned = by_owner(text)
     found = [
         f"{name} ({_shown(owned.get(owner_of(index, part), ''))} is left)"
         for name, part, words in (
@@ -35,25 +36,40 @@ def dropped(owned: Mapping[int, str], message: Message, index: int, way: Way) ->
         )
         if _squeezed(owned.get(owner_of(index, part), "")) != _squeezed(words)
     ]
-    if message.tool_calls and not _has_calls(owned, message, index, way):
+    if message.tool_calls and not _has_calls(text, owned, message, index, way):
         found.append("tool calls")
     return found
 
 
-def _has_calls(owned: Mapping[int, str], message: Message, index: int, way: Way) -> bool:
+def _has_calls(text: Traced, owned: Mapping[int, str], message: Message, index: int, way: Way) -> bool:
     names = owned.get(owner_of(index, Part.CALL_NAME), "")
     if any(call.name not in names for call in message.tool_calls):
         return False
-    leaves = handing.leaves_of(message.tool_calls, way)
+    stretches, leaves = _stretches(text), handing.leaves_of(message.tool_calls, way)
     return all(
-        _squeezed(owned.get(owner_of(index, Part.ARGUMENT, leaf), "")) in _forms(words)
+        _squeezed(stretches.get(owner_of(index, Part.ARGUMENT, leaf), "")) in _forms(words)
         for leaf, words in enumerate(leaves, start=1)
     )
 
 
+def _stretches(text: Traced) -> dict[int, str]:
+    """The text from the first to the last character of each owner, whoever wrote what stands between them.
+
+    Templates that take an argument's text for an object write something after each of its letters.
+
+    >>> _stretches(Traced.of("a", 5) + "=, " + Traced.of("b", 5) + ">")
+    {5: 'a=, b', -1: '=, b>'}
+    """
+    at, ends = 0, dict[int, tuple[int, int]]()
+    for owner, length in text.runs:
+        ends[owner] = (ends.get(owner, (at, at))[0], at + length)
+        at += length
+    return {owner: str.__getitem__(text, slice(start, end)) for owner, (start, end) in ends.items()}
+
+
 def _forms(words: str) -> set[str]:
-    """How a text may stand in a template's output: as it is, in JSON, in JSON inside JSON."""
-    forms = {words}
+    """How a text may stand in a template's output: as it is, as Python writes it, in JSON, in JSON inside JSON."""
+    forms = {words, repr(words)[1:-1]}
     for is_ascii in (False, True):
         once = json.dumps(words, ensure_ascii=is_ascii)[1:-1]
         forms |= {once, json.dumps(once, ensure_ascii=is_ascii)[1:-1]}
