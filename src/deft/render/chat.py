@@ -330,8 +330,17 @@ def _drops(index: int, dropped: Sequence[str]) -> str:
 
 
 def _header(handed: Handed, index: int) -> str:
-    """What the template writes before an answer: the generation prompt, as far as it stands at the end of the text."""
-    bare, prompt = handed.plain(index), handed.plain(index, True)
+    """What the template writes before an answer: the generation prompt, as far as it stands at the end of the text.
+
+    After a tool's answer some templates write none; then it is that after the last question.
+    """
+    asked = [end for end in range(index, 0, -1) if end == index or handed.messages[end - 1].role == "user"]
+    headers = (_generation_prompt(handed, end) for end in asked[:2])
+    return next((header for header in headers if header.strip()), "")
+
+
+def _generation_prompt(handed: Handed, end: int) -> str:
+    bare, prompt = handed.plain(end), handed.plain(end, True)
     return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
 
 
