@@ -34,8 +34,6 @@ import mask_cases as cases  # noqa: E402
 from mask_oracle import Call, Judge, shaped  # noqa: E402
 
 from deft.encoding.rows import EncodedRow, RowEncoder  # noqa: E402
-from deft.render.chat import Rules  # noqa: E402
-from deft.render.choose import choose  # noqa: E402
 from deft.tokenizer import Tokenizer  # noqa: E402
 from deft.types import Conversation, Fate  # noqa: E402
 
@@ -110,7 +108,7 @@ def _count(found: Found, row: EncodedRow, judge: Judge) -> None:
     kind = cases.verdict(row)
     if kind == "refused":
         found.reasons[_brief(row.reason)] += 1
-        kind = "raises" if _raises(row, judge) else kind
+        kind = "raises" if cases.raises(row, judge) else kind
     found.counts[kind] += 1
     found.plain[kind] += cases.is_plain(row.conversation)
     found.notes.update(row.notes)
@@ -118,18 +116,6 @@ def _count(found: Found, row: EncodedRow, judge: Judge) -> None:
     if kind == "proven":
         ids = cases.compare_ids(row, judge)
         found.ids[ids.skipped or ("equal" if ids.is_equal else "unequal")] += 1
-
-
-def _raises(row: EncodedRow, judge: Judge) -> bool:
-    """True if transformers does not render the row either, however it is called."""
-    source = cases.as_openai(row.conversation)
-    return all(judge.render(source.messages, source.tools, call, False) is None for call in _any_call(judge))
-
-
-def _any_call(judge: Judge) -> Iterator[Call]:
-    missing = tuple((name, "") for name in ("bos_token", "eos_token", "unk_token") if name not in judge.tokens)
-    for shape in ((), ("empty tools",), ("parts",), ("text",), ("null",)):
-        yield from (Call((), frozenset(shape)), Call(missing, frozenset(shape)))
 
 
 def _break(found: Found, row: EncodedRow, judge: Judge) -> None:
@@ -146,37 +132,6 @@ def _brief(reason: str) -> str:
     return re.sub(r" where the conversation has .*", " where the conversation has an answer", reason)[:150]
 
 
-def choices(encoder: RowEncoder) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """What a user may name where a template is refused: in words, the template, the policy."""
-    template = encoder.renderer.template
-    for name in template.switches:
-        for value in (False, True):
-            yield (
-                f"template_kwargs: {{{name}: {str(value).lower()}}}",
-                template.source,
-                {"template_kwargs": {name: value}},
-            )
-    yield "reasoning: empty", template.source, {"rules": Rules(reasoning="empty")}
-    held = encoder.tokenizer
-    yield "template: chatml", choose("chatml", None, held.puts_bos, held.special_tokens).source, {}
-
-
-def trained_by(encoder: RowEncoder, rows: Mapping[str, Sequence[Conversation]]) -> dict[str, Any]:
-    """The first named choice that trains all plain chats, and what the judge says of them."""
-    plain = {name: [row for row in each if cases.is_plain(row)] for name, each in rows.items()}
-    for words, template, policy in choices(encoder):
-        made = encoder.tokenizer.hf
-        found = look(
-            cases.row_encoder(template, made, **policy),
-            Judge(template, made, policy.get("template_kwargs", {})),
-            plain,
-        )
-        if not found.plain["refused"]:
-            kinds = {kind: found.plain[kind] for kind in ("proven", "split", "raises")}
-            return {"choice": words, **kinds, "wrong": found.wrong}
-    return {"choice": None}
-
-
 def template_found(entry: Mapping[str, Any], rows: Mapping[str, Sequence[Conversation]]) -> dict[str, Any]:
     """One template on all files, with and without its marks as special tokens."""
     found: dict[str, Any] = {"name": entry["name"], "renders_plain": entry["renders_plain"]}
@@ -187,8 +142,13 @@ def template_found(entry: Mapping[str, Any], rows: Mapping[str, Sequence[Convers
         found[setting] = seen.as_json()
         found[setting] |= {"wrong_count": len(seen.wrong), "broken": seen.broken, "missed": seen.missed}
         if seen.verdict == "refused":
-            found[setting]["trained by"] = trained_by(encoder, rows)
+            found[setting]["trained by"] = _trained_by(encoder, rows)
     return found
+
+
+def _trained_by(encoder: RowEncoder, rows: Mapping[str, Sequence[Conversation]]) -> dict[str, Any]:
+    chosen = cases.trained_by(encoder, [row for each in rows.values() for row in each if cases.is_plain(row)])
+    return {"choice": chosen.words, **chosen.verdicts, "wrong": chosen.wrong} if chosen else {"choice": None}
 
 
 def hostile_found(family: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from deft.data.choices import Choices
 from deft.dataset import Named
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.errors import DeftError
-from deft.render.choose import Chosen
+from deft.render.chat import Rules
+from deft.render.choose import Chosen, choose
 from deft.tokenizer import Tokenizer
 from deft.types import Conversation, Fate, Message, Origin
 
@@ -60,12 +62,16 @@ def is_plain(conversation: Conversation) -> bool:
     return not any(m.tool_calls or m.reasoning or "<think>" in m.content for m in conversation.messages)
 
 
+def marks(template: str) -> list[str]:
+    """What looks like a control token in a template."""
+    return sorted({mark for mark in LOOKS_SPECIAL.findall(template) if not mark.startswith("<=")})
+
+
 def tokenizer(corpus: Path, name: str = "qwen2.5", marks_of: str = "") -> PreTrainedTokenizerFast:
     """A tokenizer of the corpus; what looks like a control token in the template `marks_of` is one for it."""
     made = AutoTokenizer.from_pretrained(corpus / "tokenizers" / name)
-    marks = sorted({mark for mark in LOOKS_SPECIAL.findall(marks_of) if not mark.startswith("<=")})
-    if marks:
-        made.add_special_tokens({"additional_special_tokens": marks})
+    if marks(marks_of):
+        made.add_special_tokens({"additional_special_tokens": marks(marks_of)})
     return made
 
 
@@ -114,6 +120,48 @@ def judged(row: EncodedRow, judge: Judge) -> list[str]:
     else:
         problems = judge.unjust(source, row.reason)
     return [f"{row.conversation.origin}: {problem}" for problem in problems]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A named choice that trains all rows of a refused template, how, and what the judge has against it."""
+
+    words: str
+    verdicts: Counter[str]
+    wrong: list[str]
+
+
+def trained_by(encoder: RowEncoder, rows: Sequence[Conversation]) -> Choice | None:
+    """The first choice that a user may name under which none of the rows is refused that transformers renders."""
+    made = encoder.tokenizer.hf
+    for words, template, policy in _choices(encoder):
+        other = row_encoder(template, made, **policy)
+        judge = Judge(template, made, policy.get("template_kwargs", {}))
+        encoded = other.encode_many(list(rows))
+        kept = [row for row in encoded if row.fate == Fate.TRAINED or not raises(row, judge)]
+        verdicts = Counter(map(verdict, kept))
+        if kept and not verdicts["refused"]:
+            return Choice(words, verdicts, [problem for row in kept for problem in judged(row, judge)])
+    return None
+
+
+def _choices(encoder: RowEncoder) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    template, held = encoder.renderer.template, encoder.tokenizer
+    for name in template.switches:
+        for value in (False, True):
+            words = f"template_kwargs: {{{name}: {str(value).lower()}}}"
+            yield words, template.source, {"template_kwargs": {name: value}}
+    yield "reasoning: empty", template.source, {"rules": Rules(reasoning="empty")}
+    yield "template: chatml", choose("chatml", None, held.puts_bos, held.special_tokens).source, {}
+
+
+def raises(row: EncodedRow, judge: Judge) -> bool:
+    """True if transformers does not render the row, however it is called."""
+    source = as_openai(row.conversation)
+    missing = tuple((name, "") for name in ("bos_token", "eos_token", "unk_token") if name not in judge.tokens)
+    shapes = ((), ("empty tools",), ("parts",), ("text",), ("null",))
+    known = [Call(kwargs, frozenset(shape)) for shape in shapes for kwargs in ((), missing)]
+    return all(judge.render(source.messages, source.tools, call, False) is None for call in known)
 
 
 @dataclass(frozen=True, slots=True)
