@@ -11,7 +11,6 @@ import mask_cases as cases
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_oracle import Judge
 from tiny_tokenizers import CHATML, SPECIALS, byte_level, sentencepiece
 
 import deft
@@ -112,20 +111,3 @@ def test_hostile_contents_give_no_control_token_under_real_templates(corpus: Pat
             assert row.fate != Fate.TRAINED or cases.controls(row, made) == clean, (family, content)
             trained += row.fate == Fate.TRAINED
     assert trained > 230
-
-
-def test_the_ids_of_clean_rows_are_those_of_apply_chat_template(corpus: Path) -> None:
-    rows = cases.chats(corpus, {}, 90)
-    plain = [
-        row for name in ("fastchat", "tinker", "identity") for row in next(v for k, v in rows.items() if name in k)
-    ]
-    compared = 0
-    for name in ("qwen2.5", "minimind", "mistral-v1", "mistral-v3"):
-        made = cases.tokenizer(corpus, name)
-        template = made.chat_template
-        judge, encoder = Judge(template, made), cases.row_encoder(template, made)
-        for row in encoder.encode_many(plain[:76] if name != "qwen2.5" else plain[76:152]):
-            found = cases.compare_ids(row, judge)
-            assert found.skipped or found.is_equal, row.conversation
-            compared += found.is_equal
-    assert compared >= 300
