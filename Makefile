@@ -25,6 +25,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.core
 	$(BIN)/python benchmarks/cpu/run.py $(BENCH)
+	$(BIN)/python benchmarks/gpu/run.py --dry-run
 
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults --write

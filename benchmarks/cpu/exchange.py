@@ -45,13 +45,17 @@ def write_model(folder: Path, shape: Shape) -> None:
     arguments = shape.config()
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    word_tokenizer(shape).save_pretrained(folder)
+
+
+def word_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<unknown>": UNKNOWN, "</s>": EOS}
     vocabulary |= {f"t{index}": index for index in range(FIRST, shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unknown>"
-    ).save_pretrained(folder)
+    )
 
 
 def words(ids: Sequence[int]) -> str:

@@ -57,7 +57,7 @@ class Steps:
         self.file = (out / "steps.jsonl").open("w", encoding="utf-8", buffering=1)
         self.memory, self.out = {"baseline_bytes": peak_bytes()}, out
         self.tokens = self.targets = 0
-        self.loss = 0.0
+        self.loss = self.first = 0.0
         self.began = time.perf_counter()
         self.step = 0
 
@@ -66,6 +66,7 @@ class Steps:
 
     def ended(self) -> None:
         now = time.perf_counter()
+        self.first = self.first or time.time()
         self.step += 1
         record = {"step": self.step, "seconds": now - self.began, "tokens": self.tokens, "loss": self.loss}
         self.file.write(json.dumps({**record, "target_tokens": self.targets}) + "\n")

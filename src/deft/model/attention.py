@@ -56,7 +56,9 @@ def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[
     """
     edges = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(device, non_blocking=True)
     lengths = torch.tensor(documents)
-    seq_idx = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths)[None]
+    seq_idx = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths, output_size=sum(documents))[
+        None
+    ]
     return {
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
         "documents": documents,
@@ -68,6 +70,7 @@ def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[
     }
 
 
+@torch.compiler.disable
 def attend(
     module: nn.Module,
     query: Tensor,
