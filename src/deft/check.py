@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deft import files, ledger
+from deft import files, ledger, rates
 from deft import run as running
 from deft.config import Config
 from deft.dataset import Dataset
+from deft.forecast import Forecast, forecast
 from deft.ledger import SourceLedger
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
@@ -33,11 +34,13 @@ LOST_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What `deft check` found; `plan` is None where no row is left to plan with."""
+    """What `deft check` found; `plan` is None where no row is left to plan with, `expected` too where the architecture
+    has to be seen running."""
 
     ledgers: tuple[SourceLedger, ...]
     model: Outline
     plan: Outlook | None
+    expected: Forecast | None
     findings: tuple[Finding, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class Checkup:
             "sources": [source.as_json() for source in self.ledgers],
             "model": asdict(self.model),
             "plan": None if self.plan is None else asdict(self.plan),
+            "expected": None if self.expected is None else asdict(self.expected),
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -59,11 +63,16 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     caller = Caller(console=console)
     checked = running.check(config, caller, needs_weights=False)
     data = running.encode(config, checked, checked.encoder(), caller)
-    planned = running.plan(config, checked, data) if data.train else None
+    planned = expected = None
+    if data.train:
+        fit = running.fitted(config, checked, running.plan(config, checked, data))
+        planned, device = fit.planned, checked.machine.device
+        expected = forecast(fit, device, rates.kept(device))
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),
         plan=_outlook(planned, data) if planned else None,
+        expected=expected,
         findings=tuple(_findings(config, checked, data)),
     )
     _print(console, config, checked, checkup)
@@ -150,7 +159,7 @@ def _print(console: Console, config: Config, checked: Checked, checkup: Checkup)
     say("")
     if checked.is_chat:
         say(f"template  {checked.chosen.where}")
-    for line in _model_lines(config, checked, checkup.model):
+    for line in _model_lines(config, checked, checkup.model, checkup.expected):
         say(line)
     for line in _plan_lines(checkup.plan) if checkup.plan else ["plan      no row is left to train on"]:
         say(line)
@@ -158,14 +167,6 @@ def _print(console: Console, config: Config, checked: Checked, checkup: Checkup)
     for finding in checkup.findings:
         style = "yellow" if finding.level == "warning" else ""
         console.print(str(finding), style=style, highlight=False, soft_wrap=True, markup=False)
-
-
-def _size(count: int) -> str:
-    """
-    >>> _size(3 * 2**20), _size(5 * 2**30)
-    ('3.0 MiB', '5.0 GiB')
-    """
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _table(ledgers: Sequence[SourceLedger]) -> Table:
@@ -193,15 +194,16 @@ def _source_lines(source: SourceLedger) -> Iterator[str]:
     yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
 
 
-def _model_lines(config: Config, checked: Checked, model: Outline) -> Iterator[str]:
+def _model_lines(config: Config, checked: Checked, model: Outline, expected: Forecast | None) -> Iterator[str]:
     base, machine = checked.base, checked.machine
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
     yield (
         f"model     {config.model}: {base.model_type}, {model.parameters / 1e6:,.2f} M parameters, {base.dtype}, "
         f"{limit}, vocabulary {base.vocab_size:,}"
     )
-    dtype, size = str(machine.dtype).removeprefix("torch."), _size(model.state_bytes(machine.dtype))
-    yield f"memory    {size} for weights, gradients and moments ({dtype} on {machine.device}); activations on top"
+    dtype = str(machine.dtype).removeprefix("torch.")
+    yield f"computes  in {dtype} on {machine.device}; masters are fp32"
+    yield f"expected  {expected}" if expected else "expected  memory and speed of this model show in the run only"
     packing = (
         f"one document at a time, as {model.against_packing}" if model.against_packing else "by all the config says"
     )

@@ -127,6 +127,14 @@ def demo(
     run(output)
 
 
+@app.command()
+def doctor() -> None:
+    """Say whether this machine is fit and how fast it is, and keep that for the predictions of deft check."""
+    from deft.doctor import run
+
+    run()
+
+
 def main() -> None:
     """Runs a verb; what a user can mend is one message and its exit code, never a traceback."""
     # The verbs show their own progress; transformers' bars and advice for its own users would stand between.

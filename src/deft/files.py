@@ -140,12 +140,15 @@ def make_folder(path: Path) -> None:
             disk.sync_folder(folder.parent)
 
 
-def try_writing(folder: Path) -> None:
-    """Writes a file to a folder and takes it away again; DiskError where that fails."""
+def try_writing(folder: Path, data: bytes = b"") -> None:
+    """Writes a file to a folder, syncs it and takes it away again; DiskError where that fails."""
     with _complaining(folder):
         path = _staging_name(folder / "trial")
-        with disk.open(path, "xb"):
+        with disk.open(path, "xb") as file:
             disk.unlink(path)
+            if data:
+                disk.write(file, memoryview(data))
+                disk.sync(file)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -86,3 +87,13 @@ def within_memory(what: Callable[[], str]) -> Iterator[None]:
         if not is_full:
             raise
         raise MemoryShort(f"out of memory: {what()}") from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The memory that is built in, as far as this process may use it; free or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        return min(built_in, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return built_in

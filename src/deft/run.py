@@ -24,12 +24,14 @@ from deft import (
     evaluate,
     export,
     files,
+    forecast,
     hardware,
     ledger,
     loader,
     lock,
     manifest,
     preflight,
+    rates,
     registry,
     report,
     resume,
@@ -45,6 +47,7 @@ from deft.encoding.rows import Policy, RowEncoder, as_chat
 from deft.errors import DiskError, InputError, NumbersError, Problem, Problems
 from deft.evaluate import MetricFn, Prompt
 from deft.export import ExportError
+from deft.forecast import Fit, Forecast
 from deft.hardware import Machine
 from deft.loader import Loader
 from deft.logs import console as display
@@ -52,6 +55,7 @@ from deft.logs import jsonl
 from deft.logs.jsonl import Logs
 from deft.model import load as models
 from deft.model import selftest, towers
+from deft.model.checkpointing import Checkpointing
 from deft.model.load import Base
 from deft.model.outline import outline
 from deft.optim.adamw import AdamW
@@ -67,6 +71,7 @@ from deft.tokenizer import Tokenizer
 from deft.training import badstep
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
+from deft.training.rehearse import rehearse
 from deft.training.state import TrainState, random_state, set_random_state
 from deft.types import Fate, StepRecord
 
@@ -149,6 +154,7 @@ class Prepared:
     """Everything that is known before the model's weights are loaded.
 
     config     resolved
+    expected   None where the architecture has to be seen running
     batchings  what cuts steps, and from which step on
     found      the checkpoint that the run goes on from
     """
@@ -158,6 +164,8 @@ class Prepared:
     row_encoder: RowEncoder
     data: Dataset
     loader: Loader
+    checkpointing: Checkpointing
+    expected: Forecast | None
     rows: Rows
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
@@ -189,6 +197,9 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
         prepared = prepare(_settled(config, found), caller, found)
         with hardware.within_memory(partial(_too_large, prepared)):
             state = _load(prepared, caller)
+        if prepared.expected is None or not prepared.expected.is_safe:
+            with hardware.within_memory(partial(_too_long, prepared, state)):
+                rehearse(state, forecast.largest(prepared.loader)[0], prepared.checked.loss)
         earlier = _write_beginnings(prepared, caller)
         with caller.signals.deferred():
             with hardware.within_memory(partial(_too_long, prepared, state)):
@@ -248,13 +259,21 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     for line in _described(checked, data):
         caller.say(line)
     stop_unless_trainable(config, checked, data)
-    batchings, resolved = _batchings(config, found), _resolved(config, checked)
+    batchings = _batchings(config, found)
+    fit = fitted(config, checked, plan(config, checked, data, batchings))
+    expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
+    if expected is not None:
+        caller.say(f"expected: {expected}")
+    checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
+    resolved = _resolved(config, checked)
     prepared = Prepared(
         config=resolved,
         checked=checked,
         row_encoder=row_encoder,
         data=data,
-        loader=plan(config, checked, data, batchings),
+        loader=fit.planned,
+        checkpointing=fit.checkpointing,
+        expected=expected,
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,
@@ -389,6 +408,11 @@ def plan(
         normalize=config.loss.normalize,
         limit=config.steps,
     )
+
+
+def fitted(config: Config, checked: Checked, planned: Loader) -> Fit:
+    """The plan with micro-batches that fit in memory, and what the largest of them takes."""
+    return forecast.fit(planned, checked.base, checked.loss, checked.machine, config.microbatch_tokens == "auto")
 
 
 def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
@@ -570,6 +594,7 @@ def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, 
 def _load(prepared: Prepared, caller: Caller) -> TrainState:
     checked = prepared.checked
     state, note = assemble(prepared.config, checked.base, checked.machine)
+    state.learner = replace(state.learner, checkpointing=prepared.checkpointing)
     if note:
         caller.say(note)
     parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())

@@ -13,12 +13,17 @@ key head, token by token), K keys that a block sees, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 BLOCK = 128
 """Queries of a block. Smaller ones waste less on keys that most of them do not see, larger ones are fewer calls: ten
@@ -72,7 +77,21 @@ class Layout:
         ]
 
 
-@lru_cache(maxsize=8)
+def _table(size: int) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
+    """Keeps what a function returned; real tensors, also where everything else is only its shape (forecast.py)."""
+
+    def keeping(make: Callable[Given, Made]) -> Callable[Given, Made]:
+        @wraps(make)
+        def real(*arguments: Given.args, **more: Given.kwargs) -> Made:
+            with _disable_current_modes():
+                return make(*arguments, **more)
+
+        return lru_cache(maxsize=size)(real)  # type: ignore[return-value]
+
+    return keeping
+
+
+@_table(8)
 def layout(documents: tuple[int, ...], groups: int, device: torch.device) -> Layout:
     """For documents that lie end to end, and so many key heads.
 
@@ -203,7 +222,7 @@ def _probabilities(query_BSD: Tensor, key_BTD: Tensor, block: _Block, repeat: in
     return torch.softmax(scores_BSK, -1, out=scores_BSK)
 
 
-@lru_cache(maxsize=512)
+@_table(512)
 def _later(count: int, repeat: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[count * repeat, count]: -inf where the key comes after the query, else 0; each query is `repeat` rows.
 
@@ -216,7 +235,7 @@ def _later(count: int, repeat: int, dtype: torch.dtype, device: torch.device) ->
     return _masked(torch.ones(count, count, dtype=torch.bool).triu(1), repeat, dtype, device)
 
 
-@lru_cache(maxsize=512)
+@_table(512)
 def _too_far(count: int, ahead: int, repeat: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same for the first keys of a block, where the first query has left `ahead` + 1 of them behind its window.
 

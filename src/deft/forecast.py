@@ -1,0 +1,420 @@
+"""Peak memory and time of an optimizer step, before weights are loaded: the code that will run, on tensors that hold
+nothing. torch computes their shapes, and each tensor's birth and death is counted, each operation's work priced.
+
+So there is no formula for any architecture, and what changes in the model, the loss or the attention is followed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, PreTrainedConfig
+
+from deft import hardware
+from deft.errors import MemoryShort
+from deft.hardware import Machine
+from deft.loader import Loader
+from deft.model import attention, faster, towers
+from deft.model.checkpointing import Checkpointing
+from deft.model.learner import Learner, Mode
+from deft.model.load import Base
+from deft.model.selftest import unpackable
+from deft.optim.adamw import AdamW
+from deft.plan.packs import pack
+from deft.rates import Rates
+from deft.training.step import nll_sum
+from deft.types import Batch
+
+PROCESS = 2**30
+"""What Python, torch and the plan may take besides, where it is asked whether a run fits."""
+HEAP = 1.06
+"""On CPUs: resident memory per byte of live tensors. Freed pieces below 32 MiB stay with the allocator."""
+LEAST_TOKENS = 1024
+"""Below so many tokens matrix products slow down."""
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+"""From fast to thrifty."""
+LOOKED_AT_STEPS = 256
+"""The largest micro-batch is sought among those of so many steps, evenly spread over the plan."""
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
+
+Product = tuple[str, str, int]
+"""Kind (gemm, batched or attention), precision, and the width of a gemm's weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One micro-batch, forward and backward, on tensors that hold nothing.
+
+    state_bytes  weights and what the optimizer keeps of them
+    peak_bytes   the most that is alive at once, state included, gradients of earlier micro-batches as well
+    end_bytes    what is alive after it: state and gradients
+    products     FLOP of matrix products
+    moved        bytes that all other operations read and write
+    exponents    elements of softmaxes
+    operations   how many there are, views left out
+    """
+
+    parameters: int
+    tokens: int
+    state_bytes: int
+    peak_bytes: int
+    end_bytes: int
+    products: Mapping[Product, float]
+    moved: float
+    exponents: float
+    operations: int
+
+    def seconds(self, rates: Rates) -> float:
+        """The time of this micro-batch, without the update."""
+        products = sum(work / _rate(product, rates) for product, work in self.products.items())
+        others = self.moved / rates.moved + self.exponents / rates.exponents
+        return products + others + self.operations / rates.operations
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A run in numbers. peak_bytes and state_bytes are beside what the process has taken before it loads a model.
+
+    Speed and time are None where this machine's rates are not known.
+    """
+
+    state_bytes: int
+    peak_bytes: int
+    memory_bytes: int
+    checkpointing: Checkpointing
+    tokens_per_second: float | None
+    seconds: float | None
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether memory suffices even if the forecast is far off."""
+        return 2 * self.peak_bytes <= self.memory_bytes
+
+    def __str__(self) -> str:
+        """
+        >>> str(Forecast(2**30, 3 * 2**30, 16 * 2**30, "none", 1234.5, 7200.0))
+        'at most 3.0 of 16.0 GiB, 1.0 for weights and optimizer; about 1,230 tokens/s, 2.0 hours in all'
+        """
+        peak, memory, state = (size / 2**30 for size in (self.peak_bytes, self.memory_bytes, self.state_bytes))
+        text = f"at most {peak:.1f} of {memory:.1f} GiB, {state:.1f} for weights and optimizer"
+        if self.checkpointing != "none":
+            text += f", {self.checkpointing} checkpointing"
+        if self.tokens_per_second is None or self.seconds is None:
+            return text
+        speed = float(f"{self.tokens_per_second:.3g}")
+        return f"{text}; about {speed:,.0f} tokens/s, {_duration(self.seconds)} in all"
+
+
+def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | None:
+    """What the largest micro-batch tells of the whole plan; None where it could not be traced."""
+    traced, planned = fit.traced, fit.planned
+    if traced is None:
+        return None
+    heap = HEAP if device.type == "cpu" else 1.0
+    speed = seconds = None
+    if rates is not None:
+        tokens = _planned_tokens(planned)
+        seconds = tokens / traced.tokens * traced.seconds(rates) + planned.steps * traced.parameters / rates.updated
+        speed = tokens / seconds
+    return Forecast(
+        state_bytes=round(heap * traced.state_bytes),
+        peak_bytes=round(heap * traced.peak_bytes),
+        memory_bytes=hardware.memory_bytes(device),
+        checkpointing=fit.checkpointing,
+        tokens_per_second=speed,
+        seconds=seconds,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(59), _duration(900), _duration(90_000)
+    ('59 seconds', '15 minutes', '25.0 hours')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A plan whose micro-batches fit in memory, what layers keep for their backward pass, and what that takes.
+
+    traced is None where the architecture cannot be run without values, as it routes tokens by them.
+    """
+
+    planned: Loader
+    checkpointing: Checkpointing
+    traced: Trace | None
+
+
+def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, is_auto: bool) -> Fit:
+    """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
+
+    Smaller micro-batches cost less than computing twice, until they are below LEAST_TOKENS. Decided by shapes and the
+    memory that is built in, not by what is free, so that it is the same each time. Raises MemoryShort where not even
+    the longest document alone fits.
+    """
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    memory = hardware.memory_bytes(machine.device)
+    for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
+        batch, is_alone = largest(plan)
+        fit = Fit(plan, mode, _attempt(config, batch, loss, machine, is_alone, mode))
+        if fit.traced is None or fit.traced.peak_bytes + PROCESS <= memory:
+            return fit
+    if is_auto and fit.traced:
+        raise MemoryShort(_too_large(fit.traced, memory))
+    return fit
+
+
+def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
+    """From fast to thrifty. Only the last may cut micro-batches down to the longest document."""
+    for mode in CHECKPOINTING:
+        for plan in _halved(planned, LEAST_TOKENS if mode != CHECKPOINTING[-1] else 1):
+            yield plan, mode
+
+
+def _halved(planned: Loader, least: int) -> Iterator[Loader]:
+    """Plans with ever smaller micro-batches, the first as it is, down to `least` tokens or the longest document."""
+    yield planned
+    longest = max(largest(planned)[0].documents)
+    while planned.microbatch_tokens // 2 >= max(least, longest):
+        planned = replace(planned, microbatch_tokens=planned.microbatch_tokens // 2)
+        yield planned
+
+
+def _too_large(traced: Trace, memory: int) -> str:
+    needed, there, state = (f"{size / 2**30:.1f} GiB" for size in (traced.peak_bytes, memory, traced.state_bytes))
+    return (
+        f"out of memory: a step needs about {needed} of this machine's {there}, {state} of them for weights and "
+        "optimizer; take a smaller model, or a smaller max_length"
+    )
+
+
+def largest(planned: Loader) -> tuple[Batch, bool]:
+    """The micro-batch with the most tokens, and whether every step that was looked at has only one."""
+    stride = max(1, planned.steps // LOOKED_AT_STEPS)
+    best, most, is_alone = (0, 0), 0, True
+    for step in range(0, planned.steps, stride):
+        lengths = [len(part.tokens) for example in planned.members(step) for part in example]
+        packs = pack(lengths, planned.microbatch_tokens)
+        sizes = [sum(lengths[index] for index in members) for members in packs]
+        is_alone &= len(packs) == 1
+        if max(sizes) > most:
+            most, best = max(sizes), (step, sizes.index(max(sizes)))
+    step, index = best
+    return planned.step(step).batches[index], is_alone
+
+
+def _planned_tokens(planned: Loader) -> int:
+    """Of all steps, as far as `largest` looks."""
+    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    seen = sum(len(part.tokens) for step in steps for example in planned.members(step) for part in example)
+    return round(seen * planned.steps / len(steps))
+
+
+def _attempt(
+    config: PreTrainedConfig, batch: Batch, loss: ModuleType, machine: Machine, is_alone: bool, mode: Checkpointing
+) -> Trace | None:
+    """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
+    try:
+        return trace(config, batch, loss, machine, is_alone, mode)
+    except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
+        return None
+
+
+def trace(
+    config: PreTrainedConfig,
+    batch: Batch,
+    loss: ModuleType,
+    machine: Machine,
+    is_alone: bool,
+    checkpointing: Checkpointing = "none",
+) -> Trace:
+    """What training a model of this configuration on this micro-batch takes.
+
+    is_alone  whether the step has no other micro-batch, so that no gradients are summed
+
+    Where all layers are alike, one and two of them tell of any number: every figure grows by the same with each.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= 3 or not _are_alike(config):
+        return _trace(config, batch, loss, machine, is_alone, checkpointing)
+    shallow = (_of_depth(config, depth) for depth in (1, 2))
+    one, two = (_trace(each, batch, loss, machine, is_alone, checkpointing) for each in shallow)
+    return _extended(one, two, layers)
+
+
+def _are_alike(config: PreTrainedConfig) -> bool:
+    """Whether nothing in a configuration differs from layer to layer."""
+    text = config.get_text_config()
+    return not towers.has_towers(config) and all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+
+
+def _by_layer(text: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What a configuration says of each layer."""
+    values = vars(text).items()
+    return {name: list(each) for name, each in values if isinstance(each, list) and len(each) == text.num_hidden_layers}
+
+
+def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    values = {name: each[:depth] for name, each in _by_layer(config).items()}
+    shallow = deepcopy(config)
+    for name, value in {**values, "num_hidden_layers": depth}.items():
+        setattr(shallow, name, value)
+    return shallow
+
+
+def _extended(one: Trace, two: Trace, layers: int) -> Trace:
+    """From one layer and two to many. Backward frees activations and makes gradients: the most is alive at its
+    beginning or at its end, whichever grows faster."""
+
+    def many(first: float, second: float) -> float:
+        return first + (layers - 1) * (second - first)
+
+    growth = max(two.peak_bytes - one.peak_bytes, two.end_bytes - one.end_bytes)
+    return Trace(
+        parameters=round(many(one.parameters, two.parameters)),
+        tokens=one.tokens,
+        state_bytes=round(many(one.state_bytes, two.state_bytes)),
+        peak_bytes=one.peak_bytes + (layers - 1) * growth,
+        end_bytes=round(many(one.end_bytes, two.end_bytes)),
+        products={key: many(one.products.get(key, 0.0), work) for key, work in two.products.items()},
+        moved=many(one.moved, two.moved),
+        exponents=many(one.exponents, two.exponents),
+        operations=round(many(one.operations, two.operations)),
+    )
+
+
+def _trace(
+    config: PreTrainedConfig,
+    batch: Batch,
+    loss: ModuleType,
+    machine: Machine,
+    is_alone: bool,
+    checkpointing: Checkpointing,
+) -> Trace:
+    with torch.device("meta"):
+        model = towers.auto_class(config).from_config(
+            config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
+        )
+    device = machine.device
+    mode: Mode = "alone" if unpackable(model) else "packed"
+    if mode == "packed":
+        model.set_attn_implementation(attention.NAME)
+        faster.install(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Watch() as watch:
+        model.to_empty(device=device)
+        model.tie_weights()
+        for parameter in model.parameters():
+            watch.see(parameter)
+        towers.freeze_towers(model)
+        model.train()
+        optimizer = AdamW(towers.trained_parameters(model), dtype=machine.dtype, lr=1.0)
+        state_bytes = watch.alive
+        if not is_alone:
+            for parameter in optimizer.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.collect()
+        watch.forget()
+        learner = Learner(model, mode, checkpointing=checkpointing)
+        nll_sum(learner, _on(batch, fakes, device), loss).backward()
+    return Trace(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tokens=len(batch.tokens),
+        state_bytes=state_bytes,
+        peak_bytes=watch.peak,
+        end_bytes=watch.alive,
+        products=dict(watch.products),
+        moved=watch.moved,
+        exponents=watch.exponents,
+        operations=watch.operations,
+    )
+
+
+def _on(batch: Batch, fakes: FakeTensorMode, device: torch.device) -> Batch:
+    names = ("tokens", "positions", "rows", "targets", "weights")
+    moved: dict[str, Any] = {name: fakes.from_tensor(getattr(batch, name)).to(device) for name in names}
+    return replace(batch, **moved)
+
+
+def _rate(product: Product, rates: Rates) -> float:
+    kind, precision, width = product
+    if kind == "gemm":
+        return rates.product(precision, width)
+    return (rates.batched if kind == "batched" else rates.attention)[precision]
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the work of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """The work so far does not count."""
+        self.products: defaultdict[Product, float] = defaultdict(float)
+        self.moved = self.exponents = 0.0
+        self.operations = 0
+
+    def see(self, tensor: Tensor) -> bool:
+        """Counts a tensor's memory, if it is new; whether it is."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return False
+        self._sizes[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, key)
+        return True
+
+    def _gone(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        are_new = [self.see(each) for each in outs]
+        if outs and (any(are_new) or function._schema.is_mutable):
+            self._price(function, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], outs)
+        return out
+
+    def _price(self, function: Any, inputs: list[Tensor], outs: list[Tensor]) -> None:
+        name = function._schema.name.removeprefix("aten::")
+        if name.startswith(("empty", "new_empty")):
+            return
+        self.operations += 1
+        if "scaled_dot_product" in name:
+            query = next(each for each in inputs if each.dim() == 4)
+            n, heads, length, size = query.shape
+            products = 5 if "backward" in name else 2
+            self.products["attention", PRECISIONS[query.dtype], 0] += products * n * heads * length**2 * size
+        elif name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            left, right = inputs[-2:] if "add" in name else inputs[:2]
+            kind = "batched" if "bmm" in name else "gemm"
+            work = 2.0 * left.numel() * right.shape[-1]
+            self.products[kind, PRECISIONS[left.dtype], 0 if kind == "batched" else _width(left, right)] += work
+        else:
+            self.moved += sum(each.numel() * each.element_size() for each in [*inputs, *outs])
+            self.exponents += outs[0].numel() if "softmax" in name or name in ("exp", "exp_") else 0
+
+
+def _width(left: Tensor, right: Tensor) -> int:
+    """Of a product [a, b] @ [b, c] the geometric mean of the smaller two sides."""
+    _, middle, least = sorted((left.shape[0], left.shape[1], right.shape[1]), reverse=True)
+    return round((middle * least) ** 0.5)

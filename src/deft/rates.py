@@ -1,0 +1,211 @@
+"""How fast this machine multiplies and moves: measured by `deft doctor`, kept in the cache folder.
+
+They serve predictions only. Which way something is computed is never decided by a timing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from deft import cache, files
+from deft.errors import DiskError
+
+ROWS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
+WIDTHS = {"cpu": (128, 256, 512, 1024), "mps": (512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}
+"""Matrix products are measured on so many rows, with square weights of these widths."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """All per second. machine says what they hold for.
+
+    gemm        precision -> width -> FLOP of products in the three layouts of training
+    batched     precision -> FLOP of many small products, as in attention on short documents
+    attention   precision -> FLOP of scaled_dot_product_attention, counting the causal half
+    moved       bytes read and written by elementwise operations on a layer's activations
+    exponents   elements of a softmax
+    operations  of no work, one after another
+    updated     parameters by AdamW
+    """
+
+    machine: str
+    gemm: Mapping[str, Mapping[str, float]]
+    batched: Mapping[str, float]
+    attention: Mapping[str, float]
+    moved: float
+    exponents: float
+    operations: float
+    updated: float
+
+    def product(self, precision: str, width: float) -> float:
+        """FLOP/s of matrix products with weights of this width, between the widths that were measured.
+
+        >>> rates = Rates("", {"fp32": {"256": 1e9, "1024": 3e9}}, {}, {}, 1, 1, 1, 1)
+        >>> rates.product("fp32", 100) / 1e9, rates.product("fp32", 512) / 1e9
+        (1.0, 2.0)
+        """
+        known = sorted((math.log(int(each)), rate) for each, rate in self.gemm[precision].items())
+        widths, rates = zip(*known, strict=True)
+        return float(np.interp(math.log(width), widths, rates))
+
+
+def machine(device: torch.device) -> str:
+    """What rates depend on: the device, the threads and torch's version."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {version('torch')}"
+
+
+def path(device: torch.device) -> Path:
+    """Where they are kept."""
+    return cache.root() / f"rates-{device.type}.json"
+
+
+def saved(device: torch.device) -> Rates | None:
+    """What was measured earlier on this very machine, or nothing."""
+    try:
+        found = Rates(**json.loads(path(device).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.machine == machine(device) else None
+
+
+def keep(rates: Rates, device: torch.device) -> Path:
+    """DiskError where the cache folder cannot be written to."""
+    place = path(device)
+    files.make_folder(place.parent)
+    files.write_json(place, asdict(rates))
+    return place
+
+
+def kept(device: torch.device) -> Rates:
+    """What was measured earlier, or now, in about two seconds; then it is kept, if it can be."""
+    found = saved(device)
+    if found is None:
+        found = measure(device)
+        with suppress(DiskError):
+            keep(found, device)
+    return found
+
+
+def measure(device: torch.device, seconds: float = 0.1) -> Rates:
+    """Takes about ten times `seconds`, and more on slow machines: everything is done three times at least."""
+    return Rates(
+        machine=machine(device),
+        gemm={name: _gemm(dtype, device, seconds) for name, dtype in DTYPES.items()},
+        batched={name: _batched(dtype, device, seconds) for name, dtype in DTYPES.items()},
+        attention={name: _attention(dtype, device, seconds) for name, dtype in DTYPES.items()},
+        moved=_moved(device, seconds),
+        exponents=_exponents(device, seconds),
+        operations=_operations(device, seconds),
+        updated=_updated(device, seconds),
+    )
+
+
+def _gemm(dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, float]:
+    widths = WIDTHS[device.type]
+    return {str(width): _three_layouts(width, dtype, device, seconds / len(widths)) for width in widths}
+
+
+def _three_layouts(width: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOP/s of x W^T, dy W and dy^T x together."""
+    rows = ROWS[device.type]
+    x, dy = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(width, width, device=device).to(dtype)
+
+    def products() -> None:
+        x @ weight.T
+        dy @ weight
+        dy.T @ x
+
+    return 6.0 * rows * width**2 / _seconds(products, device, seconds)
+
+
+def _batched(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    count, length, size = 32, 128, 64
+    query, key = (torch.randn(count, length, size, device=device).to(dtype) for _ in range(2))
+    work = 2.0 * count * length * length * size
+    return work / _seconds(lambda: query @ key.transpose(1, 2), device, seconds)
+
+
+def _attention(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """Forward and backward: 2 products and 5."""
+    heads, length, size = 8, 512, 64
+    query, key, value = (
+        torch.randn(1, heads, length, size, device=device).to(dtype).requires_grad_() for _ in range(3)
+    )
+    gradient = torch.ones_like(query)
+
+    def both() -> None:
+        functional.scaled_dot_product_attention(query, key, value, is_causal=True).backward(gradient)
+
+    return 7.0 * heads * length * length * size / _seconds(both, device, seconds)
+
+
+def _moved(device: torch.device, seconds: float) -> float:
+    x = torch.randn(ROWS[device.type], 1024, device=device).to(torch.bfloat16)
+    gate = torch.randn_like(x)
+
+    def elementwise() -> None:
+        y = x.float()
+        y * y
+        functional.silu(gate) * x
+
+    elements = x.numel()
+    moved = elements * ((2 + 4) + (4 + 4 + 4) + (2 + 2) + (2 + 2 + 2))
+    return moved / _seconds(elementwise, device, seconds)
+
+
+def _exponents(device: torch.device, seconds: float) -> float:
+    x = torch.randn(ROWS[device.type], 512, device=device)
+    return x.numel() / _seconds(lambda: x.softmax(-1), device, seconds)
+
+
+def _operations(device: torch.device, seconds: float) -> float:
+    x = torch.zeros(1, device=device)
+    return 1.0 / _seconds(lambda: x + x, device, seconds / 2)
+
+
+def _updated(device: torch.device, seconds: float) -> float:
+    from deft.optim.adamw import AdamW
+
+    weight = torch.nn.Parameter(torch.randn(2048, 2048, device=device))
+    adamw = AdamW([("weight", weight)], dtype=torch.bfloat16, lr=1e-6)
+
+    def update() -> None:
+        weight.grad = torch.ones_like(weight)
+        adamw.norm()
+        adamw.step(1.0)
+
+    return weight.numel() / _seconds(update, device, seconds)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """The median time of one call, after one that warms up."""
+    run()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

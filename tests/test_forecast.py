@@ -1,0 +1,282 @@
+"""Peak memory and time from shapes alone, micro-batches that fit, the rehearsal, and what is measured of a machine."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import write_llama
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deft import api, doctor, forecast, hardware, loader, rates, run
+from deft.errors import MemoryShort
+from deft.forecast import Forecast, trace
+from deft.hardware import Machine
+from deft.loader import Loader
+from deft.loss import nll
+from deft.model import attention, faster
+from deft.model.checkpointing import Checkpointing
+from deft.model.learner import Learner
+from deft.model.load import Base, inspect
+from deft.optim.adamw import AdamW
+from deft.plan.order import Batching
+from deft.rates import Rates
+from deft.training.rehearse import rehearse
+from deft.training.state import TrainState
+from deft.training.step import nll_sum
+from deft.types import Encoded, Origin
+
+CPU = torch.device("cpu")
+FP32 = Machine(CPU, torch.float32, 64)
+LLAMA = LlamaConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+RATES = Rates(
+    "here", {"fp32": {"64": 1e9}}, {"fp32": 1e9}, {"fp32": 1e9}, moved=1e9, exponents=1e9, operations=1e6, updated=1e6
+)
+
+
+def planned(lengths: list[int], budget: int, per_step: int = 4) -> Loader:
+    """Documents of these lengths, of which all but the first token are learnt."""
+    draw = np.random.default_rng(0)
+    examples = [
+        (Encoded(Origin("rows", i), draw.integers(0, 50, n).astype(np.int32), (np.arange(n) > 0).astype(np.float32)),)
+        for i, n in enumerate(lengths)
+    ]
+    return loader.make(examples, Batching(per_step), epochs=1, seed=0, microbatch_tokens=budget)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Base:
+    return inspect(str(write_llama(tmp_path / "model")))
+
+
+def state_of(base: Base) -> TrainState:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation=attention.NAME)
+    model.train()
+    return TrainState(Learner(model, "packed"), AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-3))
+
+
+# What a step takes
+
+
+@pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.dtype, mode: Checkpointing) -> None:
+    batch = planned([40, 30, 30, 20], budget=200).step(0).batches[0]
+    expected = trace(LLAMA, batch, nll, replace(FP32, dtype=dtype), True, mode)
+    model = AutoModelForCausalLM.from_config(LLAMA, dtype=dtype, attn_implementation=attention.NAME).train()
+    faster.install(model)
+    with forecast._Watch() as real:
+        for parameter in model.parameters():
+            real.see(parameter)
+        optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1.0)
+        state = real.alive
+        nll_sum(Learner(model, "packed", checkpointing=mode), batch, nll).backward()
+        assert all(parameter.grad is not None for parameter in optimizer.parameters.values())
+    assert expected.state_bytes == pytest.approx(state, rel=1e-3)
+    assert expected.peak_bytes == pytest.approx(real.peak, rel=0.02)
+
+
+def test_gradients_of_earlier_micro_batches_count() -> None:
+    batch = planned([40], budget=200).step(0).batches[0]
+    machine = replace(FP32, dtype=torch.bfloat16)
+    alone, summed = (trace(LLAMA, batch, nll, machine, is_alone=is_alone) for is_alone in (True, False))
+    assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("length", [30, 400])
+def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
+    batch = planned([length] * 3, budget=4000).step(0).batches[0]
+    deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
+    whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
+    found = {name: value for name, value in asdict(extended).items() if name != "products"}
+    assert found == pytest.approx({name: getattr(whole, name) for name in found}, rel=0.01)
+    assert dict(extended.products) == pytest.approx(dict(whole.products))
+
+
+def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(forecast, "_trace", lambda config, *rest: seen.append(config.num_hidden_layers))
+    mixed = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
+    mixed.layer_types = ["full_attention", "sliding_attention"] * 2
+    trace(mixed, planned([30], budget=64).step(0).batches[0], nll, FP32, True)
+    assert seen == [4]
+
+
+def test_matrix_products_are_those_of_the_definition() -> None:
+    batch = planned([120, 80], budget=200).step(0).batches[0]
+    traced = trace(LLAMA, batch, nll, FP32, is_alone=True)
+    body = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    products = sum(work for (kind, *_), work in traced.products.items() if kind == "gemm")
+    assert products == pytest.approx(6 * (body * len(batch.tokens) + 300 * 64 * len(batch.rows)), rel=0.01)
+    seconds = traced.seconds(RATES)
+    slower = traced.seconds(replace(RATES, gemm={"fp32": {"64": 0.5e9}}))
+    assert slower - seconds == pytest.approx(products / 1e9)
+
+
+def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def routed(*arguments: Any) -> torch.Tensor:
+        return torch.ones(3).nonzero().sum()
+
+    plan, loss = planned([10, 20], budget=64), SimpleNamespace(loss=routed)
+    found = forecast.fit(plan, base, loss, FP32, is_auto=True)  # type: ignore[arg-type]
+    assert (found.planned, found.checkpointing, found.traced) == (plan, "none", None)
+    assert forecast.forecast(found, CPU, RATES) is None
+
+
+def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
+    plan = planned([33] * 16, budget=64)
+    fit = forecast.fit(plan, base, nll, FP32, is_auto=False)
+    found, unknown = forecast.forecast(fit, CPU, RATES), forecast.forecast(fit, CPU, None)
+    traced = fit.traced
+    assert traced is not None
+    assert found is not None
+    assert found.seconds is not None
+    assert unknown is not None
+    updates = 4 * traced.parameters / 1e6
+    assert found.seconds == pytest.approx(updates + 16 * 33 / traced.tokens * traced.seconds(RATES))
+    assert found.tokens_per_second == pytest.approx(16 * 33 / found.seconds)
+    assert unknown.tokens_per_second is None
+
+
+# Micro-batches that fit
+
+
+def test_the_largest_micro_batch_is_the_fullest() -> None:
+    batch, is_alone = forecast.largest(planned([5, 6, 50, 7, 8, 9, 10, 11], budget=64))
+    assert (max(batch.documents), is_alone) == (49, False)
+    assert forecast.largest(planned([5, 6], budget=64))[1]
+
+
+def memory_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory_bytes", lambda device: forecast.PROCESS + size)
+
+
+def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 4, "vocab_size": 60, "layer_types": None})
+    config.save_pretrained(tmp_path)
+    base = inspect(str(tmp_path), needs_weights=False)
+    plan = planned([64] * 40, budget=2048, per_step=40)
+    peaks = {}
+    for tokens in (2048, 1024, 512):
+        batch, is_alone = forecast.largest(replace(plan, microbatch_tokens=tokens))
+        for mode in forecast.CHECKPOINTING:
+            peaks[tokens, mode] = trace(config, batch, nll, FP32, is_alone, mode).peak_bytes
+    assert peaks[2048, "none"] > peaks[1024, "none"] > peaks[1024, "selective"] > peaks[1024, "full"]
+    for way, peak in peaks.items():
+        if way in ((1024, "none"), (512, "full")):
+            memory_of(peak, monkeypatch)
+            found = forecast.fit(plan, base, nll, FP32, is_auto=True)
+            assert found.traced is not None
+            assert found.traced.peak_bytes <= peak
+            assert (found.planned.microbatch_tokens, found.checkpointing) == way
+
+
+def test_micro_batches_that_were_asked_for_stay(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned([32] * 16, budget=512, per_step=16)
+    memory_of(0, monkeypatch)
+    found = forecast.fit(plan, base, nll, FP32, is_auto=False)
+    assert (found.planned, found.checkpointing) == (plan, "full")
+
+
+def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_of(0, monkeypatch)
+    with pytest.raises(MemoryShort, match="smaller max_length") as error:
+        forecast.fit(planned([32] * 16, budget=512), base, nll, FP32, is_auto=True)
+    assert error.value.exit_code == 7
+
+
+# The rehearsal
+
+
+def test_the_rehearsal_changes_nothing(base: Base) -> None:
+    state = state_of(base)
+    before = {name: weight.clone() for name, weight in state.learner.model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    rehearse(state, planned([20, 30], budget=64).step(0).batches[0], nll)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in state.learner.model.state_dict().items())
+
+
+def test_a_rehearsal_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
+    def greedy(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return _Greedy.apply(hidden)
+
+    state, loss = state_of(base), SimpleNamespace(loss=greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        rehearse(state, planned([20, 30], budget=64).step(0).batches[0], loss)  # type: ignore[arg-type]
+    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
+
+
+class _Greedy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+
+def test_a_run_that_may_not_fit_is_rehearsed_and_says_what_would(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run, "rehearse", full)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('"one two three four"\n' * 8)
+    settings: dict[str, Any] = {"epochs": 1, "microbatch_tokens": 512, "device": "cpu"}
+    model = write_llama(tmp_path / "model")
+    api.train(model, rows, output=str(tmp_path / "safe"), **settings)
+    monkeypatch.setattr(Forecast, "is_safe", False)
+    with pytest.raises(MemoryShort, match="microbatch_tokens=256") as error:
+        api.train(model, rows, output=str(tmp_path / "unsafe"), **settings)
+    assert error.value.exit_code == 7
+
+
+def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
+    assert Forecast(0, 4, 8, "none", None, None).is_safe
+    assert not Forecast(0, 5, 8, "none", None, None).is_safe
+
+
+# What is measured
+
+
+def test_the_doctor_keeps_rates_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(rates, "measure", lambda device: replace(RATES, machine=rates.machine(device)))
+    console = Console(file=io.StringIO(), width=200)
+    found = doctor.run(console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "GFLOP/s" in said
+    assert "GiB free here" in said
+    device = hardware.device("auto")
+    assert asdict(rates.kept(device)) == asdict(found)
+    monkeypatch.setattr(rates, "machine", lambda device: "another")
+    assert rates.saved(device) is None
+
+
+def test_rates_are_measured() -> None:
+    found = rates.measure(CPU, seconds=0.0)
+    assert set(found.gemm) == set(found.batched) == set(found.attention) == {"bf16", "fp32"}
+    numbers = [found.moved, found.exponents, found.operations, found.updated, *found.gemm["fp32"].values()]
+    assert all(0 < number < 1e15 for number in numbers)
+
+
+def test_the_memory_is_what_the_process_may_use() -> None:
+    assert 2**28 < hardware.memory_bytes(CPU) < 2**50
