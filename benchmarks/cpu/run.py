@@ -122,7 +122,7 @@ class Failed(Exception):
 def start(command: Sequence[str], steps_file: Path, log: Path, threads: int) -> float:
     """Runs a command to its end; seconds from its start to the first line of `steps_file`. Raises Failed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path()}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": python_path()}
     began, first = time.perf_counter(), float("nan")
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -136,7 +136,7 @@ def start(command: Sequence[str], steps_file: Path, log: Path, threads: int) -> 
     return first
 
 
-def _python_path() -> str:
+def python_path() -> str:
     return os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 

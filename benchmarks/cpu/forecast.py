@@ -1,0 +1,142 @@
+"""What `deft check` foretells against what `deft train` then takes: peak memory and tokens per second.
+
+    python benchmarks/cpu/forecast.py [--only 40m] [--threads 2]
+
+Six configurations. For each, fresh processes one after another: `deft doctor`, `deft check --json`, `deft train`. Bytes
+are above those that a process has after its imports. Passes if all are within 15 %; writes
+benchmarks/results/forecast.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import exchange
+from common import machine, workloads
+from common.shapes import SHAPES
+from run import CORPUS, HERE, ROOT, SETTINGS, python_path
+
+RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
+LIMIT = 0.15
+STEPS, WARMUP = 4, 1
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    workload: str
+    precision: str
+    microbatch_tokens: int
+    examples_per_step: int
+
+
+CASES = (
+    Case("15m", "generated", "fp32", 2048, 16),
+    Case("15m", "uniform", "bf16", 4096, 8),
+    Case("40m", "generated", "bf16", 4096, 32),
+    Case("40m", "uniform", "fp32", 2048, 4),
+    Case("135m", "generated", "bf16", 2048, 8),
+    Case("0.5b", "generated", "bf16", 1024, 8),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Foretold and measured, and how far the one is from the other."""
+
+    case: Case
+    peak_mib: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        return tuple(told / seen - 1 for told, seen in (self.peak_mib, self.tokens_per_second))  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        (peak, seen_peak), (speed, seen_speed) = self.peak_mib, self.tokens_per_second
+        errors = self.errors
+        case = f"{self.case.model} {self.case.workload} {self.case.precision} {self.case.microbatch_tokens}"
+        return (
+            f"{case:28} peak {peak:7,.0f} MiB foretold, {seen_peak:7,.0f} measured ({errors[0]:+.0%})   "
+            f"{speed:7,.0f} tok/s foretold, {seen_speed:7,.0f} measured ({errors[1]:+.0%})"
+        )
+
+
+def run(case: Case, folder: Path, threads: int) -> Found:
+    shape = SHAPES[case.model]
+    rows = workloads.rows(case.workload, STEPS * case.examples_per_step, shape.vocabulary, CORPUS)
+    extra = {"microbatch_tokens": case.microbatch_tokens}
+    given = {**SETTINGS, "steps": STEPS, "examples_per_step": case.examples_per_step, "threads": threads, "deft": extra}
+    exchange.write(folder, shape, rows, given)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path(), "HF_HUB_OFFLINE": "1"}
+    environment |= {"DEFT_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+
+    def start(*command: str) -> None:
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stdout}{done.stderr}")
+
+    start("-m", "deft", "doctor")
+    settings = [
+        f"model={folder / 'model'}",
+        f"data.train={folder / 'train.jsonl'}",
+        "epochs=1",
+        f"steps={STEPS}",
+        f"batch.examples={case.examples_per_step}",
+        f"max_length={SETTINGS['max_length']}",
+        f"precision={case.precision}",
+        f"microbatch_tokens={case.microbatch_tokens}",
+        "device=cpu",
+    ]
+    start("-m", "deft", "check", *settings, "--json", str(folder / "check.json"))
+    told = json.loads((folder / "check.json").read_text(encoding="utf-8"))["expected"]
+    out = folder / "out"
+    out.mkdir()
+    start(str(HERE / "deft_side.py"), str(folder), case.precision, str(out))
+    memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
+    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    speed = median(step["tokens"] / step["seconds"] for step in steps[WARMUP:])
+    peak = memory["peak_bytes"] - memory["baseline_bytes"]
+    return Found(case, (told["peak_bytes"] / 2**20, peak / 2**20), (told["tokens_per_second"], speed))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", help="cases whose description holds this")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    machine.pin(options.threads)
+    found = []
+    for case in CASES:
+        if options.only and options.only not in str(case):
+            continue
+        with tempfile.TemporaryDirectory(prefix="deft-forecast-") as folder:
+            found.append(run(case, Path(folder), options.threads))
+        print(found[-1], flush=True)
+    worst = max(abs(error) for each in found for error in each.errors)
+    print(f"largest error {worst:.0%}, limit {LIMIT:.0%}")
+    if not options.only:
+        report: dict[str, Any] = {
+            "cases": [{**asdict(each), "errors": each.errors} for each in found],
+            "machine": machine.described(options.threads),
+            "versions": machine.versions("deft-sft", "torch", "transformers"),
+            "date": date.today().isoformat(),
+        }
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if worst <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
