@@ -73,7 +73,7 @@ def control() -> Result:
 
     with scene(CHATS) as folder:
         whole = _undisturbed(folder)
-        phases = ("a step", "saving", "encoding")
+        phases = ("a step", "encoding")
         return tally(_point(folder, whole, phase, (signal.SIGTERM,), deaf)[0] for phase in phases)
 
 

@@ -63,7 +63,7 @@ def _second(folder: Path, wait: float, before: Callable[[], object] = lambda: No
         first.kill(signal.SIGSTOP)
         found, began = _tree(folder / "run"), time.monotonic()
         try:
-            done = ended(folder, "train", *_long(folder), before=before, seconds=8)
+            done = ended(folder, "train", *_long(folder), before=before, seconds=6)
         except TimeoutError:
             return "not refused: it trained", ""
         seconds, after = time.monotonic() - began, _tree(folder / "run")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import deft
 from faults.harness import Result, Scale, tally
+from faults.scenes import CHATS, arguments, ended, scene
 
 TITLE = "hostile contents in 12 template families make no control token; clean rows as apply_chat_template has them"
 FIGURE = 12400
@@ -77,13 +78,22 @@ WORDS = " ".join(TEXT).split()
 def run(scale: Scale) -> Result:
     hostile, clean = scale.of(10, 200, 200), scale.of(25, 834, 834)
     points = [text for name in FAMILIES for text in _family_points(name, hostile, clean)]
-    return tally(points, '2 rows contain "<|im_end|>" as text')
+    return tally(points, _told())
 
 
 def control() -> Result:
     """The way of most trainers: the rendered text is encoded as a whole."""
     draw, tokenizer = random.Random(0), _tokenizer("chatml")
     return tally(_naive(tokenizer, _hostile(draw)) for _ in range(20))
+
+
+def _told() -> str:
+    """What `deft check` says of a row like these."""
+    row = {"messages": [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "No."}]}
+    with scene([*CHATS, row]) as folder:
+        done = ended(folder, "check", *arguments(folder))
+        line = next(line for line in done.output.splitlines() if "control token" in line)
+        return line.replace(f"{folder}/", "").strip()
 
 
 def _family_points(name: str, hostile: int, clean: int) -> list[str]:

@@ -20,7 +20,7 @@ TITLE = "hostile chat templates end with a message within 5 s and 512 MB"
 FIGURE = 30
 SECONDS, MIB = 6.0, 512.0
 """A render is stopped after 5 s; the rest is the way there."""
-ENDLESS = ("nested loops", "silent nested loops", "recursion in two directions")
+ENDLESS = ("nested loops", "silent nested loops")
 
 
 def run(scale: Scale) -> Result:

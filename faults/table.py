@@ -17,10 +17,10 @@ MARKS = re.compile(r"(<!-- faults -->\n).*?(<!-- /faults -->)", re.DOTALL)
 
 
 def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
-    """Puts outcomes into faults.json, in place of older ones of the same id; those of others, and of peers, stay."""
+    """Puts outcomes into faults.json, in place of earlier ones of the same id and scale; all others stay."""
     known, about = _known(path), about_the_machine()
     for outcome in outcomes:
-        known["faults"][outcome.id] = asdict(outcome) | {"measured": about}
+        known["faults"].setdefault(outcome.id, {})[outcome.scale] = asdict(outcome) | {"measured": about}
     known["faults"] = {fault: known["faults"][fault] for fault in ids() if fault in known["faults"]}
     _write(path, known)
 
@@ -49,20 +49,43 @@ def write_table(readme: Path = README, path: Path = RECORD) -> None:
 
 def rows(known: dict[str, Any]) -> str:
     """The table in Markdown. A peer's cell stays empty where nothing was measured."""
+    return "\n".join([*_about(known), *_cells(known)])
+
+
+def _about(known: dict[str, Any]) -> list[str]:
+    """When, on what, and what the columns count."""
+    newest = max((_largest(scales)["measured"] for scales in known["faults"].values()), key=lambda about: about["date"])
+    lines = [
+        f"Points survived of those thrown. {newest['date']}, {newest['machine']}, torch {newest['versions']['torch']}."
+    ]
+    if known["peers"]:
+        versions = next(iter(known["peers"].values()))["measured"]["versions"]
+        lines += [
+            f"HF Trainer: transformers {versions['transformers']} with its defaults, resumed by `get_last_checkpoint`,",
+            "fewer points of the same kind (`faults/peers/trainer.py`).",
+        ]
+    return [*lines, ""]
+
+
+def _largest(scales: dict[str, Any]) -> dict[str, Any]:
+    """Of a fault's outcomes the one with the most points."""
+    return max(scales.values(), key=lambda entry: entry["result"]["points"])
+
+
+def _cells(known: dict[str, Any]) -> list[str]:
     lines = ["| fault | deft | control | HF Trainer | what you see |", "|---|---|---|---|---|"]
-    for fault, entry in known["faults"].items():
-        outcome = outcome_of({key: value for key, value in entry.items() if key != "measured"})
+    for fault, scales in known["faults"].items():
+        outcome = outcome_of({key: value for key, value in _largest(scales).items() if key != "measured"})
         peer = known["peers"].get(fault)
-        control = "red" if not outcome.control.is_green else "GREEN"
         cells = [
             f"{fault.upper()} {outcome.title}",
             f"{outcome.result.passed}/{outcome.result.points}",
-            control,
+            "GREEN" if outcome.control.is_green else "red",
             f"{peer['passed']}/{peer['points']}" if peer else "",
             f"`{_one_line(outcome.result.sees)}`" if outcome.result.sees else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
 def _one_line(text: str) -> str:

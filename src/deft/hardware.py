@@ -83,8 +83,7 @@ def within_memory(what: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not is_full:
+        if not is_out_of_memory(error):
             raise
         raise MemoryShort(f"out of memory: {what()}") from error
 
@@ -97,3 +96,8 @@ def memory_bytes(device: torch.device) -> int:
     with suppress(OSError, ValueError):
         return min(built_in, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return built_in
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python found the device's or the machine's memory full; on the CPU torch has no type for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

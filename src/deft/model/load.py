@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from deft import hardware
 from deft.errors import InputError, Problem
 from deft.model import towers, vetting
 
@@ -152,9 +153,11 @@ def _explained(path: str) -> Iterator[None]:
     """Whatever transformers objects to, as one line that says what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, InputError):
+    except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if hardware.is_out_of_memory(error):
+            raise
         raise _refusal(path, *_reason(str(error))) from error
 
 
