@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from deft import checkpoint, export, generate
 from deft import run as running
 from deft.model import load as models
 from deft.training import heldout, loop, step
-from faults.forking import Child, deft
+from faults.forking import Child, become, command, deft
 from faults.harness import Result, Scale, tally
 from faults.scenes import CHATS, arguments, ended, scene
 
@@ -57,6 +59,7 @@ def run(scale: Scale) -> Result:
         found = [_point(folder, whole, phase, (number,)) for phase, number in chosen]
         found += [_point(folder, whole, phase, _pair(pair)) for phase, pair in doubled[:: scale.of(12, 2, 1)]]
         found += [(_imports(folder, number, after), "") for number, after in _starts()[:: scale.of(4, 1, 1)]]
+        found += [(_hung_up(folder, whole), "")]
     sees = next((text for _, text in found if "SIGTERM: saved step" in text), "")
     return tally((failure for failure, _ in found), sees)
 
@@ -193,6 +196,26 @@ def _noted(take: Any, steps: Path, state: Any, work: Any, *given: Any, **more: A
 
 def _pair(name: str) -> tuple[int, ...]:
     return tuple(getattr(signal, f"SIG{each}") for each in name.split(", "))
+
+
+def _hung_up(folder: Path, whole: str) -> str:
+    """The terminal is closed in the middle of training: whoever prints to it afterwards would fail."""
+    place = folder / "terminal"
+    place.mkdir()
+    words, steps = _words(folder, output=place / "run"), place / "steps"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        become(lambda: (_watch(steps), command("train", *words)))
+    while not steps.exists() or len(steps.read_text().split()) < 5:
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    child = Child(pid, place / "log")
+    child.wait(SECONDS)
+    again = ended(folder, "train", *words, before=lambda: _watch(steps))
+    wrong = "" if child.code == 75 else f"exit code {child.code}"
+    wrong = wrong or _finished(place, again.code, again.output, whole, (signal.SIGHUP,), steps)
+    return f"terminal closed: {wrong}" if wrong else ""
 
 
 def _starts() -> list[tuple[int, float]]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 
 @dataclass
@@ -68,33 +69,29 @@ def fork(target: Callable[[], object], log: Path) -> Child:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _become(target, log)
+        become(lambda: (_log_to(log), target()))
     return Child(pid, log)
 
 
-def deft(*arguments: str, log: Path, before: Callable[[], object] = lambda: None) -> Child:
-    """`deft ARGUMENTS` in a child, as from the command line. `before` runs first in it: the place to plant a fault."""
+def deft(*words: str, log: Path, before: Callable[[], object] = lambda: None) -> Child:
+    """`deft WORDS` in a child, as from the command line. `before` runs first in it: the place to plant a fault."""
     import deft.run  # noqa: F401  imported before the fork, so that no child has to
 
-    def target() -> None:
-        from deft import cli
-
-        before()
-        sys.argv = ["deft", *arguments]
-        cli.main()
-
-    return fork(target, log)
+    return fork(lambda: (before(), command(*words)), log)
 
 
-def _become(target: Callable[[], object], log: Path) -> None:
+def command(*words: str) -> None:
+    """`deft WORDS` in this process."""
+    from deft import cli
+
+    sys.argv = ["deft", *words]
+    cli.main()
+
+
+def become(target: Callable[[], object]) -> NoReturn:
+    """This process, a fork, does `target` and ends with its exit code; after an exception with 1."""
     code = 1
     try:
-        os.setsid()
-        opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(opened, 1)
-        os.dup2(opened, 2)
-        os.chdir(log.parent)
-        os.environ["COLUMNS"] = "200"
         target()
         code = 0
     except SystemExit as error:
@@ -105,3 +102,12 @@ def _become(target: Callable[[], object], log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _log_to(log: Path) -> None:
+    os.setsid()
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    os.chdir(log.parent)
+    os.environ["COLUMNS"] = "200"
