@@ -17,7 +17,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -159,30 +158,39 @@ def resident(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
 
 
-def killed(path: Path, folder: Path, whole: float) -> dict[str, Any]:
-    """Builds that are killed at random moments, helpers and all left behind; then one that is not."""
-    draw, found = random.Random(0), []
-    cache = folder / "killed"
+def killed(path: Path, folder: Path) -> dict[str, Any]:
+    """Builds that are killed when random shares of the ids are written, beside one that was not."""
+    draw, found, cache, whole = random.Random(0), [], folder / "killed", folder / "some"
+    ids = max(each.stat().st_size for each in whole.glob("*/tokens.bin"))
     for _ in range(KILLS):
+        share, earlier = draw.uniform(0.0, 1.0), set(cache.glob(".*.deft-*"))
         child = start("prepare", path, cache, subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.2, 1.0) * whole)
+        while child.poll() is None and written(cache, earlier) < share * ids:
+            time.sleep(0.005)
         helpers = [pid for pid in tree(child.pid) if pid != child.pid]
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
         time.sleep(2.0)
-        found.append({"helpers": len(helpers), "alive_after_2_s": sum(resident(pid) > 0 for pid in helpers)})
+        alive = sum(resident(pid) > 0 for pid in helpers)
+        found.append({"share": share, "ended_by": child.wait(), "helpers": len(helpers), "alive_after_2_s": alive})
+    left_by_kills = [each.name for each in cache.iterdir() if each.name.startswith(".")]
     again = measured("prepare", path, cache)
-    reference = measured("prepare", path, folder / "some")
-    names = [{each.name: digest(each) for each in sorted(each.iterdir())} for each in folders(cache)]
-    others = [{each.name: digest(each) for each in sorted(each.iterdir())} for each in folders(folder / "some")]
+    names, others = (
+        {each.name: {file.name: digest(file) for file in sorted(each.iterdir())} for each in folders(root)}
+        for root in (cache, whole)
+    )
     left = [each.name for each in cache.iterdir() if each.name.startswith(".")]
     return {
         "kills": found,
+        "debris_after_kills_and_at_the_end": [len(left_by_kills), len(left)],
         "rows": again["rows"],
         "same_bytes": names == others,
-        "debris": left,
-        **{"of": reference["rows"]},
     }
+
+
+def written(cache: Path, earlier: set[Path]) -> int:
+    """The bytes of ids in a folder that is being written; `earlier` ones were left by others."""
+    found = [each for each in cache.glob(".*.deft-*/tokens.bin") if each.parent not in earlier]
+    return max((each.stat().st_size for each in found if each.exists()), default=-1)
 
 
 def folders(cache: Path) -> list[Path]:
@@ -221,9 +229,7 @@ def main() -> None:
         bad = write(folder / "bad.jsonl", given.rows, 98, '{"messages": [{"role": "asistant", "content": "Hi"}]}\n')
         figures["bad_row"] = measured("refuse", bad, folder / "bad")
         print("bad row", json.dumps(figures["bad_row"]), flush=True)
-        seconds = figures["some_first"]
-        whole = seconds["load_libraries_and_tokenizer"] + seconds["read"] + seconds["encode"]
-        figures["killed"] = killed(some, folder, whole)
+        figures["killed"] = killed(some, folder)
         print("killed", json.dumps(figures["killed"]), flush=True)
     finally:
         if given.folder is None:

@@ -112,6 +112,19 @@ def test_a_helping_process_ends_with_its_parent_and_with_no_signal_before() -> N
     assert child.wait(10) == 0
 
 
+def test_a_helping_process_whose_parent_is_killed_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    child = workers._start()
+    assert child.stdin is not None
+    assert child.stdout is not None
+    ask, answers = workers._connections(child)
+    assert workers._asked(child, ask, answers, (doubling, 5)) == (None, None)
+    for pipe in (answers, child.stdout):
+        pipe.close()
+    ask.send(4)
+    assert child.wait(10) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_items_are_taken_no_faster_than_they_are_done() -> None:
     taken: list[int] = []
 

@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -167,28 +168,32 @@ def _asked(
 
 
 def serve() -> None:
-    """The life of a helping process: the recipe, then items, until the pipe is closed."""
+    """The life of a helping process: the recipe, then items, until its parent closes the pipe, or is gone."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)  # what is to end with the run ends when its pipe does
     asked, answer = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # what anybody prints must not go between the answers
+    with suppress(EOFError, OSError):
+        _answer(asked, answer)
+
+
+def _answer(asked: Connection, answer: Connection) -> None:
     work: Callable[[Any], Any] | None = None
+    found: tuple[Any, DeftError | None]
     while True:
-        try:
-            item = asked.recv()
-        except EOFError:
-            return
+        item = asked.recv()
         try:
             if work is None:
                 make, recipe = item
                 work, result = make(recipe), None
             else:
                 result = work(item)
-            answer.send((result, None))
+            found = (result, None)
         except DeftError as error:
-            answer.send((None, error))
+            found = (None, error)
         except Exception:
-            answer.send((None, DeftError(f"deft has a bug:\n{traceback.format_exc()}")))
+            found = (None, DeftError(f"deft has a bug:\n{traceback.format_exc()}"))
+        answer.send(found)
 
 
 if __name__ == "__main__":
