@@ -1,0 +1,136 @@
+"""Where the time of a training step goes: the parts of deft's own step, beside the rate of this machine's products.
+
+    python benchmarks/time_split.py [40m] [--workload generated] [--tokens 2048] [--steps 8] [--threads 2] [--cpu-time]
+                                    [--vocabulary 64000] [--precision bf16] [--out FILE]
+
+Micro-batches of random weights' rows, one optimizer step each; the median of all but the first two counts. --cpu-time
+counts the seconds that the process computed and not those that it waited for busy neighbours: for one thread only.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine, workloads
+from common.shapes import SHAPES, Shape, flops
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deft import hardware, loader
+from deft.loss import nll
+from deft.model import selftest
+from deft.model.learner import Learner
+from deft.optim.adamw import AdamW, clip_scale
+from deft.plan.packs import pack
+from deft.types import Batch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PARTS = ("body_forward", "head", "body_backward", "optimizer")
+
+
+def micro_batches(shape: Shape, name: str, tokens: int, count: int) -> list[tuple[Batch, float]]:
+    """So many full packs of the workload, each with the arithmetic that it needs."""
+    corpus = os.environ.get("DEFT_CORPUS")
+    rows = workloads.rows(name, 64 * count, shape.vocabulary, Path(corpus) if corpus else None)
+    packs = [indices for indices in pack([row.size[0] for row in rows], tokens) if len(indices) > 1][:count]
+    batches = []
+    for indices in packs:
+        chosen = [rows[index] for index in indices]
+        documents = [(np.array(row.ids), (np.array(row.labels) >= 0).astype(np.float32)) for row in chosen]
+        batches.append((loader.build(documents), flops(shape, [row.size for row in chosen])))
+    return batches
+
+
+def step(learner: Learner, optimizer: AdamW, batch: Batch, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each part of one optimizer step."""
+    marks = [clock()]
+    optimizer.collect()
+    hidden = learner.hidden(batch)
+    marks.append(clock())
+    loss = nll.loss(hidden, learner.head, batch.targets, batch.weights)
+    marks.append(clock())
+    (loss / len(batch.rows)).backward()
+    marks.append(clock())
+    optimizer.step(1.0, clip_scale(optimizer.norm(), 1.0))
+    marks.append(clock())
+    return [after - before for before, after in pairwise(marks)]
+
+
+def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    dtype = DTYPES[options.precision]
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.cpu_time:
+        machine.time.perf_counter = time.process_time
+    torch.manual_seed(0)
+    before = machine.peak_bytes()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.config()), dtype=dtype)
+    learner, note = selftest.choose(model.eval())
+    optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-4)
+    rates, done = [machine.gemm_rate(shape, dtype)], []
+    for batch, needed in micro_batches(shape, options.workload, options.tokens, options.steps):
+        done.append((step(learner, optimizer, batch, clock), len(batch.tokens), len(batch.rows), needed))
+    peak = machine.peak_bytes()
+    rates.append(machine.gemm_rate(shape, dtype))
+    counted, rate = done[2:] or done[-1:], sum(rates) / 2
+    return {
+        "note": note,
+        "gemm_gflops": [round(each / 1e9) for each in rates],
+        "tokens_per_second": round(median(tokens / sum(parts) for parts, tokens, _, _ in counted)),
+        "share_of_gemm": round(median(needed / sum(parts) for parts, _, _, needed in counted) / rate, 3),
+        "seconds": {name: round(median(each[0][i] for each in counted), 4) for i, name in enumerate(PARTS)},
+        "step_tokens": [tokens for _, tokens, _, _ in done],
+        "step_targets": [targets for _, _, targets, _ in done],
+        "peak_mib": round(peak / 2**20),
+        "peak_before_mib": round(before / 2**20),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", nargs="?", default="40m", choices=SHAPES)
+    parser.add_argument("--workload", default="generated", choices=workloads.ABOUT)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, which is a step")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
+    parser.add_argument("--precision", default="bf16", choices=DTYPES)
+    parser.add_argument("--out", type=Path, help="a JSON file, which gets one more measurement")
+    options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time counts waiting threads as well: only with --threads 1")
+    hardware.use_huge_pages()
+    machine.pin(options.threads)
+    torch.set_num_threads(options.threads)
+    own = SHAPES[options.shape]
+    shape = own if options.vocabulary is None else replace(own, vocabulary=options.vocabulary)
+    asked = {name: value for name, value in vars(options).items() if name != "out"}
+    found = {
+        "date": date.today().isoformat(),
+        "asked": asked,
+        **measure(shape, options),
+        "machine": machine.described(options.threads),
+        "versions": machine.versions("torch", "transformers"),
+    }
+    print(json.dumps(found, indent=1))
+    if options.out:
+        earlier = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+        options.out.write_text(json.dumps([*earlier, found], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
