@@ -66,8 +66,9 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
 
 
 def folder(base: Base) -> Path:
-    """Where its files lie on this machine."""
-    found = cached_file(base.path, "config.json")
+    """Where its files lie on this machine. Raises InputError where they have gone since."""
+    with _explained(base.path):
+        found = cached_file(base.path, "config.json")
     assert found is not None, base.path
     return Path(found).parent
 
