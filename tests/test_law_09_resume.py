@@ -17,6 +17,8 @@ from tiny_tokenizers import CHATML
 
 from deft import checkpoint, config, run
 from deft.checkpoint import Checkpoint
+from deft.errors import InputError
+from deft.logs import jsonl
 from deft.run import Caller
 
 ROWS = [
@@ -200,3 +202,54 @@ def test_a_checkpoint_survives_writing_and_reading(tmp_path: Path, monkeypatch: 
         assert back.reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
     assert len(list((tmp_path / "step-000003").glob("model-*.safetensors"))) > 1
     assert found.files == len(list((tmp_path / "step-000003").iterdir()))
+
+
+def test_a_step_that_is_named_is_gone_on_from_and_newer_ones_are_set_aside(folder: Path) -> None:
+    train(folder, "whole")
+    train(folder, "cut", stop=7, checkpoint__keep=3)
+    said = train(folder, "cut", resume="step-000002", checkpoint__keep=3)
+    assert "resumed step 2 of 10" in said
+    assert "step-000006 is set aside as step-000006.aside" in said
+    assert differences(folder, "whole", "cut") == []
+    names = {path.name for path in (folder / "cut" / "checkpoints").iterdir()}
+    assert {"step-000004.aside", "step-000006.aside", "step-000010"} <= names
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("never", "the output folder is not empty"),
+        ("step-000003", "there is no step-000003 in .*; there is step-000002"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_refused(resume: str, message: str, folder: Path) -> None:
+    train(folder, "cut", stop=3)
+    with pytest.raises(InputError, match=message):
+        train(folder, "cut", resume=resume)
+
+
+def test_fewer_epochs_than_are_done_are_refused(folder: Path) -> None:
+    train(folder, "cut", stop=7)
+    with pytest.raises(InputError, match="epochs: they would end before step 6"):
+        train(folder, "cut", epochs=1)
+    assert "resumed step 6 of 6" in train(folder, "cut", steps=6)
+
+
+def test_the_best_and_regular_checkpoints_stay(folder: Path) -> None:
+    train(folder, "cut", checkpoint__keep=1, checkpoint__keep_best=1, checkpoint__keep_every=4, optimizer__lr=0.3)
+    losses = {line["step"]: line["loss"] for line in lines(folder / "cut" / "eval.jsonl")}
+    best = min((step for step in losses if step % 2 == 0 and step), key=lambda step: losses[step])
+    stay = {*checkpoint.steps(folder / "cut" / "checkpoints")}
+    assert stay == {best, 4, 8, 10}
+
+
+def test_the_best_is_not_kept_where_nothing_tells_it(folder: Path) -> None:
+    with pytest.raises(InputError, match="keep_best: the best is found by held-out loss"):
+        train(folder, "cut", checkpoint__keep_best=1, data__eval=0.0)
+
+
+def test_a_log_that_lost_its_end_is_cut_to_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert jsonl.cut(path, 2) == [{"step": 1}, {"step": 2}]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -510,6 +510,10 @@ def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> No
     if not data.train:
         lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
         raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+    if config.checkpoint.keep_best and not data.held_out:
+        raise InputError(
+            "checkpoint.keep_best: the best is found by held-out loss, and no row is held out; set data.eval"
+        )
     if len(checked.tokenizer.hf) > checked.base.vocab_size:
         _stop_if_unknown_to_the_model(checked, data)
 
