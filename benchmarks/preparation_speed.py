@@ -104,6 +104,7 @@ def deft_arm(folder: Path) -> Figures:
     """Two processes, each with its file."""
     import multiprocessing
 
+    from deft.data import shapes, sources  # noqa: F401  as the other arms do, it imports before the clock runs
     from deft.encoding.rows import RowEncoder
 
     encoder: RowEncoder = deft_encoder()
