@@ -63,6 +63,14 @@ HOSTILE = {
     "glm": "xinference/glm4-0414",
     "gpt-oss": "llama.cpp/openai-gpt-oss-120b",
 }
+WHY_IDS_DIFFERED = (
+    "deft's ids are those of apply_chat_template for all three families. What differs in every row is the rendered"
+    " text put through the tokenizer again, where the tokenizer itself begins a text with BOS: a second BOS. gpt-oss"
+    " puts none; there the last mark differs: <|return|> after the last answer, <|end|> in history, so a chat of several"
+    " answers is split and each part ends as the template ends it. gpt2's tokenizer (Llama 3.2) takes the two line breaks"
+    " after the header as one token at inference and as two before a word: cut at the edge by law 2, and counted."
+    " The three families' own tokenizers are not in the corpus, so which of this the prototype met is inferred."
+)
 UNEXPLAINED = {
     "Llama 3.2": ("vllm/tool_chat_template_llama3.2_json", "<|eot_id|>"),
     "Mistral v7": ("axolotl/mistral_v7_tekken", "</s>"),
@@ -82,6 +90,7 @@ class Found:
     broken: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    unjust: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -89,7 +98,7 @@ class Found:
 
     def as_json(self) -> dict[str, Any]:
         shown = {"plain": self.plain, "all": self.counts, "reasons": self.reasons, "notes": self.notes, "ids": self.ids}
-        return {"verdict": self.verdict, **shown, "wrong": self.wrong[:3]}
+        return {"verdict": self.verdict, **shown, "wrong": self.wrong[:3], "unjust": self.unjust}
 
 
 def look(encoder: RowEncoder, judge: Judge, rows: Mapping[str, Sequence[Conversation]]) -> Found:
@@ -112,7 +121,11 @@ def _count(found: Found, row: EncodedRow, judge: Judge) -> None:
     found.counts[kind] += 1
     found.plain[kind] += cases.is_plain(row.conversation)
     found.notes.update(row.notes)
-    found.wrong += [problem.rpartition("/")[2] for problem in cases.judged(row, judge)]
+    problems = [problem.rpartition("/")[2] for problem in cases.judged(row, judge)]
+    if row.fate == Fate.TRAINED:
+        found.wrong += problems
+    else:
+        found.unjust += problems
     if kind == "proven":
         ids = cases.compare_ids(row, judge)
         found.ids[ids.skipped or ("equal" if ids.is_equal else "unequal")] += 1
@@ -242,6 +255,7 @@ def _summary(found: Sequence[Mapping[str, Any]], hostile: Sequence[Mapping[str, 
     verdicts = {name: Counter(each[name]["verdict"] for each in plain) for name in ("with marks", "without")}
     return {
         "wrong masks": sum(each["wrong_count"] for each in settings),
+        "refusals that the judge objects to": sum(len(each["unjust"]) for each in settings),
         "templates that render a plain chat": len(plain),
         "verdicts": verdicts,
         "trained by default, %": {
@@ -273,6 +287,7 @@ def _total(counters: Iterator[Mapping[str, int]]) -> Counter[str]:
 
 
 def _write(summary: Any, found: Sequence[Any], hostile: Sequence[Any], ids: Sequence[Any]) -> None:
+    summary = {**summary, "why ids differed": WHY_IDS_DIFFERED}
     lines = {"templates": found, "hostile": hostile, "ids of three families": ids}
     tables = [
         f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(each, ensure_ascii=False) for each in rows) + "\n]"

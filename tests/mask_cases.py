@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from mask_oracle import Call, Judge, Row, runs, shaped
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deft import dataset
-from deft.data import shapes
+from deft.data import shapes, sources
 from deft.data.choices import Choices
-from deft.dataset import Named
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.errors import DeftError
 from deft.render.chat import Rules
@@ -43,7 +43,7 @@ def chats(corpus: Path, limits: Mapping[str, int], limit: int) -> dict[str, list
     found = {}
     for path in sorted((corpus / "data").iterdir()):
         try:
-            known = shapes.understand(Named(str(path)).read(), path.name, "auto", Choices())
+            known = shapes.understand(sources.read(str(path)), path.name, "auto", Choices())
         except DeftError:
             continue
         rows = [each for each in known.conversations if each.kind == "chat"]
@@ -185,8 +185,11 @@ def compare_ids(row: EncodedRow, judge: Judge) -> Ids:
     whole, prompt = _applied(judge, source, end + 1, False), _applied(judge, source, end, True)
     if whole[1][: len(ids)] == ids and prompt[1] == ids[: len(prompt[1])]:
         return Ids("", True)
-    if not judge.comparable(whole[0]).startswith(judge.decoded(ids)):
+    said = judge.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not judge.comparable(whole[0]).startswith(judge.comparable(said)):
         return Ids("the stop mark is appended")
+    if not unicodedata.normalize("NFC", whole[0]).startswith(said):
+        return Ids("the template shows the time of day")
     if judge.tokenizer.convert_ids_to_tokens(ids[-1]) not in judge.special:
         return Ids("the stop mark is text, and would be one with what follows")
     return Ids("", False)

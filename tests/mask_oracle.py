@@ -301,9 +301,11 @@ class _Case:
         if words and LOOKS_LIKE_A_MARK.match(words[0]):
             opened = max((n for n in range(41) if prompt.endswith(words[0][:n])), default=0)
             words[0] = words[0][opened:]
-        for call in message.get("tool_calls") or ():
-            words.append(squeezed(call["function"]["name"]))
         lost = [word for word in words if word not in target]
+        for word in words:
+            target = target.replace(word, "\n", 1)  # a call that the reasoning talks about is not made by it
+        names = [squeezed(call["function"]["name"]) for call in message.get("tool_calls") or ()]
+        lost += [name for name in names if target.count(name) < names.count(name)]
         values = [value for call in message.get("tool_calls") or () for value in leaves(call["function"]["arguments"])]
         return lost + [value for value in values if not any(form in target for form in self._forms(value))]
 
