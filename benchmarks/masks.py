@@ -66,8 +66,8 @@ HOSTILE = {
 WHY_IDS_DIFFERED = (
     "deft's ids are those of apply_chat_template for all three families. What differs in every row is the rendered"
     " text put through the tokenizer again, where the tokenizer itself begins a text with BOS: a second BOS. gpt-oss"
-    " puts none; there the last mark differs: <|return|> after the last answer, <|end|> in history, so a chat of several"
-    " answers is split and each part ends as the template ends it. gpt2's tokenizer (Llama 3.2) takes the two line breaks"
+    " puts none; there the last mark differs: <|return|> after the last answer, <|end|> in history, so that a chat of"
+    " several answers is split. gpt2's tokenizer (Llama 3.2) takes the two line breaks"
     " after the header as one token at inference and as two before a word: cut at the edge by law 2, and counted."
     " The three families' own tokenizers are not in the corpus, so which of this the prototype met is inferred."
 )
