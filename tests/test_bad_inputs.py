@@ -115,7 +115,7 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
     rows = [row for case in CASES if case.file == "train.jsonl" for row in json_rows(case.content)]
     for number in range(MUTATIONS):
         row = changed(rows[number % len(rows)], draw)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             known = shapes.understand(sources.from_values([row]), "rows")
         except DeftError:
@@ -125,17 +125,17 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
             if not (conversation.tools or any(m.tool_calls or m.reasoning for m in conversation.messages)):
                 row_encoder.encode(conversation)
         outcomes["read" if known.conversations else "refused"] += 1
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
     assert set(outcomes) == {"read", "refused", "error"}, outcomes
 
 
 def outcome(path: str) -> str:
-    start, message = time.monotonic(), ""
+    start, message = time.process_time(), ""
     try:
         known = shapes.understand(sources.read(path), path)
     except DeftError as error:
         message = str(error)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     if message:
         assert path in message
         return "error"

@@ -98,19 +98,19 @@ from deft.errors import InputError
 from deft.render.template import Refusal, Template
 from deft.types import Message
 for name, source in json.load(sys.stdin).items():
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         text = Template(source, {}).render([Message("user", "Hi")])
         ended = f"refused: {text}" if not text else "rendered"
     except (Refusal, InputError) as error:
         ended = f"refused: {error}"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([name, ended, time.perf_counter() - began, grown / 1024]), flush=True)
+    print(json.dumps([name, ended, time.process_time() - began, grown / 1024]), flush=True)
 """
 
 
 def run(templates: dict[str, str]) -> dict[str, tuple[str, float, float]]:
-    """What became of each template in a process of its own: how it ended, seconds, MiB."""
+    """What became of each template in a process of its own: how it ended, seconds of computing, MiB."""
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         input=json.dumps(templates),
