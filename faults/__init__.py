@@ -7,3 +7,8 @@ Each fault is a module, named by its id:
     run(scale: Scale) -> Result     throws them
     control() -> Result             the same with the protection taken away, which must not pass
 """
+
+import os
+
+# Before torch is imported: fresh processes and forked ones then sum in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
