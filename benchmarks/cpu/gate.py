@@ -18,7 +18,7 @@ FLOOR = 1e-7
 @dataclass(frozen=True)
 class Gate:
     """fp32: relative error of the loss and of the worst tensor's gradient against Hugging Face in fp32. bf16: relative
-    error of the whole gradient against the oracle, the arm's and Hugging Face's own, the larger of eager and SDPA."""
+    error of the whole gradient against the oracle, the arm's and that of Hugging Face's own eager attention."""
 
     passed: bool
     why: str = ""

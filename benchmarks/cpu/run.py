@@ -51,7 +51,7 @@ PEER_ARMS = ("trl_default", "trl_grouped", "trl_packed", "hf_padded", "loop_pack
 BF16_ARMS = ("trl_default", "trl_grouped", "trl_packed")
 """Peers that compute in bf16 (fp32 weights under autocast, as TRL does it)."""
 
-HF_BF16 = ("hf_bf16", "hf_bf16_sdpa")
+HF_BF16 = ("hf_bf16",)
 
 
 @dataclass(frozen=True)
