@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import argparse
 import json
@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts waiting threads as well: only with --threads 1")
-    hardware.use_huge_pages()
+    hardware.keep_freed_memory()
     machine.pin(options.threads)
     torch.set_num_threads(options.threads)
     own = SHAPES[options.shape]

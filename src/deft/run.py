@@ -179,7 +179,7 @@ class Prepared:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
-    hardware.use_huge_pages()
+    hardware.keep_freed_memory()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:

@@ -1,14 +1,14 @@
 """Weighted negative log-likelihood, fast: head and loss in row chunks, gradients in the forward pass.
 
-Equal to `reference.py` (law 7), without a [K, V] tensor of all logits: each chunk of rows is projected, turned in place
+Equal to `reference.py` (law 7), without a [K, V] tensor of all logits: a block of rows is projected, turned in place
 into the gradient of its logits, a few rows at a time in fp32, and spent on the gradients of hidden states, weight and
 bias. Three matrix products in all, the least there is without keeping logits. The idea is Liger's fused linear
 cross-entropy (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py).
 
-The gradient of the weight is one product for a block of many chunks: a sum over blocks would be in fp32, which takes as
-much room as 2 * H more rows of the block. So a block has up to 3 * H + `_block_rows` rows, whatever the tokens.
+The gradient of the head's weight is summed over blocks in fp32, some columns at a time, so that no other tensor of its
+size is made.
 
-Shape suffixes: K targets, B rows of a block, C of a chunk, S of a slice in fp32, H hidden size, V vocabulary.
+Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from deft.types import Head
 
-BLOCK_ELEMENTS, BLOCK_ROWS = 2**25, 512
-"""The gradients of so many logits stand in one block of rows (64 MiB in bf16), and those of never fewer rows."""
+CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**25, 2**28, 512
+"""Logits of a block, 64 MiB and 512 MiB in bf16, and its least rows. Two cores of an AMD EPYC multiply 1,024 rows with
+a weight of 32,000 x 512 at 400 GFLOP/s, 256 rows at 380; more rows are no faster."""
 
-CPU_CHUNK, GPU_CHUNK = 256, 4096
-"""Rows of a product with the weight. On one core of an AMD EPYC, 32,000 x 512, torch 2.13: 205 GFLOP/s for 256 rows,
-183 for 1,300."""
+CPU_COLUMNS, GPU_COLUMNS = 2**12, 2**15
+"""Rows of the head's weight whose gradient is summed at a time: on CPUs a product of them stays in the cache."""
 
 CPU_SLICE, GPU_SLICE = 2**19, 2**26
 """Logits that are in fp32 at a time. On CPUs they stay in the cache: 256 rows of 32,000 take 7 ms in slices of 16 rows,
@@ -38,7 +38,7 @@ def loss(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) ->
 
     hidden_KH float [K, H], targets_K int64 [K], weights_K float [K]. K = 0 gives 0, with gradients of zero.
     Matrix products are in the dtype of hidden_KH, softmax in fp32. Gradients come in the dtype of each parameter, and
-    only for what requires one; targets_K and weights_K get none. Differentiable once.
+    only for what requires one; targets_K and weights_K get none. Differentiable once, in one backward pass.
     """
     return _apply(hidden_KH, head, targets_K, weights_K, None)
 
@@ -82,25 +82,22 @@ class _HeadLoss(torch.autograd.Function):
         weight = weight_VH.to(hidden_KH.dtype)
         bias = None if bias_V is None else bias_V.to(hidden_KH.dtype)
         total = hidden_KH.new_zeros((), dtype=wide)
+        blocks = _blocks(len(hidden_KH), len(weight), hidden_KH.device)
         d_hidden = torch.empty_like(hidden_KH) if is_needed[0] else None
-        d_weight = d_bias = None
-        blocks = _slices(len(hidden_KH), _block_rows(len(hidden_KH), hidden_KH.shape[1], len(weight)))
-        sum_dtype = wide if len(blocks) > 1 else hidden_KH.dtype
-        logits = hidden_KH.new_empty(blocks[0].stop if any(is_needed) else 0, len(weight))
-        for block in blocks:
-            hidden_BH = hidden_KH[block]
-            for chunk in _slices(len(hidden_BH), _on(hidden_KH.device, CPU_CHUNK, GPU_CHUNK)):
-                rows = slice(block.start + chunk.start, block.start + chunk.stop)
-                logits_CV = _project(hidden_KH[rows], weight, bias, logits[chunk] if any(is_needed) else None)
-                own_weights = weights_K[rows].to(wide)
-                total += _logits_gradient(logits_CV, targets_K[rows], own_weights, scale, softcap, statistics)
-                if d_hidden is not None:
-                    torch.mm(logits_CV, weight, out=d_hidden[rows])
-            d_logits_BV = logits[: len(hidden_BH)]
-            if is_needed[1]:
-                d_weight = _add(d_weight, d_logits_BV.T @ hidden_BH, sum_dtype)
-            if is_needed[2]:
-                d_bias = _add(d_bias, d_logits_BV.sum(0, dtype=wide), wide)
+        sums = wide if len(blocks) > 1 else weight.dtype
+        d_weight = torch.empty_like(weight, dtype=sums) if is_needed[1] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if is_needed[2] else None
+        logits = hidden_KH.new_empty(blocks[0].stop, len(weight))
+        scratch = None if logits.dtype == wide else logits.new_empty(_slice_rows(logits), len(weight), dtype=wide)
+        for rows in blocks:
+            hidden_BH, weights_B = hidden_KH[rows], weights_K[rows].to(wide)
+            logits_BV = _project(hidden_BH, weight, bias, logits[: len(hidden_BH)])
+            arguments = targets_K[rows], weights_B, scale, softcap, statistics, d_bias, scratch
+            total += _logits_gradient(logits_BV, *arguments)
+            if d_hidden is not None:
+                torch.mm(logits_BV, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                _add_product(d_weight, logits_BV, hidden_BH, is_first=rows.start == 0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (hidden_KH, weight_VH, bias_V))
         return total
@@ -147,22 +144,30 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV
 
 
 def _logits_gradient(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    weights_C: Tensor,
+    logits_BV: Tensor,
+    targets_B: Tensor,
+    weights_B: Tensor,
     scale: float,
     softcap: float | None,
     statistics: Tensor | None,
+    d_bias: Tensor | None,
+    scratch: Tensor | None,
 ) -> Tensor:
-    """The loss of these rows; logits_CV, as the weight gave them, becomes the gradient before scale and softcap."""
-    total = weights_C.new_zeros(())
-    for rows in _slices(len(logits_CV), _slice_rows(logits_CV)):
-        slice_SV = logits_CV[rows].to(weights_C.dtype)
+    """The loss of these rows; logits_BV, as the weight gave them, becomes the gradient before scale and softcap.
+
+    d_bias gets what these rows add to it; scratch holds a slice in fp32, where logits are narrower.
+    """
+    total = weights_B.new_zeros(())
+    for rows in _slices(len(logits_BV), _slice_rows(logits_BV)):
+        own_SV = logits_BV[rows]
+        slice_SV = own_SV if scratch is None else scratch[: len(own_SV)].copy_(own_SV)
         tanh_SV = _cap_in_place(slice_SV, scale, softcap)
-        total += _softmax_gradient_in_place(slice_SV, targets_C[rows], weights_C[rows], statistics)
+        total += _softmax_gradient_in_place(slice_SV, targets_B[rows], weights_B[rows], statistics)
         _uncap_in_place(slice_SV, tanh_SV, scale)
-        if slice_SV.dtype != logits_CV.dtype:
-            logits_CV[rows] = slice_SV
+        if d_bias is not None:
+            d_bias += slice_SV.sum(0)
+        if scratch is not None:
+            own_SV.copy_(slice_SV)
     return total
 
 
@@ -208,21 +213,30 @@ def _uncap_in_place(d_logits_SV: Tensor, tanh_SV: Tensor | None, scale: float) -
 
 
 def _times(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * grad_output, rounded once: the fp32 sum of a weight's gradient is never held twice."""
-    return torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=dtype))
+    """gradient * grad_output, rounded once; in place where the dtype is right, so that it is never held twice."""
+    is_right = gradient.dtype == dtype
+    return torch.mul(gradient, grad_output, out=gradient if is_right else torch.empty_like(gradient, dtype=dtype))
 
 
-def _add(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(dtype) if total is None else total.add_(part)
+def _add_product(total_VH: Tensor, logits_BV: Tensor, hidden_BH: Tensor, *, is_first: bool) -> None:
+    """total += logits^T hidden; the first product is the total."""
+    for columns in _slices(len(total_VH), _on(total_VH.device, CPU_COLUMNS, GPU_COLUMNS)):
+        product = logits_BV[:, columns].T @ hidden_BH
+        if is_first:
+            total_VH[columns] = product
+        else:
+            total_VH[columns] += product
 
 
-def _block_rows(rows: int, hidden: int, vocabulary: int) -> int:
+def _blocks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """Blocks of nearly equal size.
+
+    >>> _blocks(2228, 32000, torch.device("cpu"))
+    [slice(0, 743, None), slice(743, 1486, None), slice(1486, 2228, None)]
     """
-    >>> _block_rows(1300, 512, 32000), _block_rows(5000, 512, 32000), _block_rows(5000, 896, 151936)
-    (1300, 1048, 512)
-    """
-    limit = max(BLOCK_ROWS, BLOCK_ELEMENTS // vocabulary)
-    return max(rows, 1) if rows <= limit + 3 * hidden else limit
+    limit = max(LEAST_ROWS, _on(device, CPU_BLOCK, GPU_BLOCK) // vocabulary)
+    count = max(1, -(-rows // limit))
+    return _slices(rows, max(1, -(-rows // count)))
 
 
 def _slice_rows(logits: Tensor) -> int:
