@@ -90,14 +90,14 @@ def test_one_process_and_three_write_the_same_bytes(
     train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
     monkeypatch.setattr(workers, "HERE", 2)
-    begin, used = workers._Helpers.__init__, []
+    begin, used = workers.Helpers.begin, []
 
     def begin_and_wait(self: Any, *arguments: Any) -> None:
         begin(self, *arguments)
         used.append(len(self._processes))
         self.are_ready.wait()
 
-    monkeypatch.setattr(workers._Helpers, "__init__", begin_and_wait)
+    monkeypatch.setattr(workers.Helpers, "begin", begin_and_wait)
     for processes in (1, 3):
         encoded(train, tmp_path / str(processes), processes)
     assert used == [3, 3], "one that reads, one that encodes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoders import chat
 from rich.console import Console
 from tiny_models import write_llama
+from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deft import api, doctor, forecast, hardware, loader, rates, run
+from deft import api, config, doctor, forecast, hardware, loader, rates, run
 from deft.errors import MemoryShort
-from deft.forecast import Forecast, trace
+from deft.forecast import Fit, Forecast, trace
 from deft.hardware import Machine
 from deft.loader import Loader
 from deft.loss import nll
@@ -28,6 +31,7 @@ from deft.model.load import Base, inspect
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.rates import Rates
+from deft.run import Caller
 from deft.training.rehearse import rehearse
 from deft.training.state import TrainState
 from deft.training.step import nll_sum
@@ -247,6 +251,36 @@ def test_a_run_that_may_not_fit_is_rehearsed_and_says_what_would(tmp_path: Path,
     with pytest.raises(MemoryShort, match="microbatch_tokens=256") as error:
         api.train(model, rows, output=str(tmp_path / "unsafe"), **settings)
     assert error.value.exit_code == 7
+
+
+def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, monkeypatch: Any) -> None:
+    model = write_llama(tmp_path / "model", chat_template=CHATML)
+    asked = {"model": str(model), "batch": {"examples": 4}, "device": "cpu", "precision": "fp32"}
+
+    def fit(rows: int = 10, lr: float = 1e-5, **settings: Any) -> Fit:
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
+        made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
+        caller = Caller(console=Console(file=io.StringIO()))
+        checked = run.check(made, caller)
+        data = run.encode(made, checked, checked.encoder(), caller)
+        return run.fitted(made, checked, data, run.plan(made, checked, data), caller)
+
+    traced, trace_once = [], forecast.trace
+    monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))
+    first = fit()
+    for again in (fit(), fit(lr=1.0)):
+        assert replace(again, planned=first.planned) == first
+        assert again.planned.microbatch_tokens == first.planned.microbatch_tokens
+    assert len(traced) == 1
+    assert first.traced is not None
+    assert first.traced.products
+    for count, changed in enumerate([{"rows": 11}, {"seed": 1}, {"microbatch_tokens": 500}, {"precision": "bf16"}], 2):
+        fit(**changed)
+        assert len(traced) == count, changed
+    monkeypatch.setattr(hardware, "memory_bytes", lambda device: 2**40)
+    fit()
+    assert len(traced) == 6
 
 
 def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:

@@ -42,13 +42,13 @@ def doubling(recipe: int) -> Callable[[Any], Any]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the first item goes to helping processes."""
     monkeypatch.setattr(workers, "HERE", 1)
-    begin = workers._Helpers.__init__
+    begin = workers.Helpers.begin
 
     def begin_and_wait(self: Any, *arguments: Any) -> None:
         begin(self, *arguments)
         self.are_ready.wait()
 
-    monkeypatch.setattr(workers._Helpers, "__init__", begin_and_wait)
+    monkeypatch.setattr(workers.Helpers, "begin", begin_and_wait)
 
 
 def done(*items: Any, processes: int = 2) -> list[Any]:
@@ -91,11 +91,32 @@ def test_what_goes_wrong_there_is_raised_here(item: str, kind: type[DeftError], 
 def test_no_process_outlives_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     start = workers._start
-    monkeypatch.setattr(workers, "_start", lambda: started.append(start()) or started[-1])
+    monkeypatch.setattr(workers, "_start", lambda modules: started.append(start(modules)) or started[-1])
     given = workers.ordered(doubling, 5, iter([1, *range(40)]), 2)
     assert [next(given) for _ in range(4)] == [2, 0, 2, 4]
     given.close()
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_processes_that_were_started_before_do_all_items_once() -> None:
+    helpers = workers.Helpers(2)
+    assert helpers.are_waiting
+    assert list(workers.ordered(doubling, 5, range(9), 1, helpers)) == [2 * n for n in range(9)]
+    assert not helpers.are_waiting
+    assert list(workers.ordered(doubling, 5, ["who"], 1, helpers)) == [(os.getpid(), 5)]
+    helpers = workers.Helpers(2)
+    found = list(workers.ordered(doubling, 6, ["who"] * 9, 1, helpers))
+    assert os.getpid() not in {pid for pid, _ in found}
+    assert {recipe for _, recipe in found} == {6}
+
+
+def test_processes_wait_with_what_they_are_to_import_and_can_be_sent_away(capfd: pytest.CaptureFixture[str]) -> None:
+    with workers._start(["no_such_module"]) as child:
+        assert child.wait(10) == 1
+    assert "no_such_module" in capfd.readouterr().err
+    helpers = workers.Helpers(2, ["deft.blocks"])
+    helpers.stop()
+    assert [process.returncode for process in helpers._processes] == [-signal.SIGKILL] * 2
 
 
 def test_a_helping_process_ends_with_its_parent_and_with_no_signal_before() -> None:

@@ -24,9 +24,11 @@ from deft.errors import DamagedError, DiskError, InputError
 from deft.files import Staging
 from deft.store import COLUMNS, Block, Joiner, Store
 
+_HERE = Path(__file__).parent
 _CODE = ("types.py", "tokenizer.py", "blocks.py", "store.py", "symptoms.py", "workers.py", "cache.py", "dataset.py")
 _ROOMS = ("data", "render", "encoding")
 _PACKAGES = ("numpy", "jinja2", "tokenizers", "transformers")
+_ALL_PACKAGES = (*_PACKAGES, "torch", "safetensors")
 
 
 def root() -> Path:
@@ -49,10 +51,19 @@ def digest(value: Any) -> str:
 @once
 def code() -> str:
     """The digest of the code that makes rows into tokens, and of the libraries that it does it with."""
-    here = Path(__file__).parent
-    names = [here / name for name in _CODE] + [path for room in _ROOMS for path in sorted((here / room).rglob("*.py"))]
-    texts = {path.relative_to(here).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
-    return digest([texts, {name: version(name) for name in _PACKAGES}])
+    names = [_HERE / name for name in _CODE]
+    return _digest_of([*names, *(path for room in _ROOMS for path in (_HERE / room).rglob("*.py"))], _PACKAGES)
+
+
+@once
+def package() -> str:
+    """The digest of all of deft's code, and of the libraries that it computes with."""
+    return _digest_of(_HERE.rglob("*.py"), _ALL_PACKAGES)
+
+
+def _digest_of(paths: Iterable[Path], packages: Iterable[str]) -> str:
+    texts = {path.relative_to(_HERE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return digest([texts, {name: version(name) for name in packages}])
 
 
 @dataclass(frozen=True)

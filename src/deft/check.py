@@ -65,7 +65,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     data = running.encode(config, checked, checked.encoder(), caller)
     planned = expected = None
     if data.train:
-        fit = running.fitted(config, checked, running.plan(config, checked, data))
+        fit = running.fitted(config, checked, data, running.plan(config, checked, data), caller)
         planned, device = fit.planned, checked.machine.device
         expected = forecast(fit, device, rates.kept(device))
     checkup = Checkup(

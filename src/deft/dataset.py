@@ -106,10 +106,12 @@ class Way:
 
     cache      where results are kept; nowhere where it is None
     processes  how many read and encode; as many as there are cores, where it is None
+    helpers    processes that were started before, to encode
     """
 
     cache: Cache | None = None
     processes: int | None = None
+    helpers: workers.Helpers | None = None
     advance: Advance = lambda rows: None
 
 
@@ -327,7 +329,7 @@ def _blocks(named: Named, survey: Survey, row_encoder: RowEncoder, way: Way) -> 
         survey.shape,
         named.choices,
     )
-    for block in workers.ordered(maker, recipe, items(named, survey), way.processes):
+    for block in workers.ordered(maker, recipe, items(named, survey), way.processes, way.helpers):
         way.advance(block.rows)
         yield block
 

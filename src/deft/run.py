@@ -24,6 +24,7 @@ from deft import (
     evaluate,
     export,
     files,
+    fits,
     forecast,
     hardware,
     ledger,
@@ -74,6 +75,7 @@ from deft.training.loop import train as train_steps
 from deft.training.rehearse import rehearse
 from deft.training.state import TrainState, random_state, set_random_state
 from deft.types import Fate, StepRecord
+from deft.workers import Helpers
 
 SHOWN_SAMPLES = 3
 SOON_ENCODED = 20_000
@@ -111,12 +113,14 @@ class Caller:
     """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
 
     signals  nothing ends the run unless the caller handles signals
+    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
     """
 
     samples: Sequence[Any] | None = None
     metric_fn: MetricFn | None = None
     console: Console = field(default_factory=Console)
     signals: Signals = field(default_factory=Signals)
+    helpers: Helpers | None = None
 
     def say(self, text: str) -> None:
         self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
@@ -256,11 +260,13 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     checked = check(config, caller)
     row_encoder = checked.encoder()
     data = encode(config, checked, row_encoder, caller)
+    if caller.helpers:
+        caller.helpers.stop()
     for line in _described(checked, data):
         caller.say(line)
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
-    fit = fitted(config, checked, plan(config, checked, data, batchings))
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
     expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
     if expected is not None:
         caller.say(f"expected: {expected}")
@@ -410,9 +416,18 @@ def plan(
     )
 
 
-def fitted(config: Config, checked: Checked, planned: Loader) -> Fit:
-    """The plan with micro-batches that fit in memory, and what the largest of them takes."""
-    return forecast.fit(planned, checked.base, checked.loss, checked.machine, config.microbatch_tokens == "auto")
+def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller) -> Fit:
+    """The plan with micro-batches that fit in memory, and what the largest of them takes.
+
+    It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
+    """
+    is_auto = config.microbatch_tokens == "auto"
+    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto)
+    if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
+        return make()
+    model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
+    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
+    return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
 
 
 def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
@@ -445,7 +460,7 @@ def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]
 
 def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
     """Whatever is made of rows is kept in the user's cache."""
-    return Way(Cache(cache.root(), caller.say), advance=advance)
+    return Way(Cache(cache.root(), caller.say), helpers=caller.helpers, advance=advance)
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:

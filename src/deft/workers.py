@@ -13,9 +13,10 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from importlib import import_module
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -43,18 +44,26 @@ def available() -> int:
 
 
 def ordered(
-    make: Callable[[R], Callable[[A], B]], recipe: R, items: Iterable[A], processes: int | None = None
+    make: Callable[[R], Callable[[A], B]],
+    recipe: R,
+    items: Iterable[A],
+    processes: int | None = None,
+    helpers: Helpers | None = None,
 ) -> Iterator[B]:
     """`make(recipe)(item)` for every item, in their order; the same whatever the number of processes.
 
     make       a function of a module, which other processes import
     processes  how many help; `available()` unless said; one is this process alone
+    helpers    processes that were started before, and are used up; where there are none, they are started
 
     Raises what the work raises, and LostProcessError where a process is killed.
 
     >>> list(ordered(len, "", []))
     []
     """
+    if helpers and helpers.are_waiting:
+        yield from _with_help(helpers, make, recipe, items, make(recipe))
+        return
     processes = available() if processes is None else processes
     waiting, work = iter(items), None
     for item in islice(waiting, HERE):
@@ -66,21 +75,21 @@ def ordered(
         if processes < 2:
             yield from map(work, rest)
         else:
-            yield from _with_help(make, recipe, rest, processes, work)
+            yield from _with_help(Helpers(processes), make, recipe, rest, work)
 
 
 def _with_help(
-    make: Callable[[R], Callable[[A], B]], recipe: R, items: Iterator[A], processes: int, work: Callable[[A], B]
+    helpers: Helpers, make: Callable[[R], Callable[[A], B]], recipe: R, items: Iterable[A], work: Callable[[A], B]
 ) -> Iterator[B]:
-    helpers = _Helpers(make, recipe, processes)
     pending: deque[Future[B]] = deque()
     try:
+        helpers.begin(make, recipe)
         for item in items:
             if not helpers.are_ready.is_set():
                 yield work(item)
                 continue
             pending.append(helpers.submit(item))
-            if len(pending) >= AHEAD * processes:
+            if len(pending) >= AHEAD * helpers.count:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -88,13 +97,23 @@ def _with_help(
         helpers.stop()
 
 
-class _Helpers:
-    """Processes that share a queue; each has a thread here that feeds it. They are ready when the first of them is."""
+class Helpers:
+    """Processes that share a queue; each has a thread here that feeds it. They are ready when the first of them is.
 
-    def __init__(self, make: Callable[[Any], Any], recipe: Any, count: int) -> None:
+    modules  what they import while they wait
+    """
+
+    def __init__(self, count: int, modules: Sequence[str] = ()) -> None:
+        self.count = count
+        self.are_waiting = True
         self.are_ready = threading.Event()
         self._tasks: SimpleQueue[tuple[Any, Future[Any]] | None] = SimpleQueue()
-        self._processes = [_start() for _ in range(count)]
+        self._processes = [_start(modules) for _ in range(count)]
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, make: Callable[[Any], Any], recipe: Any) -> None:
+        """Tells them what their work is: once, for they keep what they have made of the recipe."""
+        self.are_waiting = False
         self._threads = [
             threading.Thread(target=self._feed, args=(process, (make, recipe)), daemon=True)
             for process in self._processes
@@ -108,6 +127,7 @@ class _Helpers:
         return future
 
     def stop(self) -> None:
+        self.are_waiting = False
         for process in self._processes:
             process.kill()
         for _ in self._threads:
@@ -116,6 +136,9 @@ class _Helpers:
             thread.join()
         for process in self._processes:
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
     def _feed(self, process: subprocess.Popen[bytes], beginning: Any) -> None:
         assert process.stdin is not None
@@ -135,10 +158,10 @@ class _Helpers:
                     future.set_exception(error)
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(modules: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     alone = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "deft.workers"],
+        [sys.executable, "-P", "-m", "deft.workers", *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **alone},
@@ -167,10 +190,12 @@ def _asked(
     return result, error
 
 
-def serve() -> None:
+def serve(modules: Sequence[str]) -> None:
     """The life of a helping process: the recipe, then items, until its parent closes the pipe, or is gone."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)  # what is to end with the run ends when its pipe does
+    for module in modules:
+        import_module(module)
     asked, answer = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # what anybody prints must not go between the answers
     with suppress(EOFError, OSError):
@@ -197,4 +222,4 @@ def _answer(asked: Connection, answer: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
