@@ -1,9 +1,12 @@
-"""Peak memory of one optimizer step of 8 rows: deft, TRL's defaults, and both again with the vocabulary doubled.
+"""Peak memory of an optimizer step: deft and TRL's defaults, and both again with the vocabulary doubled.
 
     DEFT_PEERS_PYTHON=.../python python benchmarks/cpu/memory.py [--model 40m] [--threads 2]
 
-Bytes are above those that a process has after its imports. "beside the state": above weights, gradients and what the
-optimizer keeps, which grow with the vocabulary in any implementation. Writes benchmarks/results/memory.json.
+8 rows, and for deft 32 as well. Bytes are above those that a process has after its imports. "beside the state": above
+weights, gradients and what the optimizer keeps, which grow with the vocabulary in any implementation. "per added
+parameter": how much the doubled vocabulary adds to the peak. What grows by parameter is the same for 8 and 32 rows,
+but for the fp32 sums of gradients (4 bytes) that bf16 has where a step is more than one micro-batch; logits would
+grow with the rows. Writes benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -25,23 +28,27 @@ from common.shapes import SHAPES, Shape
 from run import CORPUS, DEFT_ARMS, ROOT, SETTINGS, command, peers_versions, start
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
-ROWS = 8
+ROWS, MORE_ROWS = 8, 32
 STATE_BYTES = {"deft_bf16": 2 + 2 + 4 + 4 + 2, "deft_fp32": 4 + 4 + 4 + 4, "trl_default": 4 + 4 + 4 + 4}
 """Per parameter: weight, low bits, moments, gradient."""
 
 
-def peak(arm: str, shape: Shape, folder: Path, peers: str | None, threads: int) -> int:
-    """Bytes of two optimizer steps of the same rows each."""
+def peak(arm: str, shape: Shape, count: int, folder: Path, peers: str | None, threads: int) -> int:
+    """Bytes of two optimizer steps of the same `count` rows each."""
     name = "gsm8k" if workloads.is_there("gsm8k", CORPUS) else "generated"
-    rows = workloads.rows(name, ROWS, SHAPES["40m"].vocabulary, CORPUS) * 2
-    settings = {**SETTINGS, "steps": 2, "examples_per_step": ROWS, "threads": threads}
+    rows = workloads.rows(name, count, SHAPES["40m"].vocabulary, CORPUS) * 2
+    settings = {**SETTINGS, "steps": 2, "examples_per_step": count, "threads": threads}
     exchange.write(folder, shape, rows, settings)
-    out = folder / arm
+    out = folder / f"{arm}-{count}"
     out.mkdir()
     steps = out / ("run/metrics.jsonl" if arm in DEFT_ARMS else "steps.jsonl")
     start(command(arm, folder, out, peers), steps, out / "log", threads)
     memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
     return memory["peak_bytes"] - memory["baseline_bytes"]
+
+
+def beside_state(arm: str, size: int, shape: Shape) -> int:
+    return size - STATE_BYTES[arm] * shape.parameters
 
 
 def main() -> None:
@@ -52,25 +59,45 @@ def main() -> None:
     options = parser.parse_args()
     machine.pin(options.threads)
     once = SHAPES[options.model]
-    found: dict[str, dict[str, float]] = {}
-    for shape in (once, replace(once, vocabulary=2 * once.vocabulary)):
+    twice = replace(once, vocabulary=2 * once.vocabulary)
+    cells = [(arm, ROWS) for arm in STATE_BYTES if arm in DEFT_ARMS or options.peers_python]
+    cells += [(arm, MORE_ROWS) for arm in STATE_BYTES if arm in DEFT_ARMS]
+    peaks: dict[tuple[str, int, int], int] = {}
+    for shape in (once, twice):
         with tempfile.TemporaryDirectory(prefix="deft-memory-") as folder:
-            for arm in STATE_BYTES:
-                if arm in DEFT_ARMS or options.peers_python:
-                    size = peak(arm, shape, Path(folder), options.peers_python, options.threads)
-                    beside = size - STATE_BYTES[arm] * shape.parameters
-                    found.setdefault(arm, {})[f"peak_mib_{shape.vocabulary}"] = size / 2**20
-                    found[arm][f"beside_state_mib_{shape.vocabulary}"] = beside / 2**20
-                    print(
-                        f"{arm:12} vocabulary {shape.vocabulary:7,}  peak {size / 2**20:7,.0f} MiB, "
-                        f"{beside / 2**20:7,.0f} beside the state",
-                        flush=True,
-                    )
-    if "trl_default" in found:
-        name = f"peak_mib_{once.vocabulary}"
-        for arm in ("deft_bf16", "deft_fp32"):
-            print(f"{arm}: {found[arm][name] / found['trl_default'][name]:.2f} of TRL's default (goal 0.35)")
-    report = {"model": once.described(), "rows": ROWS, "arms": found, "machine": machine.described(options.threads)}
+            for arm, count in cells:
+                size = peak(arm, shape, count, Path(folder), options.peers_python, options.threads)
+                peaks[arm, count, shape.vocabulary] = size
+                print(
+                    f"{arm:12} {count:3} rows, vocabulary {shape.vocabulary:7,}  peak {size / 2**20:7,.0f} MiB, "
+                    f"{beside_state(arm, size, shape) / 2**20:7,.0f} beside the state",
+                    flush=True,
+                )
+    found = {}
+    for arm, count in cells:
+        sizes = [peaks[arm, count, shape.vocabulary] for shape in (once, twice)]
+        found[f"{arm} {count} rows"] = {
+            "peak_mib": [size / 2**20 for size in sizes],
+            "beside_state_mib": [
+                beside_state(arm, size, shape) / 2**20 for size, shape in zip(sizes, (once, twice), strict=True)
+            ],
+            "bytes_per_added_parameter": (sizes[1] - sizes[0]) / (twice.parameters - once.parameters),
+        }
+        print(
+            f"{arm:12} {count:3} rows  {found[f'{arm} {count} rows']['bytes_per_added_parameter']:.1f} bytes per added "
+            f"parameter, {STATE_BYTES[arm]} of them state"
+        )
+    if ("trl_default", ROWS, once.vocabulary) in peaks:
+        for arm in DEFT_ARMS:
+            if arm in STATE_BYTES:
+                ratio = peaks[arm, ROWS, once.vocabulary] / peaks["trl_default", ROWS, once.vocabulary]
+                print(f"{arm}: {ratio:.2f} of TRL's default (goal 0.35)")
+    report = {
+        "model": once.described(),
+        "vocabularies": [once.vocabulary, twice.vocabulary],
+        "arms": found,
+        "machine": machine.described(options.threads),
+    }
     report["versions"] = {"deft": machine.versions("deft-sft", "torch"), "peers": peers_versions(options.peers_python)}
     RESULTS.write_text(json.dumps({**report, "date": date.today().isoformat()}, indent=1) + "\n", encoding="utf-8")
 
