@@ -157,6 +157,18 @@ def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
     assert unknown.tokens_per_second is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_has_what_no_tensor_holds(base: Base, dtype: torch.dtype) -> None:
+    fit = forecast.fit(planned([33] * 16, budget=64), base, nll, replace(FP32, dtype=dtype), is_auto=False)
+    assert fit.traced is not None
+    on_cpu, elsewhere = (forecast.forecast(fit, torch.device(name), None) for name in ("cpu", "meta"))
+    assert on_cpu is not None
+    assert elsewhere is not None
+    assert elsewhere.peak_bytes == fit.traced.peak_bytes
+    beside = forecast.BESIDE[forecast.PRECISIONS[dtype]]
+    assert on_cpu.peak_bytes == pytest.approx(forecast.HEAP * fit.traced.peak_bytes + beside, rel=1e-6)
+
+
 # Micro-batches that fit
 
 

@@ -51,7 +51,8 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
         mallopt(trim_threshold, -1)
-        mallopt(mmap_threshold, 2**30)
+        if not mallopt(mmap_threshold, 2**30):  # glibc before 2.35 takes 32 MiB at most, and would now stay at 128 KiB
+            mallopt(mmap_threshold, 2**25)
 
 
 def has_bf16(chosen: torch.device) -> bool:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def _updated(device: torch.device, seconds: float) -> float:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """The median time of one call, after one that warms up."""
+    """The mean time of the faster half of calls, after one that warms up: what else the machine does only slows."""
     run()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
@@ -203,7 +204,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> fl
         run()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return fmean(sorted(times)[: len(times) // 2 + 1])
 
 
 def _wait(device: torch.device) -> None:
