@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

@@ -172,7 +172,8 @@ class _Layer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         w = _weights(weights)
-        normed_MH = _norm(input_MH, w.norm, form.eps)
+        inverse_M1 = _inverse_size(input_MH, form.eps)
+        normed_MH = _norm(input_MH, inverse_M1, w.norm)
         raw = (
             functional.linear(normed_MH, w.query, w.query_bias),
             functional.linear(normed_MH, w.key, w.key_bias),
@@ -183,13 +184,15 @@ class _Layer(torch.autograd.Function):
         out, kept = causal.forward(query, key, value, order, form.window)
         mixed_MW = _at(rows, order.restore(out).view(len(input_MH), -1))
         middle_MH = torch.addmm(_at(rows, input_MH), mixed_MW, w.output.T)
-        normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
+        mlp_inverse_M1 = _inverse_size(middle_MH, form.eps)
+        normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
         gate_MI, up_MI = functional.linear(normed_MH, w.gate), functional.linear(normed_MH, w.up)
         output_MH = torch.addmm(middle_MH, functional.silu(gate_MI).mul_(up_MI), w.down.T)
         if any(ctx.needs_input_grad):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
             recomputable = () if is_thrifty else (gate_MI, up_MI, *kept)
-            ctx.save_for_backward(input_MH, cos_MD, sin_MD, *weights, *attention, mixed_MW, middle_MH, *recomputable)
+            norms = (input_MH, inverse_M1, middle_MH, mlp_inverse_M1)
+            ctx.save_for_backward(*norms, cos_MD, sin_MD, *weights, *attention, mixed_MW, *recomputable)
             ctx.form, ctx.order, ctx.rows = form, order, rows
         return output_MH
 
@@ -197,13 +200,13 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         form, order, rows = ctx.form, ctx.order, ctx.rows
-        input_MH, cos_MD, sin_MD, *rest = ctx.saved_tensors
+        input_MH, inverse_M1, middle_MH, mlp_inverse_M1, cos_MD, sin_MD, *rest = ctx.saved_tensors
         count = len(Weights.__slots__)
         w, needs = _weights(rest[:count]), _weights(ctx.needs_input_grad[-count:])
-        query, key, value, mixed_MW, middle_MH, *recomputable = rest[count:]
+        query, key, value, mixed_MW, *recomputable = rest[count:]
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights.__slots__)
 
-        normed_MH = _norm(middle_MH, w.mlp_norm, form.eps)
+        normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
         projected = (functional.linear(normed_MH, weight) for weight in (w.gate, w.up))
         gate_MI, up_MI, *kept = recomputable or projected
         d_gate_MI, d_up_MI = _mlp_backward(grad_MH, gate_MI, up_MI, w, needs, grads)
@@ -211,7 +214,7 @@ class _Layer(torch.autograd.Function):
         grads["gate"] = _weight_gradient(d_gate_MI, normed_MH, needs.gate)
         grads["up"] = _weight_gradient(d_up_MI, normed_MH, needs.up)
         del d_gate_MI, d_up_MI
-        d_middle_MH, grads["mlp_norm"] = _norm_backward(d_normed_MH, middle_MH, w.mlp_norm, form.eps, grad_MH)
+        d_middle_MH, grads["mlp_norm"] = _norm_backward(d_normed_MH, middle_MH, mlp_inverse_M1, w.mlp_norm, grad_MH)
 
         grads["output"] = _weight_gradient(d_middle_MH, mixed_MW, needs.output)
         raw = (query, key)
@@ -220,16 +223,16 @@ class _Layer(torch.autograd.Function):
         d_mixed_MW = _spread(rows, torch.mm(d_middle_MH, w.output), len(input_MH))
         d_out = order.order_gradient(d_mixed_MW.view(-1, *query.shape[1:]))
         d_query, d_key, d_value = causal.backward(d_out, query, key, value, kept, order, form.window)
-        d_query_MQD = _rotate_back(order.restore(d_query), form, cos_MD, sin_MD).mul_(form.scaling)
+        d_query_MQD = _rotate_back(order.restore(d_query), form, cos_MD * form.scaling, sin_MD * form.scaling)
         d_key_MGD = _rotate_back(order.restore(d_key), form, cos_MD, sin_MD)
         if form.head_eps is not None:
             d_query_MQD, grads["query_norm"] = _head_norm_backward(d_query_MQD, raw[0], w.query_norm, form)
             d_key_MGD, grads["key_norm"] = _head_norm_backward(d_key_MGD, raw[1], w.key_norm, form)
         gradients = (d_query_MQD, d_key_MGD, order.restore(d_value))
-        normed_MH = _norm(input_MH, w.norm, form.eps)
+        normed_MH = _norm(input_MH, inverse_M1, w.norm)
         d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
         d_middle_MH = _spread(rows, d_middle_MH, len(input_MH))
-        d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, w.norm, form.eps, d_middle_MH)
+        d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, inverse_M1, w.norm, d_middle_MH)
         return d_input_MH, *[None] * 6, *grads.values()
 
 
@@ -287,8 +290,7 @@ def _rotated(
         if weight is not None:
             assert form.head_eps is not None
             heads = heads * _inverse_size(heads, form.head_eps) * weight
-        heads = _rotate(heads, cos_MD, sin_MD)
-        rotated.append((heads if scaling == 1.0 else heads.mul_(scaling)).to(projected.dtype))
+        rotated.append(_rotate(heads, cos_MD * scaling, sin_MD * scaling).to(projected.dtype))
     query_MQD, key_MGD = rotated
     groups = key_MGD.shape[1]
     query = query_MQD.view(len(query_MQD) * groups, -1, form.head_size)
@@ -318,24 +320,31 @@ def _rotate_back(rows: Tensor, form: Form, cos_MD: Tensor, sin_MD: Tensor) -> Te
     return turned
 
 
-def _norm(input_MH: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _inverse_size(input_X: Tensor, eps: float) -> Tensor:
+    """1 / root mean square over the last dimension, which is kept: in fp32 at least."""
+    wide = torch.promote_types(input_X.dtype, torch.float32)
+    size = torch.linalg.vector_norm(input_X, dim=-1, keepdim=True, dtype=wide)
+    return size.square_().div_(input_X.shape[-1]).add_(eps).rsqrt_()
+
+
+def _norm(input_MH: Tensor, inverse_M1: Tensor, weight: Tensor) -> Tensor:
     """input / root mean square * weight, in fp32, rounded once."""
     output_MH = torch.empty_like(input_MH)
-    for input_RH, output_RH in zip(input_MH.split(NORM_ROWS), output_MH.split(NORM_ROWS), strict=True):
-        wide_RH = _wide(input_RH)
-        output_RH.copy_((wide_RH * _inverse_size(wide_RH, eps)).mul_(weight))
+    parts = (x.split(NORM_ROWS) for x in (input_MH, inverse_M1, output_MH))
+    for input_RH, inverse_R1, output_RH in zip(*parts, strict=True):
+        output_RH.copy_((_wide(input_RH) * inverse_R1).mul_(weight))
     return output_MH
 
 
 def _norm_backward(
-    grad_MH: Tensor, input_MH: Tensor, weight: Tensor, eps: float, residual_MH: Tensor
+    grad_MH: Tensor, input_MH: Tensor, inverse_M1: Tensor, weight: Tensor, residual_MH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a norm's input, with that of the residual stream beside it added, and of its weight."""
     output_MH = torch.empty_like(input_MH)
-    d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    parts = (x.split(NORM_ROWS) for x in (grad_MH, input_MH, residual_MH, output_MH))
-    for grad_RH, input_RH, residual_RH, output_RH in zip(*parts, strict=True):
-        d_input_RH = _unnormed(_wide(grad_RH), _wide(input_RH), weight, eps, d_weight)
+    d_weight = torch.zeros_like(weight, dtype=inverse_M1.dtype)
+    parts = (x.split(NORM_ROWS) for x in (grad_MH, input_MH, inverse_M1, residual_MH, output_MH))
+    for grad_RH, input_RH, inverse_R1, residual_RH, output_RH in zip(*parts, strict=True):
+        d_input_RH = _unnormed(_wide(grad_RH), _wide(input_RH), inverse_R1, weight, d_weight)
         output_RH.copy_(d_input_RH.add_(residual_RH))
     return output_MH, d_weight.to(weight.dtype)
 
@@ -344,24 +353,19 @@ def _head_norm_backward(grad_MQD: Tensor, raw_MW: Tensor, weight: Tensor | None,
     """The gradients of what a norm of single heads came from (fp32), and of its weight."""
     assert weight is not None
     assert form.head_eps is not None
+    raw_MQD = raw_MW.view(grad_MQD.shape)
     d_weight = torch.zeros_like(weight, dtype=grad_MQD.dtype)
-    d_raw_MQD = _unnormed(grad_MQD, _wide(raw_MW.view(grad_MQD.shape)), weight, form.head_eps, d_weight)
+    d_raw_MQD = _unnormed(grad_MQD, _wide(raw_MQD), _inverse_size(raw_MQD, form.head_eps), weight, d_weight)
     return d_raw_MQD, d_weight.to(weight.dtype)
 
 
-def _unnormed(grad: Tensor, wide: Tensor, weight: Tensor, eps: float, d_weight: Tensor) -> Tensor:
+def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_weight: Tensor) -> Tensor:
     """The gradient of a norm's input, all in fp32; that of its weight is added to `d_weight`."""
-    inverse = _inverse_size(wide, eps)
     unit = wide * inverse
-    d_weight.add_((grad * unit).flatten(0, -2).sum(0))
-    d_unit = grad * weight
-    share = (d_unit * unit).mean(-1, keepdim=True)
-    return d_unit.addcmul_(unit, share, value=-1).mul_(inverse)
-
-
-def _inverse_size(wide: Tensor, eps: float) -> Tensor:
-    """1 / root mean square over the last dimension, which is kept."""
-    return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    product = grad * unit
+    d_weight.add_(product.flatten(0, -2).sum(0))
+    share = (product @ _wide(weight)).div_(len(weight))[..., None]
+    return (grad * weight).addcmul_(unit, share, value=-1).mul_(inverse)
 
 
 def _wide(tensor: Tensor) -> Tensor:
