@@ -86,6 +86,19 @@ def test_from_the_cache_comes_what_memory_gives_and_nothing_is_done_again(
     assert content(encoded(train, tmp_path / "cache")) == first
 
 
+def test_rows_are_known_once_they_were_read(train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, source = Cache(tmp_path / "cache"), Named(str(train))
+    assert not dataset.is_known(source, kept)
+    encoded(train, tmp_path / "cache")
+    assert dataset.is_known(source, kept)
+    assert not dataset.is_known(Named("rows", rows=(1,)), kept)
+    written(train, ROWS[:9])
+    assert not dataset.is_known(source, kept)
+    written(train, ROWS)
+    monkeypatch.setattr(dataset, "LOOKED_AT_BYTES", 10)
+    assert not dataset.is_known(source, kept)
+
+
 def test_one_process_and_three_write_the_same_bytes(
     train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:

@@ -115,6 +115,9 @@ class Way:
     advance: Advance = lambda rows: None
 
 
+LOOKED_AT_BYTES = 2**26
+"""Files that are larger take longer than 30 ms to know again."""
+
 NOT_KEPT = Way()
 """By as many processes as there are cores, and kept nowhere."""
 
@@ -224,6 +227,15 @@ def _own_code(format_name: str) -> str:
     shapes.load(format_name)
     file = import_module(format_name.partition(":")[0]).__file__
     return caches.digest(Path(file).read_text(encoding="utf-8")) if file else ""
+
+
+def is_known(source: Named, kept: Cache) -> bool:
+    """Whether the rows of a source were read before, a sign that they are encoded: a look that takes no time."""
+    if sources.is_on_the_hub(source.path) or not source.is_by_name:
+        return False
+    if sum(Path(file).stat().st_size for file in source.files()) > LOOKED_AT_BYTES:
+        return False
+    return (kept.root / _key(source, _content(source))).is_dir()
 
 
 def _write_survey(staging: Staging, survey: Survey) -> None:
