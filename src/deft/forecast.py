@@ -321,10 +321,11 @@ def _trace(
     mode: Mode = "alone" if unpackable(model) else "packed"
     if mode == "packed":
         model.set_attn_implementation(attention.NAME)
-        faster.install(model)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Watch() as watch:
         model.to_empty(device=device)
         model.tie_weights()
+        if mode == "packed":
+            faster.install(model)
         for parameter in model.parameters():
             watch.see(parameter)
         towers.freeze_towers(model)

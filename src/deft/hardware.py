@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deft.errors import InputError, MemoryShort
 
@@ -79,6 +80,12 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} is not on this machine; auto, cpu, cuda or mps") from error
     return named
+
+
+def sent(tensor: Tensor, to: torch.device) -> Tensor:
+    """A tensor in host memory, on a device; on CUDA nobody waits for the copy, nor for what was queued before it."""
+    is_cuda = to.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
+    return tensor.pin_memory().to(to, non_blocking=True) if is_cuda else tensor.to(to)
 
 
 @contextmanager

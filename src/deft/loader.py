@@ -65,6 +65,12 @@ class Loader:
         epoch, inner = self._locate(step)
         return self.epochs[epoch].members(inner)
 
+    def sizes(self, step: int) -> list[int]:
+        """The tokens of each of a step's micro-batches, at most; none of them is built."""
+        lengths = [length for index in self.indices(step) for length in _lengths(self.examples, int(index))]
+        packs = pack(lengths, self.microbatch_tokens)
+        return [sum(lengths[index] - 1 for index in members) for members in packs]
+
     def until(self, step: int) -> list[np.ndarray]:
         """The plan as far as `step` steps follow it: the order of the epoch they are in, and its steps so far.
 
@@ -118,6 +124,12 @@ def make(
 
 def _sizes(examples: Sequence[Example]) -> np.ndarray:
     return np.array([sum(len(part.tokens) for part in example) for example in examples], np.int64)
+
+
+def _lengths(examples: Sequence[Example], index: int) -> list[int]:
+    if isinstance(examples, Examples):
+        return examples.lengths(index)
+    return [len(part.tokens) for part in examples[index]]
 
 
 def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:

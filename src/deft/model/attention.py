@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from deft.hardware import sent
 from deft.model import causal
 
 NAME = "deft"
@@ -49,25 +50,49 @@ class _Rules:
         return self.softcap is None and self.sinks is None
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Documents' lengths and their edges, int32 [N + 1], in one value that compiled layers hand on without looking.
+
+    Of a tuple they would keep the length, of a tensor the shape, and be compiled again for other documents.
+    """
+
+    lengths: tuple[int, ...]
+    edges: Tensor
+
+
 def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """Forward keywords for documents that lie end to end in one row, all that padding-free models ask for.
 
     cu_seq_lens_* int32 [N + 1], max_length_* int, seq_idx int32 [1, M]; `documents` is for `attend`.
     """
-    edges = torch.tensor([0, *accumulate(documents)], dtype=torch.int32).to(device, non_blocking=True)
+    edges = _edges(documents, device)
     lengths = torch.tensor(documents)
     seq_idx = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths, output_size=sum(documents))[
         None
     ]
     return {
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "attention_mask": _no_mask(device),
         "documents": documents,
         "cu_seq_lens_q": edges,
         "cu_seq_lens_k": edges,
         "max_length_q": max(documents),
         "max_length_k": max(documents),
-        "seq_idx": seq_idx.to(device, non_blocking=True),
+        "seq_idx": sent(seq_idx, device),
     }
+
+
+def sealed_arguments(documents: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """The same for layers that are compiled, of models that pad nothing and need no more than attention does."""
+    return {"attention_mask": _no_mask(device), "documents": Sealed(documents, _edges(documents, device))}
+
+
+def _no_mask(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _edges(documents: tuple[int, ...], device: torch.device) -> Tensor:
+    return sent(torch.tensor([0, *accumulate(documents)], dtype=torch.int32), device)
 
 
 @torch.compiler.disable
@@ -82,7 +107,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    documents: tuple[int, ...] | None = None,
+    documents: tuple[int, ...] | Sealed | None = None,
     cu_seq_lens_q: Tensor | None = None,
     windows_seen: list[int | None] | None = None,
     **kwargs: Any,
@@ -102,6 +127,8 @@ def attend(
     )
     if documents is None:
         return _attend_under_mask(module, query, key, value, attention_mask, rules, kwargs), None
+    if isinstance(documents, Sealed):
+        documents, cu_seq_lens_q = documents.lengths, documents.edges
     assert (query.shape[0], query.shape[2]) == (1, sum(documents)), "documents do not cover the micro-batch"
     if windows_seen is not None:
         windows_seen.append(sliding_window)

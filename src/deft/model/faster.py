@@ -12,12 +12,14 @@ from deft.model.blocks import llama
 
 
 def install(model: nn.Module) -> int:
-    """Gives each layer that a block computes exactly that block's forward; the number of these layers.
+    """Gives each layer on a CPU that a block computes exactly that block's forward; the number of these layers.
 
-    Modules, parameters and their names stay what they are. A call that is not about packed documents on a CPU goes to
-    the layer's own forward.
+    Modules, parameters and their names stay what they are. A call that is not about packed documents goes to the
+    layer's own forward.
     """
     remove(model)
+    if next(model.parameters()).device.type != "cpu":
+        return 0
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     forms = {layer: form for layer in layers if (form := llama.form_of(layer)) is not None}
     for layer, form in forms.items():

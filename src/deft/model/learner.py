@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deft.model import faster
-from deft.model.attention import packing_arguments
+from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
+from deft.model.static import Compiled, fill
 from deft.model.towers import text_body
 from deft.types import Batch, Head
 
@@ -30,6 +31,8 @@ class Learner:
     """A causal language model as body and head. Made by `selftest.choose`, which proves that `mode` is sound.
 
     It never flips train() or eval(); the auxiliary losses of routers are left out. scale and softcap are those of Head.
+
+    compiled  what gradients are computed with, where layers are compiled; all else goes through the layers themselves
     """
 
     model: PreTrainedModel
@@ -37,6 +40,7 @@ class Learner:
     scale: float = 1.0
     softcap: float | None = None
     checkpointing: Checkpointing = "none"
+    compiled: Compiled | None = None
 
     @property
     def device(self) -> torch.device:
@@ -54,12 +58,24 @@ class Learner:
         if self.mode == "alone":
             with checkpointed(self.model, self.checkpointing):
                 return alone_hidden(self.model, batch)[batch.rows]
+        room = self._room(batch)
+        if self.compiled is not None and room is not None and torch.is_grad_enabled():
+            with self.compiled.in_place(), checkpointed(self.model, self.checkpointing):
+                return static_hidden(self.model, fill(batch, room))[batch.rows]
         is_trimmed = faster.trims(self.model)
         arguments = {"target_rows": batch.rows} if is_trimmed else {}
         with checkpointed(self.model, self.checkpointing):
             hidden = packed_hidden(self.model, batch, **arguments)
         # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
         return hidden if is_trimmed and len(hidden) == len(batch.rows) else hidden[batch.rows]
+
+    def padding(self, batch: Batch) -> int:
+        """The tokens that a micro-batch is filled up with for its gradient."""
+        room = self._room(batch)
+        return 0 if room is None else room - len(batch.tokens)
+
+    def _room(self, batch: Batch) -> int | None:
+        return None if self.compiled is None else self.compiled.room(len(batch.tokens))
 
     def logits(self, batch: Batch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
@@ -72,6 +88,12 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, **arguments: Any) -> Ten
     """float [M, H]: the body once over all documents, under the attention of `attention.py`."""
     packing = packing_arguments(batch.documents, batch.tokens.device)
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing, **arguments)[0]
+
+
+def static_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """float [M, H]: the same for layers that are compiled for M tokens, whichever documents these belong to."""
+    packing = sealed_arguments(batch.documents, batch.tokens.device)
+    return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing)[0]
 
 
 def alone_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -1,69 +1,136 @@
-"""Micro-batches of one shape, and layers compiled for it once: for CUDA, where small operations wait for Python.
+"""Layers compiled once for micro-batches of a few sizes: for CUDA, where small operations wait for Python.
 
-What fills a micro-batch up are documents of their own, of which nothing is learnt: attention does not cross into them,
-no gradient comes out of them. Law 6 holds for them as for any document.
+A micro-batch is filled up to the next of these sizes with documents of which nothing is learnt: attention does not
+cross into them, no gradient comes out of them. Law 6 holds for them as for any document. Without compiled layers it
+would be waste.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deft.model.towers import text_body
 from deft.types import Batch
 
+FAMILIES = frozenset(
+    "cohere cohere2 gemma2 gemma3_text gpt_neox granite llama mistral olmo2 phi3 qwen2 qwen3".split()
+)
+"""Model types whose layers are known to compile without values, each tested: none routes tokens by them."""
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """The tokens and the documents that every micro-batch is filled up to."""
-
-    tokens: int
-    documents: int
-
-    @classmethod
-    def for_all(cls, batches: Iterable[Batch], multiple: int = 128) -> Room:
-        """The least that takes each of them, tokens as a multiple of `multiple`: what fills up is a token at least."""
-        sizes = [(len(batch.tokens), len(batch.documents)) for batch in batches]
-        documents = 1 + max(count for _, count in sizes)
-        tokens = max(tokens + documents - count for tokens, count in sizes)
-        return cls(-(-tokens // multiple) * multiple, documents)
+MULTIPLE = 128
+"""Rooms have a multiple of so many tokens; what fills them up are documents of at most four times as many."""
+MOST_ROOMS = 3
+"""Each is compiled. A layer that differs in its window is compiled again, and torch stops after eight times."""
+WASTE = 0.02
+"""Another room is worth its compilation while filling up costs more than this share."""
 
 
-def fill(batch: Batch, room: Room) -> Batch:
-    """The micro-batch with dead documents behind it: of one token each, the last with all that is left.
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled forward of each layer of a model, and the tokens, ascending, that micro-batches are filled up to.
 
-    >>> batch = Batch(torch.tensor([5, 6]), torch.tensor([0, 1]), (2,), *(torch.tensor([1]),) * 3)
-    >>> filled = fill(batch, Room(tokens=6, documents=3))
-    >>> filled.documents, filled.tokens.tolist(), filled.positions.tolist()
-    ((2, 1, 3), [5, 6, 0, 0, 0, 0], [0, 1, 0, 0, 1, 2])
+    is_warm  every room has been seen: whatever would be compiled again from here on runs as it is
     """
-    singles = room.documents - len(batch.documents) - 1
-    rest = room.tokens - len(batch.tokens) - singles
-    assert singles >= 0, "more documents than there is room for"
-    assert rest > 0, "more tokens than there is room for"
-    return replace(
-        batch,
-        tokens=_longer(batch.tokens, batch.tokens.new_zeros(singles + rest)),
-        positions=_longer(batch.positions, batch.positions.new_zeros(singles), torch.arange(rest)),
-        documents=(*batch.documents, *(1,) * singles, rest),
+
+    forwards: Mapping[nn.Module, Callable[..., Any]]
+    rooms: tuple[int, ...]
+    is_warm: bool = False
+
+    def room(self, tokens: int) -> int | None:
+        """The least that takes so many tokens; None where they are too many, and run as they are."""
+        return next((room for room in self.rooms if room >= tokens), None)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While it lasts, the model's layers are the compiled ones; their backward pass may come later."""
+        own = {layer: layer.__dict__["forward"] for layer in self.forwards if "forward" in layer.__dict__}
+        for layer, forward in self.forwards.items():
+            layer.forward = forward
+        try:
+            with torch.compiler.set_stance("eager_on_recompile" if self.is_warm else "default"):
+                yield
+        finally:
+            for layer in self.forwards:
+                del layer.forward
+                if layer in own:
+                    layer.forward = own[layer]
+
+
+def compiled(model: PreTrainedModel, rooms: Sequence[int], backend: str | Callable[..., Any] = "inductor") -> Compiled:
+    """Layers that are compiled when they first meet a micro-batch of a room's size. Layers that are alike share that.
+
+    Attention, whose work depends on the documents' lengths, stays outside (`attention.attend`).
+    """
+    own = {layer: type(layer).forward.__get__(layer) for layer in text_body(model).layers}
+    return Compiled(
+        {layer: torch.compile(forward, backend=backend, dynamic=False) for layer, forward in own.items()},
+        tuple(sorted(rooms)),
     )
 
 
-def _longer(*parts: Tensor) -> Tensor:
-    return torch.cat([part.to(parts[0].device) for part in parts])
+def choose_rooms(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
+    """As few rooms as waste little on micro-batches of these sizes, `MOST_ROOMS` at most; one takes `largest`.
 
-
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
-    """Compiles each decoder layer of a model for the shape of the first micro-batch that it meets; how many.
-
-    Attention, whose work depends on the documents' lengths, stays outside (`attention.attend`), so that none of them is
-    compiled again for a micro-batch that was filled to the same room.
+    >>> choose_rooms([1000, 1020, 990], largest=1024), choose_rooms([1000, 500, 900, 1024, 10], largest=1024)
+    ((1024,), (128, 512, 1024))
     """
-    layers = text_body(model).layers
-    for layer in layers:
-        layer.compile(backend=backend, dynamic=False)
-    return len(layers)
+    counts: dict[int, int] = {}
+    for size in sizes:
+        counts[_rounded(size)] = counts.get(_rounded(size), 0) + 1
+    top = max(_rounded(largest), *counts)
+    candidates = _thinned(sorted(counts.keys() - {top}))
+    best: tuple[int, ...] = (top,)
+    for count in range(MOST_ROOMS):
+        ways = [(*lower, top) for lower in combinations(candidates, count)]
+        best = min(ways, key=lambda rooms: _filled(counts, rooms), default=best)
+        if _filled(counts, best) <= (1 + WASTE) * sum(size * number for size, number in counts.items()):
+            break
+    return best
+
+
+def _thinned(candidates: list[int], most: int = 40) -> list[int]:
+    """Evenly spread ones, where there are too many to try all pairs of."""
+    return candidates[:: -(-len(candidates) // most)] if candidates else []
+
+
+def _filled(counts: Mapping[int, int], rooms: Sequence[int]) -> int:
+    """The tokens of all micro-batches once they are filled up."""
+    return sum(number * min(room for room in rooms if room >= size) for size, number in counts.items())
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // MULTIPLE) * MULTIPLE
+
+
+def fill(batch: Batch, room: int) -> Batch:
+    """The micro-batch with dead documents behind it, so that it has as many tokens as the room.
+
+    >>> batch = Batch(torch.tensor([5, 6]), torch.tensor([0, 1]), (2,), *(torch.tensor([1]),) * 3)
+    >>> filled = fill(batch, 6)
+    >>> filled.documents, filled.tokens.tolist(), filled.positions.tolist()
+    ((2, 4), [5, 6, 0, 0, 0, 0], [0, 1, 0, 1, 2, 3])
+    """
+    rest, longest = room - len(batch.tokens), 4 * MULTIPLE
+    assert rest >= 0, "more tokens than there is room for"
+    dead = (*(longest,) * (rest // longest), *((rest % longest,) if rest % longest else ()))
+    positions = torch.arange(rest, device=batch.positions.device) % longest
+    return replace(
+        batch,
+        tokens=torch.cat([batch.tokens, batch.tokens.new_zeros(rest)]),
+        positions=torch.cat([batch.positions, positions]),
+        documents=(*batch.documents, *dead),
+    )
+
+
+def smallest(device: torch.device | str = "cpu") -> Batch:
+    """A micro-batch of one token and one target, which fits into every room."""
+    zero: Tensor = torch.zeros(1, dtype=torch.int64, device=device)
+    return Batch(zero, zero, (1,), zero, zero, torch.ones(1, device=device))

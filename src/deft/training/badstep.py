@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +81,7 @@ def examine(learner: Learner, work: Work, loss: ModuleType) -> Diagnosis:
 
     Weights stay as they are, gradients and random generators too.
     """
+    learner = replace(learner, compiled=None)  # Whoever listens to parts of a layer has it compiled again.
     before = randomness.snapshot(learner.device)
     measure = partial(_measure, learner, loss, work.normalizer)
     wholes = [measure(index, None, batch) for index, batch in enumerate(work.batches)]

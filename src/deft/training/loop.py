@@ -47,7 +47,7 @@ def train(
             learning_rate=state.optimizer.lr * multiplier,
             target_tokens=work.target_tokens,
             tokens=work.tokens,
-            padded_tokens=0,
+            padded_tokens=sum(map(state.learner.padding, work.batches)),
             seconds=now - began,
             peak_bytes=peak_bytes(),
         )

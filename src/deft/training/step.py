@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from deft.hardware import sent
 from deft.loader import Work
 from deft.model.learner import Learner
 from deft.optim.adamw import clip_scale
@@ -62,15 +63,18 @@ def _accumulate(
     state: TrainState, work: Work, loss: ModuleType, poll: Callable[[], None]
 ) -> tuple[StepNumbers, torch.Tensor]:
     """The step's numbers and its gradient's norm; the gradient is with the optimizer."""
-    total = torch.zeros((), dtype=torch.float64)
+    # The device runs ahead of Python until the one read at the end. MPS has no fp64.
+    home = state.learner.device if state.learner.device.type == "cuda" else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=home)
     for batch in work.batches:
         poll()
         state.optimizer.collect()
         nll = nll_sum(state.learner, batch, loss)
         (nll / work.normalizer).backward()
-        total += nll.detach().to("cpu", torch.float64)
+        total += nll.detach().to(home, torch.float64)
     norm = state.optimizer.norm()
-    return StepNumbers(float(total / work.normalizer), float(norm)), norm
+    loss_of_step, size = torch.stack([total / work.normalizer, norm.to(home, torch.float64)]).tolist()
+    return StepNumbers(loss_of_step, size), norm
 
 
 def _undo(state: TrainState, before: dict[str, torch.Tensor]) -> None:
@@ -88,5 +92,5 @@ def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
 
 def on(batch: Batch, device: torch.device) -> Batch:
     """The micro-batch on a device."""
-    moved = {name: getattr(batch, name).to(device) for name in ("tokens", "positions", "rows", "targets", "weights")}
+    moved = {name: sent(getattr(batch, name), device) for name in ("tokens", "positions", "rows", "targets", "weights")}
     return replace(batch, **moved)

@@ -1,0 +1,93 @@
+"""Whether a run's layers are compiled, and for micro-batches of which sizes: settled before its first step.
+
+Decided from the configuration, the plan and the device, never from a timing. It changes no result.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch.utils._triton import has_triton
+
+from deft import cache, hardware
+from deft.loader import Loader
+from deft.model import static
+from deft.model.learner import Learner
+from deft.training.rehearse import rehearse
+from deft.training.state import TrainState
+
+LEAST_WORK = 1e17
+"""FLOP of a run whose layers are worth compiling. Three rooms take about a minute, and a fifth of five minutes is won
+at 350 TFLOP/s: published figures, not yet measured here."""
+LOOKED_AT_STEPS = 256
+"""Rooms are chosen by the micro-batches of so many steps, evenly spread over the plan."""
+
+
+def begin(state: TrainState, planned: Loader, loss: ModuleType, say: Callable[[str], None]) -> None:
+    """Compiles the learner's layers where that is sound and worth it; nothing is compiled after it.
+
+    One micro-batch of each size is computed and thrown away. Where that fails, layers stay as they are, and `say` is
+    told why. Memory that does not suffice is raised.
+    """
+    if is_sound(state.learner) and _work(state, planned) >= LEAST_WORK:
+        compile_for(state, rooms(planned), loss, say)
+
+
+def is_sound(learner: Learner) -> bool:
+    """Whether the layers of a learner can be compiled: selective checkpointing and dropout have ways of their own."""
+    model = learner.model
+    is_known = learner.mode == "packed" and model.config.model_type in static.FAMILIES
+    is_plain = learner.checkpointing != "selective" and not model.training
+    return learner.device.type == "cuda" and is_known and is_plain and has_triton()
+
+
+def rooms(planned: Loader) -> tuple[int, ...]:
+    """What micro-batches are filled up to. A document that is longer than all runs as it is."""
+    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    sizes = [size for step in steps for size in planned.sizes(step)]
+    return static.choose_rooms(sizes, largest=max(sizes))
+
+
+def compile_for(
+    state: TrainState,
+    sizes: tuple[int, ...],
+    loss: ModuleType,
+    say: Callable[[str], None],
+    backend: str | Callable[..., object] = "inductor",
+) -> None:
+    """Gives the learner layers that are compiled for these rooms, or says why it has none."""
+    began, learner = time.perf_counter(), state.learner
+    _keep_kernels()
+    compiled = static.compiled(learner.model, sizes, backend)
+    try:
+        for room in sizes:
+            state.learner = replace(learner, compiled=replace(compiled, rooms=(room,)))
+            rehearse(state, static.smallest(), loss)
+    except Exception as error:  # Whatever a compiler objects to, the run goes on without it.
+        state.learner = learner
+        if hardware.is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        say(f"layers are not compiled, and steps take longer ({type(error).__name__}: {reason})")
+        return
+    state.learner = replace(learner, compiled=replace(compiled, is_warm=True))
+    texts = ", ".join(f"{room:,}" for room in sizes)
+    say(f"layers compiled for micro-batches of {texts} tokens in {time.perf_counter() - began:.0f} s")
+
+
+def _work(state: TrainState, planned: Loader) -> float:
+    """FLOP of the whole run, about."""
+    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    tokens = sum(size for step in steps for size in planned.sizes(step)) * planned.steps / max(1, len(steps))
+    return 6.0 * tokens * sum(parameter.numel() for parameter in state.learner.model.parameters())
+
+
+def _keep_kernels() -> None:
+    """What is compiled is kept with deft's cache, unless the user keeps it elsewhere."""
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(cache.root() / "compiled" / folder))
