@@ -64,7 +64,7 @@ def _accumulate(
 ) -> tuple[StepNumbers, torch.Tensor]:
     """The step's numbers and its gradient's norm; the gradient is with the optimizer."""
     # The device runs ahead of Python until the one read at the end. MPS has no fp64.
-    home = state.learner.device if state.learner.device.type == "cuda" else torch.device("cpu")
+    home = torch.device("cpu") if state.learner.device.type == "mps" else state.learner.device
     total = torch.zeros((), dtype=torch.float64, device=home)
     for batch in work.batches:
         poll()
@@ -73,8 +73,12 @@ def _accumulate(
         (nll / work.normalizer).backward()
         total += nll.detach().to(home, torch.float64)
     norm = state.optimizer.norm()
-    loss_of_step, size = torch.stack([total / work.normalizer, norm.to(home, torch.float64)]).tolist()
-    return StepNumbers(loss_of_step, size), norm
+    return _read(total / work.normalizer, norm.to(home, torch.float64)), norm
+
+
+def _read(loss: torch.Tensor, norm: torch.Tensor) -> StepNumbers:
+    """The one wait for the device in a step."""
+    return StepNumbers(*torch.stack([loss, norm]).tolist())
 
 
 def _undo(state: TrainState, before: dict[str, torch.Tensor]) -> None:
