@@ -17,7 +17,7 @@ from deft.loss import nll
 from deft.model import attention, faster, static
 from deft.model.checkpointing import Checkpointing
 from deft.model.learner import Learner
-from deft.model.static import choose_rooms, fill
+from deft.model.static import fill
 from deft.optim.adamw import AdamW
 from deft.training.state import TrainState
 from deft.training.step import nll_sum

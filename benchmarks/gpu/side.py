@@ -52,41 +52,39 @@ def steps_of(rows: Sequence[Row], examples: int) -> Iterator[Sequence[Row]]:
 
 
 def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A try for each number of micro-batch tokens, until one does not fit."""
+    """A try for each number of micro-batch tokens, until one does not fit: the plan, the loop and the compilation of
+    a user's run."""
+    from deft import compiling
     from deft.loss import nll
     from deft.model import selftest
-    from deft.model.static import Room, compile_layers, fill
     from deft.optim.adamw import AdamW
+    from deft.training.loop import train
     from deft.training.state import TrainState
-    from deft.training.step import take
 
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
-    model = new_model(SHAPES[given.model], dtype, given.device)
-    learner, note = selftest.choose(model)
+    learner, note = selftest.choose(new_model(SHAPES[given.model], dtype, given.device).eval())
     if note:
         raise SystemExit(note)
-    if DEFT_ARMS[given.arm]:
-        compile_layers(model, "inductor" if given.device == "cuda" else "eager")
-    model.train()
-    optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-5)
-    state, tries, first = TrainState(learner, optimizer), [], None
+    optimizer = AdamW(learner.model.named_parameters(), dtype=dtype, lr=1e-5)
+    tries, first = [], None
     for tokens in given.tokens:
-        works = [work_of(members, tokens, index) for index, members in enumerate(steps_of(rows, given.examples))]
-        if DEFT_ARMS[given.arm]:
-            from dataclasses import replace
-
-            room = Room.for_all(batch for work in works for batch in work.batches)
-            works = [replace(work, batches=tuple(fill(batch, room) for batch in work.batches)) for work in works]
-        found: dict[str, Any] = {"tokens": tokens, "steps": [], "micro_batches": len(works[0].batches)}
+        state, planned = TrainState(learner, optimizer), plan_of(rows, given.examples, tokens)
+        found: dict[str, Any] = {"tokens": tokens, "steps": []}
         reset_peak(given.device)
         try:
-            for work in works:
-                began = time.perf_counter()
-                take(state, work, nll, clip=1.0, factor=1.0)
+            if DEFT_ARMS[given.arm]:
+                torch._dynamo.reset()
+                backend = "inductor" if given.device == "cuda" else "aot_eager"
+                compiling.compile_for(state, compiling.rooms(planned), nll, print, backend)
+                if state.learner.compiled is None:
+                    raise SystemExit("layers are not compiled")
+            began = time.perf_counter()
+            for record in train(state, planned, nll, clip=1.0, factor=lambda step: 1.0):
                 wait(given.device)
-                seconds = time.perf_counter() - began
-                first = first or time.time() - given.began
-                found["steps"].append({"seconds": seconds, "tokens": work.tokens, "target_tokens": work.target_tokens})
+                first, now = first or time.time() - given.began, time.perf_counter()
+                numbers = {name: getattr(record, name) for name in ("tokens", "target_tokens", "padded_tokens")}
+                found["steps"].append({"seconds": now - began, **numbers})
+                began = time.perf_counter()
         except torch.OutOfMemoryError:
             tries.append({**found, "steps": [], "why": "out of memory"})
             break
@@ -94,23 +92,17 @@ def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]
     return tries
 
 
-def work_of(rows: Sequence[Row], tokens: int, step: int) -> Any:
-    """The step as deft's loader cuts it."""
-    from deft.loader import Work, build
-    from deft.plan.packs import pack
+def plan_of(rows: Sequence[Row], examples: int, tokens: int) -> Any:
+    """The rows in steps of so many, as deft plans them."""
+    from deft import loader
+    from deft.plan.order import Batching
+    from deft.types import Encoded, Origin
 
-    documents = [(np.array(row.ids), (np.array(row.labels) >= 0).astype(np.float32)) for row in rows]
-    packs = pack([len(row.ids) for row in rows], tokens)
-    targets = sum(len(row.learnt) for row in rows)
-    return Work(
-        step=step,
-        epoch=0,
-        batches=tuple(build([documents[index] for index in members]) for members in packs),
-        normalizer=float(targets),
-        tokens=sum(len(row.ids) for row in rows),
-        target_tokens=targets,
-        origins=(),
-    )
+    encoded = [
+        (Encoded(Origin("rows", n), np.array(row.ids, np.int32), (np.array(row.labels) >= 0).astype(np.float32)),)
+        for n, row in enumerate(rows)
+    ]
+    return loader.make(encoded, Batching(examples=examples), epochs=1, seed=0, microbatch_tokens=tokens)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------

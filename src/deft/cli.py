@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ from deft.redact import redacted
 if TYPE_CHECKING:
     from deft.config import Config
     from deft.workers import Helpers
+
+BEGAN = time.perf_counter()
+"""When the command was given."""
 
 app = typer.Typer(
     add_completion=False,
@@ -58,7 +62,7 @@ def train(arguments: Overrides = None) -> None:
             from deft.run import Caller
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, helpers=helpers))
+        run(made, Caller(signals=handled, began=BEGAN, helpers=helpers))
 
 
 @app.command()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-import torch
 from torch.utils._triton import has_triton
 
 from deft import cache, hardware
@@ -72,8 +71,9 @@ def compile_for(
         state.learner = learner
         if hardware.is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        say(f"layers are not compiled, and steps take longer ({type(error).__name__}: {reason})")
+        cause = getattr(error, "inner_exception", error)
+        reason = str(cause).strip().partition("\n")[0]
+        say(f"layers are not compiled, and steps take longer ({type(cause).__name__}: {reason})")
         return
     state.learner = replace(learner, compiled=replace(compiled, is_warm=True))
     texts = ", ".join(f"{room:,}" for room in sizes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,10 +52,16 @@ class Loader:
         total = sum(epoch.steps for epoch in self.epochs)
         return total if self.limit is None else min(total, self.limit)
 
-    def work(self, start: int = 0) -> Iterator[Work]:
-        """The steps from `start` on."""
-        for step in range(start, self.steps):
-            yield self.step(step)
+    def work(self, start: int = 0) -> Generator[Work]:
+        """The steps from `start` on; a thread builds the next one while the caller computes."""
+        if start >= self.steps:
+            return
+        with ThreadPoolExecutor(1, "loader") as ahead:
+            following = ahead.submit(self.step, start)
+            for step in range(start + 1, self.steps):
+                work, following = following.result(), ahead.submit(self.step, step)
+                yield work
+            yield following.result()
 
     def members(self, step: int) -> list[Example]:
         """The examples of a step in the plan's order."""

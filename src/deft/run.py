@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deft import (
     cache,
     checkpoint,
+    compiling,
     dataset,
     evaluate,
     export,
@@ -114,6 +116,7 @@ class Caller:
 
     signals  nothing ends the run unless the caller handles signals
     helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
+    began    time.perf_counter() when the run was asked for
     """
 
     samples: Sequence[Any] | None = None
@@ -121,6 +124,7 @@ class Caller:
     console: Console = field(default_factory=Console)
     signals: Signals = field(default_factory=Signals)
     helpers: Helpers | None = None
+    began: float = field(default_factory=time.perf_counter)
 
     def say(self, text: str) -> None:
         self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
@@ -200,14 +204,17 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     try:
         prepared = prepare(_settled(config, found), caller, found)
         with hardware.within_memory(partial(_too_large, prepared)):
+            loading = time.perf_counter()
             state = _load(prepared, caller)
-        if prepared.expected is None or not prepared.expected.is_safe:
-            with hardware.within_memory(partial(_too_long, prepared, state)):
+            loading = time.perf_counter() - loading
+        with hardware.within_memory(partial(_too_long, prepared, state)):
+            compiling.begin(state, prepared.loader, prepared.checked.loss, caller.say)
+            if prepared.expected is None or not prepared.expected.is_safe:
                 rehearse(state, forecast.largest(prepared.loader)[0], prepared.checked.loss)
         earlier = _write_beginnings(prepared, caller)
         with caller.signals.deferred():
             with hardware.within_memory(partial(_too_long, prepared, state)):
-                metrics, unsaved = _train(prepared, state, earlier, caller)
+                metrics, unsaved = _train(prepared, state, earlier, caller, loading)
             saved = None if unsaved or config.checkpoint.every is None else state.step
             with caller.signals.at_once():
                 _finish(prepared, state, caller)
@@ -654,11 +661,13 @@ def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
 
 
 def _train(
-    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], caller: Caller
+    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], caller: Caller, loading: float
 ) -> tuple[list[Mapping[str, Any]], DiskError | None]:
     """The loop. What happens between two steps is written here, as statements.
 
     Returns the metrics, with those of `earlier` starts, and what was wrong with the last save.
+
+    loading  seconds that the model took to load
     """
     config, planned, folder = prepared.config, prepared.loader, prepared.checked.folder
     logs = Logs.of(folder)
@@ -688,6 +697,9 @@ def _train(
                 logs.metrics.write(asdict(record))
                 lines.append(asdict(record))
                 shown.show(record)
+                if len(lines) == len(earlier) + 1:
+                    seconds = time.perf_counter() - caller.began
+                    caller.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
                 is_due, loss = saver.is_due(record.step, planned.steps), None
                 if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
                     is_evaluated, random = False, random_state()

@@ -128,7 +128,7 @@ def attend(
     if documents is None:
         return _attend_under_mask(module, query, key, value, attention_mask, rules, kwargs), None
     if isinstance(documents, Sealed):
-        documents, cu_seq_lens_q = documents.lengths, documents.edges
+        cu_seq_lens_q, documents = documents.edges, documents.lengths
     assert (query.shape[0], query.shape[2]) == (1, sum(documents)), "documents do not cover the micro-batch"
     if windows_seen is not None:
         windows_seen.append(sliding_window)

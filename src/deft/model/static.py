@@ -21,7 +21,20 @@ from deft.model.towers import text_body
 from deft.types import Batch
 
 FAMILIES = frozenset(
-    "cohere cohere2 gemma2 gemma3_text gpt_neox granite llama mistral olmo2 phi3 qwen2 qwen3".split()
+    {
+        "cohere",
+        "cohere2",
+        "gemma2",
+        "gemma3_text",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+    }
 )
 """Model types whose layers are known to compile without values, each tested: none routes tokens by them."""
 

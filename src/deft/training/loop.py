@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from types import ModuleType
 
 import torch
@@ -35,25 +36,26 @@ def train(
     poll    called before each micro-batch; what it raises ends the loop between two steps
     """
     began = time.perf_counter()
-    for work in loader.work(state.step):
-        multiplier = factor(work.step)
-        numbers = take(state, work, loss, clip=clip, factor=multiplier, poll=poll)
-        now = time.perf_counter()
-        yield StepRecord(
-            step=work.step + 1,
-            epoch=work.epoch,
-            loss=numbers.loss,
-            grad_norm=numbers.grad_norm,
-            learning_rate=state.optimizer.lr * multiplier,
-            target_tokens=work.target_tokens,
-            tokens=work.tokens,
-            padded_tokens=sum(map(state.learner.padding, work.batches)),
-            seconds=now - began,
-            peak_bytes=peak_bytes(),
-        )
-        if state.step == work.step:
-            raise NumbersError(f"step {work.step + 1}: loss or gradient is not finite; no weight was changed")
-        began = now
+    with closing(loader.work(state.step)) as works:
+        for work in works:
+            multiplier = factor(work.step)
+            numbers = take(state, work, loss, clip=clip, factor=multiplier, poll=poll)
+            now = time.perf_counter()
+            yield StepRecord(
+                step=work.step + 1,
+                epoch=work.epoch,
+                loss=numbers.loss,
+                grad_norm=numbers.grad_norm,
+                learning_rate=state.optimizer.lr * multiplier,
+                target_tokens=work.target_tokens,
+                tokens=work.tokens,
+                padded_tokens=sum(map(state.learner.padding, work.batches)),
+                seconds=now - began,
+                peak_bytes=peak_bytes(),
+            )
+            if state.step == work.step:
+                raise NumbersError(f"step {work.step + 1}: loss or gradient is not finite; no weight was changed")
+            began = now
 
 
 def peak_bytes() -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -96,5 +97,6 @@ def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
 
 def on(batch: Batch, device: torch.device) -> Batch:
     """The micro-batch on a device."""
-    moved = {name: sent(getattr(batch, name), device) for name in ("tokens", "positions", "rows", "targets", "weights")}
+    names = ("tokens", "positions", "rows", "targets", "weights")
+    moved: dict[str, Any] = {name: sent(getattr(batch, name), device) for name in names}
     return replace(batch, **moved)
