@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_static_shapes import state_of
 from tiny_models import write_llama
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from deft import compiling, config, loader
 from deft.loss import nll
@@ -127,8 +128,13 @@ def test_memory_that_does_not_suffice_is_no_reason_to_go_on() -> None:
     assert state.learner.compiled is None
 
 
-def test_kernels_are_kept_with_deft_s_cache_or_where_the_user_says(cache: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("is_torch_s", [False, True])
+def test_kernels_are_kept_with_deft_s_cache_or_where_the_user_says(
+    cache: Path, is_torch_s: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    if is_torch_s:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     compiling.compile_for(state_of(), (64,), nll, lambda text: None, "aot_eager")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "compiled" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"

@@ -88,6 +88,10 @@ def _work(state: TrainState, planned: Loader) -> float:
 
 
 def _keep_kernels() -> None:
-    """What is compiled is kept with deft's cache, unless the user keeps it elsewhere."""
+    """What is compiled is kept with deft's cache, unless the user keeps it elsewhere: torch's own place is in /tmp."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that other runs are spared
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():  # torch sets it when it is imported
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(name, str(cache.root() / "compiled" / folder))
