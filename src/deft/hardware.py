@@ -45,14 +45,16 @@ def resolve(name: str, precision: str, microbatch_tokens: int | str) -> Machine:
 def keep_freed_memory() -> None:
     """Memory of tensors that are gone stays with the process for those to come, where the C library is GNU's.
 
-    It would give every piece above 32 MiB back to the system at once, and get the next one page by page: a training
-    step of a 40 M model takes 2.27 s with this and 2.43 s without (two cores of an AMD EPYC, torch 2.13).
+    It would give all of it back to the system after a step, and get it again page by page: a training step of a 40 M
+    model takes 2.27 s with this and 2.43 s without (two cores of an AMD EPYC, torch 2.13). Pieces above 64 MiB still go
+    back, lest holes of their size are filled with small ones. To be called when the weights are loaded, which takes
+    large pieces for a moment.
     """
     trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
         mallopt(trim_threshold, -1)
-        if not mallopt(mmap_threshold, 2**30):  # glibc before 2.35 takes 32 MiB at most, and would now stay at 128 KiB
+        if not mallopt(mmap_threshold, 2**26):  # glibc before 2.35 takes 32 MiB at most, and would now stay at 128 KiB
             mallopt(mmap_threshold, 2**25)
 
 

@@ -187,7 +187,6 @@ class Prepared:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
-    hardware.keep_freed_memory()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:
@@ -207,6 +206,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
             loading = time.perf_counter()
             state = _load(prepared, caller)
             loading = time.perf_counter() - loading
+        hardware.keep_freed_memory()
         with hardware.within_memory(partial(_too_long, prepared, state)):
             compiling.begin(state, prepared.loader, prepared.checked.loss, caller.say)
             if prepared.expected is None or not prepared.expected.is_safe:

@@ -5,8 +5,8 @@ into the gradient of its logits, a few rows at a time in fp32, and spent on the 
 bias. Three matrix products in all, the least there is without keeping logits. The idea is Liger's fused linear
 cross-entropy (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py).
 
-The gradient of the head's weight is summed over blocks in fp32, some columns at a time, so that no other tensor of its
-size is made.
+The gradient of the head's weight is summed over blocks in fp32, some rows at a time, and narrowed where it lies: at no
+time are there two tensors of its size.
 
 Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden size, V vocabulary.
 """
@@ -25,12 +25,15 @@ CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**25, 2**28, 512
 """Logits of a block, 64 MiB and 512 MiB in bf16, and its least rows. Two cores of an AMD EPYC multiply 1,024 rows with
 a weight of 32,000 x 512 at 400 GFLOP/s, 256 rows at 380; more rows are no faster."""
 
-CPU_COLUMNS, GPU_COLUMNS = 2**12, 2**15
-"""Rows of the head's weight whose gradient is summed at a time: on CPUs a product of them stays in the cache."""
+CPU_PIECE, GPU_PIECE = 2**12, 2**15
+"""Rows of the head's weight whose gradient is summed at a time: on CPUs their product stays in the cache."""
 
 CPU_SLICE, GPU_SLICE = 2**19, 2**26
 """Logits that are in fp32 at a time. On CPUs they stay in the cache: 256 rows of 32,000 take 7 ms in slices of 16 rows,
 15 ms in one."""
+
+NARROWED = 2**20
+"""Elements that change their dtype at a time."""
 
 
 def loss(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tensor:
@@ -98,6 +101,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(logits_BV, weight, out=d_hidden[rows])
             if d_weight is not None:
                 _add_product(d_weight, logits_BV, hidden_BH, is_first=rows.start == 0)
+        d_weight = None if d_weight is None else _narrowed(d_weight, weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (hidden_KH, weight_VH, bias_V))
         return total
@@ -106,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (
-            None if gradient is None else _times(gradient, grad_output, dtype)
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None, None, None, None)
@@ -212,20 +216,28 @@ def _uncap_in_place(d_logits_SV: Tensor, tanh_SV: Tensor | None, scale: float) -
         d_logits_SV.mul_(scale)
 
 
-def _times(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * grad_output, rounded once; in place where the dtype is right, so that it is never held twice."""
-    is_right = gradient.dtype == dtype
-    return torch.mul(gradient, grad_output, out=gradient if is_right else torch.empty_like(gradient, dtype=dtype))
-
-
 def _add_product(total_VH: Tensor, logits_BV: Tensor, hidden_BH: Tensor, *, is_first: bool) -> None:
     """total += logits^T hidden; the first product is the total."""
-    for columns in _slices(len(total_VH), _on(total_VH.device, CPU_COLUMNS, GPU_COLUMNS)):
-        product = logits_BV[:, columns].T @ hidden_BH
+    for piece in _slices(len(total_VH), _on(total_VH.device, CPU_PIECE, GPU_PIECE)):
+        product = logits_BV[:, piece].T @ hidden_BH
         if is_first:
-            total_VH[columns] = product
+            total_VH[piece] = product
         else:
-            total_VH[columns] += product
+            total_VH[piece] += product
+
+
+def _narrowed(total_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in a dtype of at most its width, in its own memory, which it loses.
+
+    >>> _narrowed(torch.tensor([[1.0, 2.0], [3.0, 1.01]]), torch.bfloat16)
+    tensor([[1.0000, 2.0000],
+            [3.0000, 1.0078]], dtype=torch.bfloat16)
+    """
+    wide = total_VH.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    for piece in _slices(len(wide), NARROWED) if narrow.dtype != wide.dtype else ():
+        narrow[piece] = wide[piece].to(dtype)
+    return narrow.view(total_VH.shape)
 
 
 def _blocks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:

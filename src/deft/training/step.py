@@ -70,11 +70,12 @@ def _accumulate(
     for batch in work.batches:
         poll()
         state.optimizer.collect()
-        nll = nll_sum(state.learner, batch, loss)
-        (nll / work.normalizer).backward()
-        total += nll.detach().to(home, torch.float64)
+        # In the weights, so that no gradient has to be divided, and rounded, once more.
+        share = nll_sum(state.learner, replace(batch, weights=batch.weights / work.normalizer), loss)
+        share.backward()
+        total += share.detach().to(home, torch.float64)
     norm = state.optimizer.norm()
-    return _read(total / work.normalizer, norm.to(home, torch.float64)), norm
+    return _read(total, norm.to(home, torch.float64)), norm
 
 
 def _read(loss: torch.Tensor, norm: torch.Tensor) -> StepNumbers:
