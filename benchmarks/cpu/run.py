@@ -61,7 +61,7 @@ class Cell:
     model: str
     workload: str
     examples_per_step: int = 16
-    warmup: int = 1
+    warmup: int = 2
     steps: int = 3
     blocks: int = 5
     arms: tuple[str, ...] = (*DEFT_ARMS, *PEER_ARMS)
@@ -74,18 +74,18 @@ class Cell:
 SHORT = ("deft", "trl_default", "trl_packed")
 CELLS = (
     Cell("40m", "gsm8k"),
-    Cell("40m", "uniform", examples_per_step=8),
+    Cell("40m", "uniform", examples_per_step=8, warmup=1, steps=1),
     Cell("40m", "experts"),
     Cell("40m", "generated"),
     Cell("15m", "gsm8k"),
-    Cell("15m", "uniform", examples_per_step=8),
-    Cell("135m", "gsm8k", steps=2, arms=("deft", *PEER_ARMS)),
-    Cell("135m", "uniform", examples_per_step=8, steps=1, arms=("deft", *PEER_ARMS)),
-    Cell("0.5b", "gsm8k", examples_per_step=8, steps=1, blocks=2, arms=SHORT),
+    Cell("15m", "uniform", examples_per_step=8, warmup=1, steps=1),
+    Cell("135m", "gsm8k", warmup=1, steps=2, arms=("deft", *PEER_ARMS)),
+    Cell("135m", "uniform", examples_per_step=8, warmup=1, steps=1, arms=("deft", *PEER_ARMS)),
+    Cell("0.5b", "gsm8k", examples_per_step=8, warmup=1, steps=1, blocks=2, arms=SHORT),
 )
 QUICK = (
-    Cell("15m", "generated", examples_per_step=8, steps=1, blocks=1, arms=SHORT),
-    Cell("15m", "uniform", examples_per_step=8, steps=1, blocks=1, arms=SHORT),
+    Cell("15m", "generated", examples_per_step=8, warmup=1, steps=1, blocks=1, arms=SHORT),
+    Cell("15m", "uniform", examples_per_step=8, warmup=1, steps=1, blocks=1, arms=SHORT),
 )
 SETTINGS = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "clip": 1.0, "max_length": 1024, "deft": {}}
 

@@ -43,7 +43,7 @@ HEAP = 1.06
 BESIDE = {"fp32": 48 * 2**20, "bf16": 128 * 2**20}
 """On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB. In bf16 oneDNN and torch each keep up to
 1,024 primitives by shape, so far 105 to 169 MiB on documents of many lengths and 30 on those of one. Without these
-caches (LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY at 1) a step takes 2 to 7 % longer."""
+caches (LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY at 1) a step takes 3 to 12 % longer."""
 LEAST_TOKENS = 1024
 """Below so many tokens matrix products slow down."""
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")

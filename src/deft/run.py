@@ -187,6 +187,7 @@ class Prepared:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
+    hardware.bound_kernel_caches()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:
