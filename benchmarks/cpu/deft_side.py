@@ -62,10 +62,9 @@ def gate(folder: Path, precision: str, out: Path, rows: list[dict[str, list[int]
     name = precision.removeprefix("hf_").removesuffix("_sdpa")
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention)
-    total = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
-    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
-    (total / targets).backward()
-    save_gate(out, model, float(total) / targets)
+    mean = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
+    mean.backward()
+    save_gate(out, model, float(mean))
 
 
 def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
@@ -76,7 +75,7 @@ def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     wide = torch.promote_types(logits.dtype, torch.float32)
     labels = batch["labels"][:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels)
 
 
 def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
@@ -85,13 +84,14 @@ def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     from deft.loader import build
     from deft.loss import nll
     from deft.model import selftest
-    from deft.training.step import nll_sum
+    from deft.training.step import mean_share
 
     learner, note = selftest.choose(model)
     if note:
         raise RuntimeError(note)
     documents = [(np.array(row["input_ids"]), (np.array(row["labels"]) >= 0).astype(np.float32)) for row in rows]
-    return nll_sum(learner, build(documents), nll)
+    batch = build(documents)
+    return mean_share(learner, batch, len(batch.targets), nll)
 
 
 def main() -> None:

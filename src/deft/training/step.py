@@ -70,8 +70,7 @@ def _accumulate(
     for batch in work.batches:
         poll()
         state.optimizer.collect()
-        # In the weights, so that no gradient has to be divided, and rounded, once more.
-        share = nll_sum(state.learner, replace(batch, weights=batch.weights / work.normalizer), loss)
+        share = mean_share(state.learner, batch, work.normalizer, loss)
         share.backward()
         total += share.detach().to(home, torch.float64)
     norm = state.optimizer.norm()
@@ -86,6 +85,14 @@ def _read(loss: torch.Tensor, norm: torch.Tensor) -> StepNumbers:
 def _undo(state: TrainState, before: dict[str, torch.Tensor]) -> None:
     state.optimizer.zero_grad()
     randomness.restore(before, state.learner.device)
+
+
+def mean_share(learner: Learner, batch: Batch, normalizer: float, loss: ModuleType) -> torch.Tensor:
+    """What a micro-batch adds to the loss of its step: a scalar with its graph.
+
+    The normalizer is in the weights, so that no gradient has to be divided, and rounded, once more.
+    """
+    return nll_sum(learner, replace(batch, weights=batch.weights / normalizer), loss)
 
 
 def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
