@@ -55,8 +55,8 @@ def _thrown(chosen: Callable[[Sequence[tuple[str, Any]]], Sequence[tuple[str, An
 def moments() -> list[tuple[str, Callable[[Path], Callable[[], None]]]]:
     """Where a run is killed: (name, run folder -> what plants the kill)."""
     calls = [
-        ("deft.run.check", 1),
-        ("deft.run.plan", 1),
+        ("deft.reading.check", 1),
+        ("deft.prepare.plan", 1),
         ("deft.run.assemble", 1),
         ("deft.run.selftest.choose", 1),
         *(("deft.run.held_out_loss", n) for n in (1, 2, 3)),

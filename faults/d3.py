@@ -18,8 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from deft import checkpoint, export, generate
-from deft import run as running
+from deft import checkpoint, export, generate, prepare, reading
 from deft.model import load as models
 from deft.training import heldout, loop, step
 from faults.forking import Child, become, command, deft
@@ -31,8 +30,8 @@ FIGURE = 60
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS = 25.0
 PHASES: dict[str, tuple[Any, str]] = {
-    "checking": (running, "check"),
-    "encoding": (running, "encode"),
+    "checking": (reading, "check"),
+    "encoding": (prepare, "encode"),
     "loading": (models, "load"),
     "held-out loss": (heldout, "nll_sum"),
     "sampling": (generate, "complete"),

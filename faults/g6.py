@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from deft import crash, manifest
+from deft import crash, finish, manifest, reading
 from deft import run as running
 from faults.harness import Result, Scale, tally
 from faults.scenes import arguments, ended, scene
@@ -28,7 +28,7 @@ def control() -> Result:
     def open_() -> None:
         from deft import cli
 
-        for module in (crash, manifest, running, cli):
+        for module in (crash, manifest, reading, running, finish, cli):
             module.redacted = lambda text: text  # type: ignore[attr-defined]
 
     return _thrown(open_)

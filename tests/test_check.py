@@ -25,7 +25,8 @@ from deft.check import Checkup, stop_findings
 from deft.errors import Problems
 from deft.plan.order import Epoch
 from deft.plan.outlook import outlook
-from deft.run import Caller, prepare
+from deft.prepare import prepare
+from deft.reading import Caller
 
 ROWS = [chat(f"What is {n}?", "It is " + "very " * n + "big.") for n in range(20)]
 

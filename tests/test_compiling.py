@@ -23,7 +23,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from deft import compiling, config, loader
 from deft.loss import nll
 from deft.plan.order import Batching
-from deft.run import Caller
+from deft.reading import Caller
 from deft.run import train as run_config
 from deft.types import Encoded, Origin
 

@@ -18,7 +18,7 @@ from tiny_models import write_llama
 from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deft import api, config, doctor, forecast, hardware, loader, rates, run
+from deft import api, config, doctor, forecast, hardware, loader, prepare, rates, reading, run
 from deft.errors import MemoryShort
 from deft.forecast import Fit, Forecast, trace
 from deft.hardware import Machine
@@ -31,7 +31,7 @@ from deft.model.load import Base, inspect
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.rates import Rates
-from deft.run import Caller
+from deft.reading import Caller
 from deft.training.rehearse import rehearse
 from deft.training.state import TrainState
 from deft.training.step import nll_sum
@@ -274,9 +274,9 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
         path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
         caller = Caller(console=Console(file=io.StringIO()))
-        checked = run.check(made, caller)
-        data = run.encode(made, checked, checked.encoder(), caller)
-        return run.fitted(made, checked, data, run.plan(made, checked, data), caller)
+        checked = reading.check(made, caller)
+        data = prepare.encode(made, checked, checked.encoder(), caller)
+        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), caller)
 
     traced, trace_once = [], forecast.trace
     monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))

@@ -19,7 +19,7 @@ from deft import checkpoint, config, run
 from deft.checkpoint import Checkpoint
 from deft.errors import InputError
 from deft.logs import jsonl
-from deft.run import Caller
+from deft.reading import Caller
 
 ROWS = [
     {

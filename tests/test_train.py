@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deft
 from deft import config, hardware
 from deft.errors import DeftError, InputError, NumbersError, Problems
-from deft.run import Caller, Run
+from deft.reading import Caller
+from deft.run import Run
 from deft.run import train as run_config
 
 PAIRS = [{"prompt": f"What is {n} + 2?", "completion": f" It is {n + 2}."} for n in range(24)]

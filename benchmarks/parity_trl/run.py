@@ -67,7 +67,8 @@ def planned_rows(folder: Path) -> Iterator[dict[str, list[int]]]:
     from rich.console import Console
 
     from deft import config
-    from deft.run import Caller, prepare
+    from deft.prepare import prepare
+    from deft.reading import Caller
 
     saved = config.load(str(folder / "deft" / "config.yaml"))
     caller = Caller(console=Console(quiet=True))

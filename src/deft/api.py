@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deft import config as configuration
-from deft.run import Caller, Run
+from deft.reading import Caller
+from deft.run import Run
 from deft.run import train as run_config
 
 if TYPE_CHECKING:

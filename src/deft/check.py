@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deft import files, ledger, rates
-from deft import run as running
+from deft import files, ledger, prepare, rates, reading
 from deft.config import Config
 from deft.dataset import Dataset
 from deft.forecast import Forecast, forecast
@@ -19,7 +18,7 @@ from deft.ledger import SourceLedger
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
 from deft.plan.outlook import Outlook, outlook
-from deft.run import Caller, Checked
+from deft.reading import Caller, Checked
 from deft.symptoms import Finding
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
@@ -61,11 +60,11 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     """
     console = console or _console()
     caller = Caller(console=console)
-    checked = running.check(config, caller, needs_weights=False)
-    data = running.encode(config, checked, checked.encoder(), caller)
+    checked = reading.check(config, caller, needs_weights=False)
+    data = prepare.encode(config, checked, checked.encoder(), caller)
     planned = expected = None
     if data.train:
-        fit = running.fitted(config, checked, data, running.plan(config, checked, data), caller)
+        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller)
         planned, device = fit.planned, checked.machine.device
         expected = forecast(fit, device, rates.kept(device))
     checkup = Checkup(
@@ -78,7 +77,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     _print(console, config, checked, checkup)
     if report:
         files.write_json(Path(report), checkup.as_json())
-    running.stop_unless_trainable(config, checked, data)
+    prepare.stop_unless_trainable(config, checked, data)
     console.print("Nothing keeps this run from starting.")
     return checkup
 

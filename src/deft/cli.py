@@ -59,7 +59,7 @@ def train(arguments: Overrides = None) -> None:
 
             made = config.load(files[0] if files else None, overrides)
             helpers = _helpers(made)
-            from deft.run import Caller
+            from deft.reading import Caller
             from deft.run import train as run
 
         run(made, Caller(signals=handled, began=BEGAN, helpers=helpers))

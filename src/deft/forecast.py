@@ -41,9 +41,8 @@ PROCESS = 2**30
 HEAP = 1.06
 """On CPUs: resident memory per byte of live tensors. Freed pieces stay with the allocator."""
 BESIDE = {"fp32": 48 * 2**20, "bf16": 128 * 2**20}
-"""On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB. In bf16 oneDNN and torch each keep up to
-1,024 primitives by shape, so far 105 to 169 MiB on documents of many lengths and 30 on those of one. Without these
-caches (LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY at 1) a step takes 3 to 12 % longer."""
+"""On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
+keep by shape (`hardware.bound_kernel_caches`) add 105 to 169 MiB on documents of many lengths, 30 on those of one."""
 LEAST_TOKENS = 1024
 """Below so many tokens matrix products slow down."""
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")

@@ -27,6 +27,11 @@ class Machine:
     dtype: torch.dtype
     microbatch_tokens: int
 
+    @property
+    def dtype_name(self) -> str:
+        """As a model's config.json writes it."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def resolve(name: str, precision: str, microbatch_tokens: int | str) -> Machine:
     """Settings, `auto` among them -> the machine. bf16 is chosen where the device multiplies in it, fp32 elsewhere.

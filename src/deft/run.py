@@ -1,89 +1,58 @@
-"""The whole of a run, in reading order: check, read, encode, plan, load, train, export. It knows all rooms."""
+"""The whole of a run, in reading order: prepare, load, train, finish. It knows all rooms."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft import (
-    cache,
     checkpoint,
     compiling,
-    dataset,
     evaluate,
-    export,
     files,
-    fits,
     forecast,
     hardware,
-    ledger,
-    loader,
     lock,
     manifest,
     preflight,
-    rates,
-    registry,
-    report,
     resume,
 )
 from deft import config as configuration
-from deft import tokenizer as edge
-from deft.cache import Cache
 from deft.checkpoint import Checkpoint, Found, Keep
 from deft.config import Config
-from deft.data.shapes import Survey
-from deft.dataset import Advance, Dataset, Named, Way
-from deft.encoding.rows import Policy, RowEncoder, as_chat
-from deft.errors import DiskError, InputError, NumbersError, Problem, Problems
-from deft.evaluate import MetricFn, Prompt
-from deft.export import ExportError
-from deft.forecast import Fit, Forecast
+from deft.errors import DiskError, InputError, NumbersError
+from deft.finish import finish
 from deft.hardware import Machine
-from deft.loader import Loader
 from deft.logs import console as display
 from deft.logs import jsonl
 from deft.logs.jsonl import Logs
 from deft.model import load as models
 from deft.model import selftest, towers
-from deft.model.checkpointing import Checkpointing
 from deft.model.load import Base
 from deft.model.outline import outline
 from deft.optim.adamw import AdamW
-from deft.plan.order import Batching
-from deft.redact import redacted, redacted_json
-from deft.render.chat import Rules
-from deft.render.choose import Chosen, choose
-from deft.resume import Inputs, Rows
+from deft.prepare import Prepared, prepare
+from deft.reading import Caller
+from deft.redact import redacted
 from deft.saving import Saver
 from deft.schedule import factor
-from deft.signals import Preempted, Signals
-from deft.tokenizer import Tokenizer
+from deft.signals import Preempted
 from deft.training import badstep
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
 from deft.training.rehearse import rehearse
 from deft.training.state import TrainState, random_state, set_random_state
-from deft.types import Fate, StepRecord
-from deft.workers import Helpers
+from deft.types import StepRecord
 
 SHOWN_SAMPLES = 3
-SOON_ENCODED = 20_000
-"""So many rows are encoded before those that cannot be read stop the run."""
-EXPORT_ROWS = 3
-"""So many training examples are compared between the model in memory and the exported one."""
 
 
 @dataclass(frozen=True)
@@ -108,80 +77,6 @@ class Run:
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the exported Hugging Face folder."""
         files.copy(self.folder / "final", Path(folder))
-
-
-@dataclass(frozen=True)
-class Caller:
-    """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
-
-    signals  nothing ends the run unless the caller handles signals
-    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
-    began    time.perf_counter() when the run was asked for
-    """
-
-    samples: Sequence[Any] | None = None
-    metric_fn: MetricFn | None = None
-    console: Console = field(default_factory=Console)
-    signals: Signals = field(default_factory=Signals)
-    helpers: Helpers | None = None
-    began: float = field(default_factory=time.perf_counter)
-
-    def say(self, text: str) -> None:
-        self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The rows, understood, and how they become tokens."""
-
-    tokenizer: Tokenizer
-    chosen: Chosen
-    policy: Policy
-    is_chat: bool
-    stop_ids: tuple[int, ...]
-    train: list[tuple[Named, Survey]]
-    held_out: list[tuple[Named, Survey]]
-
-    def encoder(self) -> RowEncoder:
-        return dataset.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
-
-
-@dataclass(frozen=True)
-class Checked(Reading):
-    """What is known once nothing in the input is wrong."""
-
-    base: Base
-    loss: ModuleType
-    machine: Machine
-    prompts: tuple[Prompt, ...]
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before the model's weights are loaded.
-
-    config     resolved
-    expected   None where the architecture has to be seen running
-    batchings  what cuts steps, and from which step on
-    found      the checkpoint that the run goes on from
-    """
-
-    config: Config
-    checked: Checked
-    row_encoder: RowEncoder
-    data: Dataset
-    loader: Loader
-    checkpointing: Checkpointing
-    expected: Forecast | None
-    rows: Rows
-    inputs: Inputs
-    batchings: tuple[tuple[int, Batching], ...]
-    found: Found | None
-
-    def inputs_until(self, step: int) -> Inputs:
-        """What the first `step` steps are trained on."""
-        return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
 
 
 def train(config: Config, caller: Caller | None = None) -> Run:
@@ -218,7 +113,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
                 metrics, unsaved = _train(prepared, state, earlier, caller, loading)
             saved = None if unsaved or config.checkpoint.every is None else state.step
             with caller.signals.at_once():
-                _finish(prepared, state, caller)
+                finish(prepared, state, caller)
     except Preempted as stop:
         raise Preempted(stop.number, stop.saved or saved) from None
     if unsaved:
@@ -263,303 +158,6 @@ def _settled(config: Config, found: Found | None) -> Config:
     return configuration.make(values)
 
 
-def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepared:
-    """Checks, reads, encodes and plans, without loading the model."""
-    checked = check(config, caller)
-    row_encoder = checked.encoder()
-    data = encode(config, checked, row_encoder, caller)
-    if caller.helpers:
-        caller.helpers.stop()
-    for line in _described(checked, data):
-        caller.say(line)
-    stop_unless_trainable(config, checked, data)
-    batchings = _batchings(config, found)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
-    expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
-    if expected is not None:
-        caller.say(f"expected: {expected}")
-    checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
-    resolved = _resolved(config, checked)
-    prepared = Prepared(
-        config=resolved,
-        checked=checked,
-        row_encoder=row_encoder,
-        data=data,
-        loader=fit.planned,
-        checkpointing=fit.checkpointing,
-        expected=expected,
-        rows=Rows.of(data.train),
-        inputs=_inputs(resolved, checked, data),
-        batchings=batchings,
-        found=found,
-    )
-    if found is not None:
-        _compare(prepared, found, caller)
-    return prepared
-
-
-def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
-    """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
-    step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
-    before = Inputs(**found.checkpoint.values["inputs"])
-    sources = found.checkpoint.values["cursor"]["sources"]
-    rows = Rows(tuple(sources), *(stored[name].numpy() for name in ("digest", "line", "source")))
-    changes = resume.compare(step, before, prepared.inputs_until(step), rows, prepared.rows)
-    if changes.refused:
-        folder = prepared.checked.folder
-        heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
-        raise Problems(heading, changes.refused)
-    for change in changes.applied:
-        caller.say(f"since step {step}: {change}")
-    caller.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
-
-
-def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
-    """What the run is trained on; the plan is that of no step yet."""
-    hf = checked.tokenizer.hf
-    return Inputs(
-        config=redacted_json(config.model_dump(mode="json")),
-        model=resume.fingerprint(models.folder(checked.base)),
-        tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
-        template=resume.digest(checked.chosen.source) if checked.is_chat else "",
-        held_out=resume.digest(*map(str, Rows.of(data.held_out).digest.tolist())),
-        ledger=resume.digest(*(json.dumps(source.as_json(), sort_keys=True) for source in data.ledgers)),
-        plan="",
-        versions=manifest.versions(),
-        processes=1,
-    )
-
-
-def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:
-    """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
-    asked = Batching(config.batch.examples, config.batch.tokens)
-    if found is None:
-        return ((0, asked),)
-    earlier = tuple((since, Batching(**each)) for since, each in found.checkpoint.values["cursor"]["batchings"])
-    return earlier if earlier[-1][1] == asked else (*earlier, (found.checkpoint.step, asked))
-
-
-def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
-    """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
-        [
-            lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
-            lambda: registry.load("loss", config.loss.name, "loss.name"),
-            lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
-            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
-            lambda: evaluate.settings(config.evaluate.generate),
-            lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
-            *(partial(_read, sources, caller) for sources in _sources(config, caller)),
-        ]
-    )
-    reading = _reading(config, base, tokenizer, *rows)
-    prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
-    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
-
-
-def read(config: Config, caller: Caller) -> Reading:
-    """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
-    (base, tokenizer), *rows = preflight.collect(
-        [
-            lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(dataset.glance, sources, way(caller)) for sources in _sources(config, caller)),
-        ]
-    )
-    return _reading(config, base, tokenizer, *rows)
-
-
-def _base_if_any(path: str) -> Base | None:
-    folder = Path(path).expanduser()
-    is_tokenizer_alone = folder.is_dir() and not (folder / "config.json").is_file()
-    return None if is_tokenizer_alone else models.inspect(path, needs_weights=False)
-
-
-def _reading(
-    config: Config,
-    base: Base | None,
-    tokenizer: Tokenizer,
-    train: list[tuple[Named, Survey]],
-    held_out: list[tuple[Named, Survey]],
-) -> Reading:
-    chosen, length = preflight.collect(
-        [
-            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
-            lambda: preflight.max_length(config.max_length, base.max_positions if base else None),
-        ]
-    )
-    rules = Rules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
-    policy = Policy(
-        length,
-        config.data.train_on,
-        config.data.render,
-        config.overflow,
-        config.truncation_side,
-        rules,
-        config.template_kwargs,
-    )
-    is_chat = _is_chat(policy, train)
-    return Reading(
-        tokenizer=tokenizer.with_template(chosen.source) if is_chat and not chosen.is_own else tokenizer,
-        chosen=chosen,
-        policy=policy,
-        is_chat=is_chat,
-        stop_ids=base.stop_ids if base else (),
-        train=train,
-        held_out=held_out,
-    )
-
-
-def plan(
-    config: Config, checked: Checked, data: Dataset, batchings: Sequence[tuple[int, Batching]] | None = None
-) -> Loader:
-    """Which example stands in which step, for the whole run."""
-    return loader.make(
-        data.train,
-        batchings or _batchings(config, None),
-        epochs=config.epochs,
-        seed=config.seed,
-        microbatch_tokens=checked.machine.microbatch_tokens,
-        normalize=config.loss.normalize,
-        limit=config.steps,
-    )
-
-
-def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller) -> Fit:
-    """The plan with micro-batches that fit in memory, and what the largest of them takes.
-
-    It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
-    """
-    is_auto = config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto)
-    if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
-        return make()
-    model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
-    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
-    return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
-
-
-def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
-    """Whether the training rows go through the chat template."""
-    if policy.render != "auto":
-        return policy.render == "chat"
-    return any(survey.first is not None and survey.first.kind == "chat" for _, survey in understood)
-
-
-def _as_user(prompt: Prompt) -> Prompt:
-    """A text prompt as the user's message: a model that was trained on chats is asked in a chat."""
-    if not isinstance(prompt.prompt, str):
-        return prompt
-    return replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
-
-
-def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
-    held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
-    train_sources = [dataset.named(source, "train") for source in config.data.train]
-    if caller.samples is not None:
-        train_sources = [Named("samples", rows=tuple(caller.samples))]
-    return train_sources, [dataset.named(source, "test") for source in held_out]
-
-
-def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
-    """Reads sources from beginning to end."""
-    with _progress(caller, "reading", None) as advance:
-        return dataset.understand(sources, way(caller, advance))
-
-
-def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
-    """Whatever is made of rows is kept in the user's cache."""
-    return Way(Cache(cache.root(), caller.say), helpers=caller.helpers, advance=advance)
-
-
-def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
-    """Every row's tokens and fate.
-
-    Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
-    together with those that its template refuses.
-    """
-    _stop_if_many_cannot_be_read(config, checked)
-    share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
-    with _progress(caller, "encoding", rows) as advance:
-        return dataset.encode_sources(
-            checked.train,
-            row_encoder,
-            held_out=checked.held_out,
-            share=share,
-            seed=config.seed,
-            way=way(caller, advance),
-        )
-
-
-def _stop_if_many_cannot_be_read(config: Config, reading: Reading) -> None:
-    surveys = [survey for _, survey in reading.train + reading.held_out]
-    rows, refused = sum(survey.rows for survey in surveys), sum(survey.refused_rows for survey in surveys)
-    if rows > SOON_ENCODED and refused > config.data.allow_refused:
-        named = [problem for survey in surveys for problem in survey.refused]
-        heading = f"{refused} of {rows} rows cannot be read, and none was encoded (data.allow_refused={refused} does):"
-        raise Problems(heading, named, refused - len(named))
-
-
-@contextmanager
-def _progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
-    """A bar that counts rows, where there is a terminal."""
-    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda rows: progress.advance(task, rows)
-
-
-def _described(checked: Checked, data: Dataset) -> list[str]:
-    """What a user should know of the rows before training."""
-    lines = [f"template: {checked.chosen.where}"] if checked.is_chat else []
-    for source in data.ledgers:
-        fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
-        share = source.target_tokens / max(1, source.tokens)
-        lines.append(
-            f"{source.source}: {source.shape}, {source.rows} rows ({fates}), {source.tokens} tokens, "
-            f"{share:.0%} learnt, longest {source.longest}"
-        )
-        lines += [f"  {finding}" for finding in ledger.findings([source])]
-    return lines
-
-
-def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
-    """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
-    refused = ledger.met(data.ledgers, Fate.REFUSED)
-    if refused > config.data.allow_refused:
-        _stop(data, Fate.REFUSED, f"{refused} rows are refused (data.allow_refused={refused} trains without them):")
-    too_long = ledger.met(data.ledgers, Fate.TOO_LONG)
-    if too_long and config.overflow == "error":
-        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):")
-    if not data.train:
-        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
-        raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
-    if config.checkpoint.keep_best and not data.held_out:
-        raise InputError(
-            "checkpoint.keep_best: the best is found by held-out loss, and no row is held out; set data.eval"
-        )
-    if len(checked.tokenizer.hf) > checked.base.vocab_size:
-        _stop_if_unknown_to_the_model(checked, data)
-
-
-def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
-    """Raises Problems with the first rows that met a fate."""
-    named = ledger.named(data.ledgers, fate)
-    raise Problems(heading, named, ledger.met(data.ledgers, fate) - len(named))
-
-
-def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
-    """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
-    size = checked.base.vocab_size
-    largest = (data.train + data.held_out).past(size)
-    if largest:
-        text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
-        problems = [
-            Problem(str(row), f"token {index} ({text(index)!r}) is past the model's {size}", fix)
-            for row, index in largest.items()
-        ]
-        raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
-
-
 def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, Any]]:
     """The run folder with what is known before the next step: config.yaml, manifest.json, ledger.json.
 
@@ -578,7 +176,7 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     described = manifest.collect(
         seed=config.seed,
         device=checked.machine.device.type,
-        dtype=_name(checked.machine.dtype),
+        dtype=checked.machine.dtype_name,
         data={
             name: digest for _, survey in checked.train + checked.held_out for name, digest in survey.content.items()
         },
@@ -586,19 +184,6 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     )
     files.write_json(checked.folder / "manifest.json", described)
     return [*earlier]
-
-
-def _resolved(config: Config, checked: Checked) -> Config:
-    """The configuration with every `auto` settled."""
-    return config.model_copy(
-        update={
-            "output": str(checked.folder),
-            "max_length": checked.policy.max_length,
-            "microbatch_tokens": checked.machine.microbatch_tokens,
-            "device": checked.machine.device.type,
-            "precision": "bf16" if checked.machine.dtype == torch.bfloat16 else "fp32",
-        }
-    )
 
 
 def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, str]:
@@ -625,7 +210,7 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
     if note:
         caller.say(note)
     parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())
-    dtype = _name(checked.machine.dtype)
+    dtype = checked.machine.dtype_name
     caller.say(
         f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
         f"{prepared.loader.steps} steps -> {checked.folder}"
@@ -657,7 +242,7 @@ def _too_long(prepared: Prepared, state: TrainState) -> str:
 
 def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
     """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
-    is_half = base.dtype == _name(machine.dtype) == "bfloat16"
+    is_half = base.dtype == machine.dtype_name == "bfloat16"
     return torch.bfloat16 if is_half else torch.float32
 
 
@@ -805,91 +390,3 @@ def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller)
     for row in samples.rows[:SHOWN_SAMPLES]:
         caller.say(f"  {row.prompt!r} -> {row.output!r}")
     return found.get("loss")
-
-
-def _finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
-    """The export, compared with what is in memory before it is called done, and the report."""
-    checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
-    folder = checked.folder / "final"
-    masters, stop_ids = _masters(prepared, state), _stop_ids(prepared)
-    if not folder.exists():  # else an earlier start was stopped after it was put in place
-        export.export(
-            model,
-            tokenizer,
-            folder,
-            dtype=getattr(torch, checked.base.dtype),
-            stop_ids=stop_ids,
-            chat_template=None,
-            card=_card(prepared),
-            weights=masters,
-            processor=towers.processor_files(checked.base.path),
-        )
-    try:
-        check = export.verify(
-            folder,
-            model,
-            tokenizer,
-            [example[0].tokens.tolist() for example in prepared.data.train[:EXPORT_ROWS]],
-            _first_chat(prepared),
-            weights=masters,
-            stop_ids=stop_ids,
-        )
-    except ExportError:
-        files.remove(folder)
-        raise
-    report.write(checked.folder)
-    caller.say(
-        f"{folder}: {check.dtype}, reloaded by plain transformers and compared: {check.tensors} tensors equal, "
-        f"logits within {check.largest_error:.1e}, {check.texts} texts encoded alike"
-    )
-
-
-def _masters(prepared: Prepared, state: TrainState) -> Mapping[str, torch.Tensor] | None:
-    """The fp32 weights to export; None where the model's own already have the dtype that is saved."""
-    is_saved_as_is = prepared.checked.base.dtype == _name(prepared.checked.machine.dtype)
-    return None if is_saved_as_is else state.optimizer.masters
-
-
-def _stop_ids(prepared: Prepared) -> list[int]:
-    """The ids of the marks that ended learnt turns, as far as they are single tokens, and EOS where text was learnt."""
-    tokenizer, marks = prepared.checked.tokenizer, prepared.data.marks
-    ids = [tokenizer.special_tokens[mark] for mark in sorted(marks) if mark in tokenizer.special_tokens]
-    eos = [] if marks or tokenizer.eos_id is None else [tokenizer.eos_id]
-    return list(dict.fromkeys([*ids, *eos]))
-
-
-def _first_chat(prepared: Prepared) -> list[dict[str, str]] | None:
-    """The messages of the first chat that is trained, for comparing templates."""
-    if not prepared.checked.is_chat:
-        return None
-    conversation = prepared.checked.train[0][1].first
-    messages = as_chat(conversation.messages) if conversation else []
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _card(prepared: Prepared) -> str:
-    config, data = prepared.config, prepared.data
-    return export.model_card(
-        {
-            "name": prepared.checked.folder.name,
-            "base_model": redacted(config.model),
-            "data": [{"path": source.source, "rows": source.rows} for source in data.ledgers],
-            "tokens": sum(source.tokens for source in data.ledgers),
-            "target_tokens": sum(source.target_tokens for source in data.ledgers),
-            "hyperparameters": {
-                "optimizer": config.optimizer.name,
-                "learning rate": config.optimizer.lr,
-                "schedule": config.schedule.name,
-                "epochs": config.epochs,
-                "steps": prepared.loader.steps,
-                "batch": config.batch.model_dump(exclude_none=True),
-                "max_length": prepared.checked.policy.max_length,
-                "seed": config.seed,
-            },
-            "versions": manifest.versions(),
-        }
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

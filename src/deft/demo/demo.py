@@ -17,8 +17,9 @@ from deft.demo import base, world
 from deft.demo.settings import BASE, CHAT, VOCAB_SIZE
 from deft.demo.world import Question, World
 from deft.generate import complete
+from deft.reading import Caller
 from deft.render.template import plain
-from deft.run import Caller, Run
+from deft.run import Run
 from deft.run import train as run_config
 
 SHOWN = 6

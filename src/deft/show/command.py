@@ -8,12 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from deft import files
-from deft import run as running
 from deft.config import Config
 from deft.data.shapes import Survey
 from deft.dataset import Named
 from deft.errors import InputError
-from deft.run import Caller
+from deft.reading import Caller, read, way
 from deft.show import page, rows, terminal
 from deft.show.rows import Wanted
 from deft.types import Fate
@@ -36,13 +35,12 @@ def run(
     console = console or Console()
     wanted = Wanted(count or (PAGE_ROWS if html else TERMINAL_ROWS), _fate(only), source, from_line)
     caller = Caller(console=console)
-    reading = running.read(config, caller)
+    reading = read(config, caller)
     names = _names(reading.train + reading.held_out)
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    way = running.way(caller)
-    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way)
+    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way(caller))
     if html is None:
         terminal.write(console, shown)
         return

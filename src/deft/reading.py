@@ -1,0 +1,198 @@
+"""Configuration -> rows that are understood and a model that is known: every check that needs no weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from deft import (
+    cache,
+    dataset,
+    evaluate,
+    hardware,
+    preflight,
+    registry,
+)
+from deft import tokenizer as edge
+from deft.cache import Cache
+from deft.config import Config
+from deft.data.shapes import Survey
+from deft.dataset import Advance, Named, Way
+from deft.encoding.rows import Policy, RowEncoder
+from deft.evaluate import MetricFn, Prompt
+from deft.hardware import Machine
+from deft.model import load as models
+from deft.model.load import Base
+from deft.redact import redacted
+from deft.render.chat import Rules
+from deft.render.choose import Chosen, choose
+from deft.signals import Signals
+from deft.tokenizer import Tokenizer
+from deft.workers import Helpers
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
+
+    signals  nothing ends the run unless the caller handles signals
+    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
+    began    time.perf_counter() when the run was asked for
+    """
+
+    samples: Sequence[Any] | None = None
+    metric_fn: MetricFn | None = None
+    console: Console = field(default_factory=Console)
+    signals: Signals = field(default_factory=Signals)
+    helpers: Helpers | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def say(self, text: str) -> None:
+        self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The rows, understood, and how they become tokens."""
+
+    tokenizer: Tokenizer
+    chosen: Chosen
+    policy: Policy
+    is_chat: bool
+    stop_ids: tuple[int, ...]
+    train: list[tuple[Named, Survey]]
+    held_out: list[tuple[Named, Survey]]
+
+    def encoder(self) -> RowEncoder:
+        return dataset.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
+
+
+@dataclass(frozen=True)
+class Checked(Reading):
+    """What is known once nothing in the input is wrong."""
+
+    base: Base
+    loss: ModuleType
+    machine: Machine
+    prompts: tuple[Prompt, ...]
+    folder: Path
+
+
+def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
+    """Every check that needs no weights; what is wrong comes in one error."""
+    (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
+        [
+            lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
+            lambda: registry.load("loss", config.loss.name, "loss.name"),
+            lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
+            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
+            lambda: evaluate.settings(config.evaluate.generate),
+            lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
+            *(partial(_read, sources, caller) for sources in _sources(config, caller)),
+        ]
+    )
+    reading = _reading(config, base, tokenizer, *rows)
+    prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
+    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
+
+
+def read(config: Config, caller: Caller) -> Reading:
+    """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
+    (base, tokenizer), *rows = preflight.collect(
+        [
+            lambda: (_base_if_any(config.model), edge.load(config.model)),
+            *(partial(dataset.glance, sources, way(caller)) for sources in _sources(config, caller)),
+        ]
+    )
+    return _reading(config, base, tokenizer, *rows)
+
+
+def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
+    """Whatever is made of rows is kept in the user's cache."""
+    return Way(Cache(cache.root(), caller.say), helpers=caller.helpers, advance=advance)
+
+
+@contextmanager
+def progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
+    """A bar that counts rows, where there is a terminal."""
+    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda rows: progress.advance(task, rows)
+
+
+def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
+    """Reads sources from beginning to end."""
+    with progress(caller, "reading", None) as advance:
+        return dataset.understand(sources, way(caller, advance))
+
+
+def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
+    held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
+    train_sources = [dataset.named(source, "train") for source in config.data.train]
+    if caller.samples is not None:
+        train_sources = [Named("samples", rows=tuple(caller.samples))]
+    return train_sources, [dataset.named(source, "test") for source in held_out]
+
+
+def _reading(
+    config: Config,
+    base: Base | None,
+    tokenizer: Tokenizer,
+    train: list[tuple[Named, Survey]],
+    held_out: list[tuple[Named, Survey]],
+) -> Reading:
+    chosen, length = preflight.collect(
+        [
+            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
+            lambda: preflight.max_length(config.max_length, base.max_positions if base else None),
+        ]
+    )
+    rules = Rules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
+    policy = Policy(
+        length,
+        config.data.train_on,
+        config.data.render,
+        config.overflow,
+        config.truncation_side,
+        rules,
+        config.template_kwargs,
+    )
+    is_chat = _is_chat(policy, train)
+    return Reading(
+        tokenizer=tokenizer.with_template(chosen.source) if is_chat and not chosen.is_own else tokenizer,
+        chosen=chosen,
+        policy=policy,
+        is_chat=is_chat,
+        stop_ids=base.stop_ids if base else (),
+        train=train,
+        held_out=held_out,
+    )
+
+
+def _base_if_any(path: str) -> Base | None:
+    folder = Path(path).expanduser()
+    is_tokenizer_alone = folder.is_dir() and not (folder / "config.json").is_file()
+    return None if is_tokenizer_alone else models.inspect(path, needs_weights=False)
+
+
+def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
+    """Whether the training rows go through the chat template."""
+    if policy.render != "auto":
+        return policy.render == "chat"
+    return any(survey.first is not None and survey.first.kind == "chat" for _, survey in understood)
+
+
+def _as_user(prompt: Prompt) -> Prompt:
+    """A text prompt as the user's message: a model that was trained on chats is asked in a chat."""
+    if not isinstance(prompt.prompt, str):
+        return prompt
+    return replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
