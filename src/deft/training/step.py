@@ -88,11 +88,12 @@ def _undo(state: TrainState, before: dict[str, torch.Tensor]) -> None:
 
 
 def mean_share(learner: Learner, batch: Batch, normalizer: float, loss: ModuleType) -> torch.Tensor:
-    """What a micro-batch adds to the loss of its step: a scalar with its graph.
+    """What a micro-batch adds to the loss of its step: a scalar with its graph; NaN where the normalizer is 0.
 
     The normalizer is in the weights, so that no gradient has to be divided, and rounded, once more.
     """
-    return nll_sum(learner, replace(batch, weights=batch.weights / normalizer), loss)
+    share = nll_sum(learner, replace(batch, weights=batch.weights / normalizer), loss)
+    return share if normalizer > 0.0 else share * math.nan
 
 
 def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
