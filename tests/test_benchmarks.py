@@ -60,11 +60,11 @@ def test_the_gate_lets_through_what_is_equal_only(tmp_path: Path) -> None:
     exact, hf = side(tmp_path / "exact", 0.0), side(tmp_path / "hf", 1e-2)
     near, far = side(tmp_path / "near", 5e-6), side(tmp_path / "far", 2e-5)
     lost, worse = side(tmp_path / "lost", 0.0, loss=2.0001), side(tmp_path / "worse", 1.1e-2)
-    assert judge(near, None, exact, [hf], exact).passed
-    assert judge(near, hf, exact, [hf], exact).passed
-    assert judge(far, None, exact, [hf], exact).why == "fp32 differs by more than 1e-05"
-    assert not judge(lost, None, exact, [hf], exact).passed
-    assert judge(near, worse, exact, [hf], exact).why == "bf16 is further off than Hugging Face's"
+    assert judge(near, None, exact, hf, exact).passed
+    assert judge(near, hf, exact, hf, exact).passed
+    assert judge(far, None, exact, hf, exact).why == "fp32 differs by more than 1e-05"
+    assert not judge(lost, None, exact, hf, exact).passed
+    assert judge(near, worse, exact, hf, exact).why == "bf16 is further off than Hugging Face's"
 
 
 def test_ratios_are_of_the_same_block() -> None:

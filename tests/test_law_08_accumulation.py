@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,19 @@ def test_a_real_model_on_real_rows(corpus: Path) -> None:
         assert cut["batches"] > 1
         assert_equal(cut["gradients"], whole["gradients"], 1e-6)
         assert_equal(cut["weights"], whole["weights"], 1e-6)
+
+
+def test_a_step_in_which_nothing_is_learnt_is_not_taken(tmp_path: Path) -> None:
+    folder = str(write_llama(tmp_path / "model"))
+    model = models.load(models.inspect(folder), device="cpu", dtype=torch.float32)
+    state = TrainState(selftest.choose(model)[0], AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-2))
+    examples = [(part,) for part in encode(ROWS, folder, max_length=128)]
+    planned = loader.make(examples, Batching(4), epochs=1, seed=0, microbatch_tokens=10**9)
+    assert take(state, planned.step(0), nll, clip=None, factor=1.0).are_finite  # moments that a next step would apply
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    work = planned.step(1)
+    empty = (replace(b, rows=b.rows[:0], targets=b.targets[:0], weights=b.weights[:0]) for b in work.batches)
+    numbers = take(state, replace(work, batches=tuple(empty), normalizer=0.0), nll, clip=None, factor=1.0)
+    assert not numbers.are_finite
+    assert state.step == 1
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -6,7 +6,7 @@ FOLDER as for `peer_side.py`, and `train.jsonl`: the same rows as words that the
 ids. OUT gets deft's run folder `run/`, whose metrics.jsonl has a line per optimizer step, and `memory.json`.
 
 With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the learner that a run would use;
-and with PRECISION hf_fp64, hf_fp32, hf_bf16 or hf_bf16_sdpa those of the plain Hugging Face model on padded rows.
+and with PRECISION hf_fp64, hf_fp32 or hf_bf16 those of the plain Hugging Face model on padded rows.
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> 
 def gate(folder: Path, precision: str, out: Path, rows: list[dict[str, list[int]]]) -> None:
     from peer_side import save_gate
 
-    attention = "sdpa" if precision.endswith("sdpa") else "eager"
-    name = precision.removeprefix("hf_").removesuffix("_sdpa")
+    name = precision.removeprefix("hf_")
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     mean = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
     mean.backward()
     save_gate(out, model, float(mean))
@@ -97,7 +96,7 @@ def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    plain = ("hf_fp64", "hf_fp32", "hf_bf16", "hf_bf16_sdpa")
+    plain = ("hf_fp64", "hf_fp32", "hf_bf16")
     parser.add_argument("precision", choices=("auto", "fp32", "bf16", *plain))
     parser.add_argument("out", type=Path)
     parser.add_argument("--gate", action="store_true")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,13 @@ class Gate:
         return ("" if self.passed else f"VOID ({self.why}): ") + text
 
 
-def judge(fp32: Path, bf16: Path | None, hf_fp32: Path, hf_bf16: Sequence[Path], oracle: Path) -> Gate:
+def judge(fp32: Path, bf16: Path | None, hf_fp32: Path, hf_bf16: Path, oracle: Path) -> Gate:
     """Folders with loss.json and gradients.safetensors -> whether the arm computes what it should."""
     exact = load_file(oracle / "gradients.safetensors")
     worst = _worst(load_file(fp32 / "gradients.safetensors"), load_file(hf_fp32 / "gradients.safetensors"))
     loss = abs(_loss(fp32) / _loss(hf_fp32) - 1)
     ours = None if bf16 is None else _whole(load_file(bf16 / "gradients.safetensors"), exact)
-    theirs = max(_whole(load_file(each / "gradients.safetensors"), exact) for each in hf_bf16)
+    theirs = _whole(load_file(hf_bf16 / "gradients.safetensors"), exact)
     reasons = []
     if not max(worst, loss) <= FP32_LIMIT:
         reasons.append(f"fp32 differs by more than {FP32_LIMIT:g}")

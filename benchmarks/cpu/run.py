@@ -51,8 +51,6 @@ PEER_ARMS = ("trl_default", "trl_grouped", "trl_packed", "hf_padded", "loop_pack
 BF16_ARMS = ("trl_default", "trl_grouped", "trl_packed")
 """Peers that compute in bf16 (fp32 weights under autocast, as TRL does it)."""
 
-HF_BF16 = ("hf_bf16",)
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -294,8 +292,7 @@ def gate_all(cell: Cell, arms: Sequence[str], folder: Path, rows: Sequence[Row],
         return out
 
     ours = [sys.executable, str(HERE / "deft_side.py"), "--gate", str(folder)]
-    references = {name: gradients(name, *ours, name) for name in {oracle, "hf_fp32", *HF_BF16}}
-    hf_bf16 = [references[name] for name in HF_BF16]
+    references = {name: gradients(name, *ours, name) for name in {oracle, "hf_fp32", "hf_bf16"}}
     found = {}
     for arm in arms:
         if arm in DEFT_ARMS:
@@ -310,7 +307,7 @@ def gate_all(cell: Cell, arms: Sequence[str], folder: Path, rows: Sequence[Row],
             except Failed as error:
                 found[arm] = Gate(False, str(error))
                 continue
-        found[arm] = judge(fp32, bf16, references["hf_fp32"], hf_bf16, references[oracle])
+        found[arm] = judge(fp32, bf16, references["hf_fp32"], references["hf_bf16"], references[oracle])
         print(f"  gate {arm:18} {found[arm]}", flush=True)
     return found
 
