@@ -102,6 +102,7 @@ def test_one_process_and_three_write_the_same_bytes(
     train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
     monkeypatch.setattr(workers, "HERE", 2)
+    monkeypatch.setattr(dataset, "COUNTED_HERE", 2)
     begin, used = workers.Helpers.begin, []
 
     def begin_and_wait(self: Any, *arguments: Any) -> None:

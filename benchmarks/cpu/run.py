@@ -71,7 +71,7 @@ class Cell:
 
 SHORT = ("deft", "trl_default", "trl_packed")
 CELLS = (
-    Cell("40m", "gsm8k"),
+    Cell("40m", "gsm8k", warmup=3, steps=2),
     Cell("40m", "uniform", examples_per_step=8, warmup=1, steps=1),
     Cell("40m", "experts"),
     Cell("40m", "generated"),
@@ -259,6 +259,7 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
             "fp32": _middle([p.fp32 / 1e9 for p in all_probes]),
         },
         "blocks_kept": len(kept),
+        "drift_allowed": options.drift,
         "blocks_dropped_for_drift": dropped,
         "arms": _summaries(kept),
         "turns": [asdict(turn) for turns in kept for turn in turns],

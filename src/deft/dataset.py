@@ -118,6 +118,9 @@ class Way:
 LOOKED_AT_BYTES = 2**26
 """Files that are larger take longer than 30 ms to know again."""
 
+COUNTED_HERE = 32
+"""Counting so many chunks takes as long as starting processes that help."""
+
 NOT_KEPT = Way()
 """By as many processes as there are cores, and kept nowhere."""
 
@@ -193,7 +196,11 @@ def _surveyed(source: Named, way: Way) -> Survey:
 
 def _survey(source: Named, way: Way) -> Survey:
     tallies = workers.ordered(
-        shapes.counter, (source.path, source.format, source.choices), source.chunks(), way.processes
+        shapes.counter,
+        (source.path, source.format, source.choices),
+        source.chunks(),
+        way.processes,
+        here=COUNTED_HERE,
     )
     return shapes.survey(_counted(tallies, way.advance), source.path, source.format, source.choices)
 

@@ -49,12 +49,14 @@ def ordered(
     items: Iterable[A],
     processes: int | None = None,
     helpers: Helpers | None = None,
+    here: int | None = None,
 ) -> Iterator[B]:
     """`make(recipe)(item)` for every item, in their order; the same whatever the number of processes.
 
     make       a function of a module, which other processes import
     processes  how many help; `available()` unless said; one is this process alone
     helpers    processes that were started before, and are used up; where there are none, they are started
+    here       so many items are worked on before that; `HERE` unless said
 
     Raises what the work raises, and LostProcessError where a process is killed.
 
@@ -66,7 +68,7 @@ def ordered(
         return
     processes = available() if processes is None else processes
     waiting, work = iter(items), None
-    for item in islice(waiting, HERE):
+    for item in islice(waiting, HERE if here is None else here):
         work = work or make(recipe)
         yield work(item)
     following = list(islice(waiting, 1))

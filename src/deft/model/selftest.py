@@ -50,16 +50,23 @@ def choose(model: PreTrainedModel) -> tuple[Learner, str]:
     with _evaluating(model), torch.no_grad():
         _use_attention(model, own_attention(model))
         _check_causal(model, batch)
+        if fault := _body_fault(model):
+            return _whole(model, fault)
+        alone_MH = alone_hidden(model, batch)
         heads = [Learner(model, "alone", *constants) for constants in _head_constants(model)]
-        reasons = [_head_fault(learner, batch) for learner in heads]
+        reasons = [_head_fault(learner, batch, alone_MH) for learner in heads]
         if all(reasons):
-            return Learner(model, "whole"), _note(model, f"{reasons[0]}; its own forward computes whole logits")
+            return _whole(model, reasons[0])
         alone = heads[reasons.index("")]
-        if fault := _packing_fault(model, batch):
+        if fault := _packing_fault(model, batch, alone_MH):
             _use_attention(model, own_attention(model))
             return alone, _note(model, f"{fault}; documents run one at a time")
         _use_blocks(model, batch)
     return replace(alone, mode="packed"), ""
+
+
+def _whole(model: PreTrainedModel, reason: str) -> tuple[Learner, str]:
+    return Learner(model, "whole"), _note(model, f"{reason}; its own forward computes whole logits")
 
 
 def _probe(model: PreTrainedModel) -> Batch:
@@ -93,22 +100,22 @@ def _head_constants(model: PreTrainedModel) -> list[tuple[float, float | None]]:
     return list(dict.fromkeys([(scale, config.get("final_logit_softcapping")), (1.0, None)]))
 
 
-def _head_fault(learner: Learner, batch: Batch) -> str:
-    """Why our head is not the model's own, or nothing: hidden states of a telling size go through both."""
-    model = learner.model
+def _body_fault(model: PreTrainedModel) -> str:
+    """Why the model is not a body with a linear head, or nothing."""
     if text_body(model) is model:
         return "its body cannot be told from its head"
-    output = model.get_output_embeddings()
-    if type(output) is not nn.Linear:
-        return "its head is not one linear layer"
-    hidden_MH = alone_hidden(model, batch)
-    head = learner.head
+    return "" if type(model.get_output_embeddings()) is nn.Linear else "its head is not one linear layer"
+
+
+def _head_fault(learner: Learner, batch: Batch, hidden_MH: Tensor) -> str:
+    """Why our head is not the model's own, or nothing: hidden states of a telling size go through both."""
+    model, head = learner.model, learner.head
     factor = float(LOGIT_SIZE / (head.scale * functional.linear(hidden_MH, head.weight)).float().square().mean().sqrt())
     hidden_MH = hidden_MH * factor
     ours_MV = head.scale * functional.linear(hidden_MH, head.weight, head.bias).float()
     if head.softcap is not None:
         ours_MV = head.softcap * torch.tanh(ours_MV / head.softcap)
-    with _amplified(output, factor):
+    with _amplified(model.get_output_embeddings(), factor):
         own_MV = whole_logits(model, batch)
     if not _error(ours_MV, own_MV) <= HEAD_SHARE * _tolerance(model):
         return "its head scales or caps logits in a way of its own"
@@ -123,12 +130,11 @@ def unpackable(model: PreTrainedModel) -> str:
     return "" if can_take_attention(model) else "attention does not go through transformers' AttentionInterface"
 
 
-def _packing_fault(model: PreTrainedModel, batch: Batch) -> str:
+def _packing_fault(model: PreTrainedModel, batch: Batch, alone_MH: Tensor) -> str:
     """Why packed documents cannot be trusted in this model, or nothing."""
     if fault := unpackable(model):
         return fault
     expected = _expected_windows(model)
-    alone_MH = alone_hidden(model, batch)
     _use_attention(model, attention.NAME)
     windows_seen: list[int | None] = []
     try:
@@ -187,7 +193,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _amplified(output: nn.Linear, factor: float) -> Iterator[None]:
+def _amplified(output: nn.Module, factor: float) -> Iterator[None]:
     """The model's output layer with its input multiplied; whatever the model does to its output comes after."""
     handle = output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factor, *inputs[1:]))
     try:
