@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch is imported: workers of pytest-xdist with a thread for each core each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 CORPUS = Path(os.environ.get("DEFT_CORPUS", Path(__file__).parents[1].parent / "shared" / "corpus"))

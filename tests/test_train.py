@@ -303,6 +303,27 @@ def test_the_command_trains_and_a_yaml_file_does_the_same(tmp_path: Path, model:
     assert "Loading weights" not in second.stderr
 
 
+@pytest.mark.parametrize(("data", "code"), [("train.jsonl", 0), ("none.jsonl", 2)])
+@pytest.mark.parametrize("where", ["a pipe without a reader", "a full disk"])
+def test_a_run_outlives_what_its_words_go_to(where: str, data: str, code: int, tmp_path: Path, model: Path) -> None:
+    rows(tmp_path, PAIRS)
+    line = [sys.executable, "-m", "deft", "train", f"model={model}", f"data={tmp_path / data}", "epochs=1"]
+    line.append(f"output={tmp_path / 'run'}")
+    if where == "a full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full here")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(line, stdout=full, stderr=full, check=False)
+            assert done.returncode == code
+    else:
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            for pipe in (process.stdout, process.stderr):
+                assert pipe is not None
+                pipe.close()
+            assert process.wait(timeout=120) == code
+    assert (tmp_path / "run" / "final").is_dir() == (code == 0)
+
+
 def test_data_and_samples_are_not_given_together(model: Path) -> None:
     with pytest.raises(DeftError, match="data or samples"):
         deft.train(model, "a.jsonl", samples=["a"])

@@ -71,7 +71,7 @@ class Cell:
 
 SHORT = ("deft", "trl_default", "trl_packed")
 CELLS = (
-    Cell("40m", "gsm8k", warmup=3, steps=2),
+    Cell("40m", "gsm8k", warmup=4),
     Cell("40m", "uniform", examples_per_step=8, warmup=1, steps=1),
     Cell("40m", "experts"),
     Cell("40m", "generated"),

@@ -30,6 +30,7 @@ from deft.dataset import Advance, Named, Way
 from deft.encoding.rows import Policy, RowEncoder
 from deft.evaluate import MetricFn, Prompt
 from deft.hardware import Machine
+from deft.logs import console as display
 from deft.model import load as models
 from deft.model.load import Base
 from deft.redact import redacted
@@ -51,7 +52,7 @@ class Caller:
 
     samples: Sequence[Any] | None = None
     metric_fn: MetricFn | None = None
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=display.of_run)
     signals: Signals = field(default_factory=Signals)
     helpers: Helpers | None = None
     began: float = field(default_factory=time.perf_counter)

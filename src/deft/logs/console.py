@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +17,44 @@ from deft.types import StepRecord
 
 LINE_SECONDS = 5.0
 """Where there is no terminal, a line at most so often."""
+
+
+class _Lasting:
+    """See `lasting`."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _tried(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def lasting(stream: IO[str]) -> IO[str]:
+    """The stream for a writer that outlives it: once a write has failed, what is written goes nowhere.
+
+    A closed terminal, a pipe without a reader, a log on a full disk end no run and change no exit code.
+    """
+    return cast(IO[str], _Lasting(stream))
+
+
+def of_run() -> Console:
+    """A console on standard output, whose failures are none of the run's."""
+    return Console(file=lasting(sys.stdout))
 
 
 @dataclass
