@@ -96,4 +96,4 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith(f"{table.END}\nafter\n")
     assert "old" not in text
     assert "| 40m, gsm8k | deft |" in text
-    assert text.count("| 5.2x |") == 1
+    assert text.count("| 5.2x (5.0 to 5.5) |") == 1

@@ -71,6 +71,7 @@ class Cell:
 
 SHORT = ("deft", "trl_default", "trl_packed")
 CELLS = (
+    # Rows fill 58 % of the batches that these three steps would be padded to; of all of GSM8K 56 %.
     Cell("40m", "gsm8k", warmup=4),
     Cell("40m", "uniform", examples_per_step=8, warmup=1, steps=1),
     Cell("40m", "experts"),

@@ -72,18 +72,28 @@ def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
         model, _, workload = name.partition(":")
         for index, (arm, found) in enumerate(cell["arms"].items()):
             where = f"{model}, {workload}" if index == 0 else ""
-            times = found.get("deft_times_faster", {}).get("median")
+            times = found.get("deft_times_faster")
             yield (
                 f"| {where} | {NAMES[arm]} | {found['targets_per_second']['median']:,.0f} | "
                 f"{found['tokens_per_second']['median']:,.0f} | {found['gemm_share']['median']:.0%} | "
                 f"{found['peak_bytes']['median'] / 2**20:,.0f} MiB | "
-                f"{'' if times is None or arm == 'deft' else f'{times:.1f}x'} |"
+                f"{'' if times is None or arm == 'deft' else _times(**times)} |"
             )
     first = next(iter(cells.values()))
     threads, peers = first["machine"]["threads"], first["versions"]["peers"]
+    drifts = [cell.get("drift_allowed", 0.05) for cell in cells.values()]
     yield ""
     yield (
         f"Medians of interleaved blocks of fresh processes on {threads} cores of an {first['machine']['cpu']}, torch "
-        f"{first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, {first['date']}; spreads and all "
-        "settings are in `benchmarks/results/cpu.json`."
+        f"{first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, {first['date']}; in brackets 95 % "
+        f"intervals. Blocks in which the GEMM rate drifted by more than {max(drifts):.0%} were thrown away. Spreads "
+        "and all settings are in `benchmarks/results/cpu.json`."
     )
+
+
+def _times(median: float, interval_95: tuple[float, float]) -> str:
+    """
+    >>> _times(5.79, (5.09, 6.09))
+    '5.8x (5.1 to 6.1)'
+    """
+    return f"{median:.1f}x ({interval_95[0]:.1f} to {interval_95[1]:.1f})"

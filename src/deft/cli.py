@@ -162,7 +162,7 @@ def main() -> None:
     # A thread of libgomp spins 300,000 times before it sleeps. With two busy neighbours on four cores the demo's base
     # then did 4 steps in 16 s, with 1,000 spins 122. With 5,000 it is as fast as with 300,000 where nobody else is.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # torch then asks for huge pages for tensors of 2 MiB and more: steps of a 40 M model take 2.2 s, not 2.4 (AMD EPYC).
+    # torch then asks for huge pages for tensors of 2 MiB and more: 2.2 s a step, not 2.4 (40 M, AMD EPYC).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         floors.check()
