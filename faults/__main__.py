@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> int:
     import deft.run  # noqa: F401  once, before anything is forked
 
     logging.disable_progress_bar()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs ignore it, as they should
 
     outcomes = run_all(chosen, given.scale, given.jobs, lambda text: print(text, flush=True))
     if given.write:

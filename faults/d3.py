@@ -228,6 +228,8 @@ def _imports(folder: Path, number: int, after: float) -> str:
     command = [sys.executable, "-m", "deft", "train", *_words(folder, output=output)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not _listens(child.pid, SIGNALS[-1]):  # earlier, a signal kills a process that has done nothing
+        if child.poll() is not None:
+            return f"import: ended with {child.returncode} before it listened"
         time.sleep(0.01)
     time.sleep(after)
     child.send_signal(number)

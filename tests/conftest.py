@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported: workers of pytest-xdist with a thread for each core each would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# Under nohup runs ignore SIGHUP, as they should; the tests are about those at a terminal.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CORPUS = Path(os.environ.get("DEFT_CORPUS", Path(__file__).parents[1].parent / "shared" / "corpus"))
 
