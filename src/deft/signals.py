@@ -93,7 +93,7 @@ def handled() -> Iterator[Signals]:
 
     def arrive(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _let_go_of(terminals)
+            let_go_of(terminals)
         signals.arrive(number)
 
     before = {each: signal.getsignal(each) for each in HANDLED}
@@ -107,9 +107,9 @@ def handled() -> Iterator[Signals]:
             signal.signal(each, before[each])
 
 
-def _let_go_of(terminals: list[int]) -> None:
-    """A terminal that has hung up fails whoever writes to it."""
+def let_go_of(numbers: list[int]) -> None:
+    """What these file descriptors are given goes nowhere: a terminal that has hung up fails whoever writes to it."""
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in terminals:
+    for number in numbers:
         os.dup2(nowhere, number)
     os.close(nowhere)

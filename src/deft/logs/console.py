@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deft.signals import let_go_of
 from deft.types import StepRecord
 
 LINE_SECONDS = 5.0
@@ -39,9 +39,7 @@ class _Lasting:
         try:
             write()
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            let_go_of([self._stream.fileno()])
 
 
 def lasting(stream: IO[str]) -> IO[str]:
