@@ -68,12 +68,13 @@ SHAPES = {
     "15m": Shape("llama", 288, 768, 6, 6, 6, 32_000),
     "40m": Shape("llama", 512, 1408, 8, 8, 4, 32_000),
     "135m": Shape("llama", 576, 1536, 30, 9, 3, 49_152),
-    "0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936),
+    "0.5b": Shape("llama", 896, 4864, 24, 14, 2, 151_936),
     "3b": Shape("llama", 3072, 8192, 28, 24, 8, 128_256),
     "8b": Shape("llama", 4096, 14_336, 32, 32, 8, 128_256, is_tied=False),
 }
-"""15m: stories15M of karpathy's llama2.c. 40m: the one that reference figures were taken with. 135m: SmolLM2. 0.5b:
-Qwen2.5. 3b and 8b: Llama 3."""
+"""15m: stories15M of karpathy's llama2.c. 40m: the one that reference figures were taken with. 135m: SmolLM2. 0.5b: the
+sizes of Qwen2.5, as a llama without its biases, since transformers puts its own tokenizer in the place of any other
+beside a qwen2 model. 3b and 8b: Llama 3."""
 
 
 def flops(shape: Shape, documents: Iterable[tuple[int, int]], is_adapter: bool = False) -> float:
