@@ -99,6 +99,8 @@ def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Findi
     if config.data.train_on == "all" and checked.is_chat:
         what = "data.train_on is all: what users and tools say is learnt as well"
         yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
+    if remade := checked.tokenizer.remade:
+        yield Finding("warning", str(remade), "whoever serves the model with transformers gets its ids as well")
     yield from stop_findings(checked.tokenizer, checked.base.stop_ids, data.marks)
     folder = Path(checked.base.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):

@@ -136,6 +136,8 @@ def _stop_if_many_cannot_be_read(config: Config, understood: Reading) -> None:
 def _described(checked: Checked, data: Dataset) -> list[str]:
     """What a user should know of the rows before training."""
     lines = [f"template: {checked.chosen.where}"] if checked.is_chat else []
+    if remade := checked.tokenizer.remade:
+        lines.append(f"warning: {remade}")
     for source in data.ledgers:
         fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
         share = source.target_tokens / max(1, source.tokens)

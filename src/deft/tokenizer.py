@@ -29,6 +29,24 @@ class Tokens:
     starts: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Remade:
+    """A text that transformers' tokenizer of a folder encodes otherwise than the folder's tokenizer.json says."""
+
+    by: str
+    text: str
+    ids: list[int]
+    ids_of_file: list[int]
+    loses_text: bool
+
+    def __str__(self) -> str:
+        what = "loses text" if self.loses_text else "encodes otherwise"
+        return (
+            f"transformers reads tokenizer.json as its {self.by}, which {what}: {self.text!r} is "
+            f"{self.ids[:8]}, by the file itself {self.ids_of_file[:8]}"
+        )
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A fast Hugging Face tokenizer, and what deft has to know about it.
@@ -46,6 +64,11 @@ class Tokenizer:
     @cached_property
     def eos_id(self) -> int | None:
         return self.hf.eos_token_id
+
+    @cached_property
+    def remade(self) -> Remade | None:
+        """How it differs from the tokenizer.json that it was loaded from, if it does."""
+        return _how_remade(self.hf)
 
     @cached_property
     def puts_bos(self) -> bool:
@@ -198,7 +221,8 @@ class Tokenizer:
 def load(path: str) -> Tokenizer:
     """The tokenizer of a model folder or hub id.
 
-    Raises InputError where there is none, where it is not a fast one, or where it would have to run code.
+    Raises InputError where there is none, where it is not a fast one, where it would have to run code, or where
+    transformers makes one of the folder's tokenizer.json that loses text.
     """
     from transformers import AutoTokenizer  # it imports torch, which helping processes do without
 
@@ -209,7 +233,44 @@ def load(path: str) -> Tokenizer:
             fix = "save one that transformers has, as tokenizer.json"
             raise InputError(f"{path}: its tokenizer brings its own code, which is not run; {fix}") from error
         raise InputError(f"{path}: no tokenizer can be loaded ({_first_line(error)}); {_advice(path)}") from error
-    return wrap(hf, path)
+    tokenizer = wrap(hf, path)
+    if tokenizer.remade and tokenizer.remade.loses_text:
+        raise InputError(f"{path}: {tokenizer.remade}; use a tokenizer that belongs to this architecture")
+    return tokenizer
+
+
+PROBES = ("Hello, world! It's 12345 o'clock.\n\n\tdef f(x): return x**2", "Grüße aus Köln: 日本語, 한국어, हिन्दी 😀")
+
+
+def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
+    """The first probe that is encoded otherwise than by the tokenizer.json that lies where it was loaded from.
+
+    For some architectures (qwen2 among them) transformers puts its own normalizer and pre-tokenizer in the place of
+    those of the file, whatever tokenizer_config.json says (transformers 5.23, models/auto/tokenization_auto.py).
+    """
+    file = Path(hf.name_or_path) / "tokenizer.json"
+    if type(hf) is PreTrainedTokenizerFast or not file.is_file() or _cuts_text_like(hf, file):
+        return None
+    ours, by_file = hf.backend_tokenizer, tokenizers.Tokenizer.from_file(str(file))
+    for text in PROBES:
+        ids, ids_of_file = (each.encode(text, add_special_tokens=False).ids for each in (ours, by_file))
+        if ids != ids_of_file:
+            kept, all_of_it = ours.decode(ids, False), by_file.decode(ids_of_file, False)
+            return Remade(type(hf).__name__, text, ids, ids_of_file, kept.split() != all_of_it.split())
+    return None
+
+
+def _cuts_text_like(hf: PreTrainedTokenizerFast, file: Path) -> bool:
+    """Whether a text goes through what a tokenizer.json says before words become ids; its vocabulary is not loaded."""
+    said = json.loads(file.read_text(encoding="utf-8"))
+    rest = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    parts = {name: said.get(name) for name in ("normalizer", "pre_tokenizer")}
+    by_file = tokenizers.Tokenizer.from_str(json.dumps(rest | parts))
+    return all(_state(getattr(hf.backend_tokenizer, name)) == _state(getattr(by_file, name)) for name in parts)
+
+
+def _state(part: Any) -> Any:
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def wrap(tokenizer: Any, name: str = "tokenizer") -> Tokenizer:

@@ -13,7 +13,8 @@ Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden siz
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,25 +120,24 @@ class _HeadLoss(torch.autograd.Function):
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
-        wide = _wide(logits_KV.dtype)
-        total = logits_KV.new_zeros((), dtype=wide)
-        for rows in _slices(len(logits_KV), _slice_rows(logits_KV)):
+        rows = _Rows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
+        for own_SV, slice_S in rows.slices(logits_KV):
             # A copy even of wide logits: the caller's are not ours to write to.
-            slice_SV = logits_KV[rows].to(wide, copy=True)
-            total += _softmax_gradient_in_place(slice_SV, targets_K[rows], weights_K[rows].to(wide))
+            slice_S.softmax_gradient_in_place(own_SV.to(rows.weights.dtype, copy=True))
         ctx.save_for_backward(logits_KV, targets_K, weights_K)
-        return total
+        return rows.loss()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits_KV, targets_K, weights_K = ctx.saved_tensors
-        wide = _wide(logits_KV.dtype)
+        rows = _Rows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
         gradient_KV = torch.empty_like(logits_KV)
-        for rows in _slices(len(logits_KV), _slice_rows(logits_KV)):
-            slice_SV = logits_KV[rows].to(wide, copy=True)
-            _softmax_gradient_in_place(slice_SV, targets_K[rows], weights_K[rows].to(wide))
-            torch.mul(slice_SV, grad_output, out=gradient_KV[rows])
+        own = gradient_KV.split(_slice_rows(logits_KV))
+        for (logits_SV, slice_S), gradient_SV in zip(rows.slices(logits_KV), own, strict=True):
+            slice_SV = logits_SV.to(rows.weights.dtype, copy=True)
+            slice_S.softmax_gradient_in_place(slice_SV)
+            torch.mul(slice_SV, grad_output, out=gradient_SV)
         return gradient_KV, None, None
 
 
@@ -161,40 +161,63 @@ def _logits_gradient(
 
     d_bias gets what these rows add to it; scratch holds a slice in fp32, where logits are narrower.
     """
-    total = weights_B.new_zeros(())
-    for rows in _slices(len(logits_BV), _slice_rows(logits_BV)):
-        own_SV = logits_BV[rows]
+    rows = _Rows.of(targets_B, weights_B)
+    for own_SV, slice_S in rows.slices(logits_BV):
         slice_SV = own_SV if scratch is None else scratch[: len(own_SV)].copy_(own_SV)
         tanh_SV = _cap_in_place(slice_SV, scale, softcap)
-        total += _softmax_gradient_in_place(slice_SV, targets_B[rows], weights_B[rows], statistics)
+        slice_S.softmax_gradient_in_place(slice_SV, statistics)
         _uncap_in_place(slice_SV, tanh_SV, scale)
         if d_bias is not None:
             d_bias += slice_SV.sum(0)
         if scratch is not None:
             own_SV.copy_(slice_SV)
-    return total
+    return rows.loss()
 
 
-def _softmax_gradient_in_place(
-    logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor, statistics: Tensor | None = None
-) -> Tensor:
-    """The loss of these rows; logits_SV becomes weights * (softmax(logits) - onehot(targets)).
+class _Rows(NamedTuple):
+    """Rows of logits, and what their softmax tells of the loss. Each [B, 1], all but the targets wide.
 
-    `statistics`, where given, gets what `loss_and_statistics` sums.
+    What needs no logits is computed for all slices at once: each operation costs its start, and far more in a forecast.
 
-    The largest probability is 1 / sum(exp(logits - peak)), so that the loss needs no pass of its own.
+    peak       the largest logit
+    target     the target's
+    likeliest  the largest probability: 1 / sum(exp(logits - peak)), so that the loss needs no pass of its own
     """
-    targets_S1 = targets_S[:, None]
-    peak_S1 = logits_SV.amax(1, keepdim=True)
-    target_S1 = logits_SV.gather(1, targets_S1) - peak_S1
-    torch.softmax(logits_SV, 1, out=logits_SV)
-    nll_S = (-logits_SV.amax(1, keepdim=True).log() - target_S1)[:, 0]
-    if statistics is not None:
-        statistics[0] += weights_S[target_S1[:, 0] >= 0].sum()
-        statistics[1] += (weights_S * torch.special.entr(logits_SV).sum(1)).sum()
-    logits_SV.mul_(weights_S[:, None])
-    logits_SV.scatter_add_(1, targets_S1, -weights_S[:, None])
-    return (weights_S * nll_S).sum()
+
+    targets: Tensor
+    weights: Tensor
+    peak: Tensor
+    target: Tensor
+    likeliest: Tensor
+
+    @staticmethod
+    def of(targets_B: Tensor, weights_B: Tensor) -> _Rows:
+        return _Rows(targets_B[:, None], weights_B[:, None], *weights_B.new_empty(3, len(weights_B), 1).unbind())
+
+    def slices(self, logits_BV: Tensor) -> Iterator[tuple[Tensor, _Rows]]:
+        """Some logits at a time, and the rows that they are of."""
+        parts = zip(*(each.split(_slice_rows(logits_BV)) for each in (logits_BV, *self)), strict=True)
+        return ((logits_SV, _Rows(*rows)) for logits_SV, *rows in parts)
+
+    def softmax_gradient_in_place(self, logits_BV: Tensor, statistics: Tensor | None = None) -> None:
+        """logits_BV becomes weights * (softmax(logits) - onehot(targets)).
+
+        `statistics`, where given, gets what `loss_and_statistics` sums.
+        """
+        torch.amax(logits_BV, 1, keepdim=True, out=self.peak)
+        torch.gather(logits_BV, 1, self.targets, out=self.target)
+        torch.softmax(logits_BV, 1, out=logits_BV)
+        torch.amax(logits_BV, 1, keepdim=True, out=self.likeliest)
+        if statistics is not None:
+            statistics[0] += self.weights[self.target >= self.peak].sum()
+            statistics[1] += (self.weights * torch.special.entr(logits_BV).sum(1, keepdim=True)).sum()
+        logits_BV.mul_(self.weights)
+        logits_BV.scatter_add_(1, self.targets, -self.weights)
+
+    def loss(self) -> Tensor:
+        """The sum of weights * -log softmax(logits)[targets]."""
+        nll_B1 = -self.likeliest.log() - (self.target - self.peak)
+        return (self.weights * nll_B1).sum()
 
 
 def _cap_in_place(logits_SV: Tensor, scale: float, softcap: float | None) -> Tensor | None:
