@@ -18,7 +18,6 @@ import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +29,7 @@ from run import CORPUS, HERE, ROOT, SETTINGS, python_path
 
 RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
 LIMIT = 0.15
-STEPS, WARMUP = 4, 1
+STEPS, WARMUP = 6, 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ def run(case: Case, folder: Path, threads: int) -> Found:
     start(str(HERE / "deft_side.py"), str(folder), case.precision, str(out))
     memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speed = median(step["tokens"] / step["seconds"] for step in steps[WARMUP:])
+    if sum(step["tokens"] for step in steps) != sum(len(row.ids) for row in rows):
+        raise SystemExit(f"{case.model}: the run has not trained on the rows' tokens")
+    speed = sum(step["tokens"] for step in steps[WARMUP:]) / sum(step["seconds"] for step in steps[WARMUP:])
     peak = memory["peak_bytes"] - memory["baseline_bytes"]
     return Found(case, (told["peak_bytes"] / 2**20, peak / 2**20), (told["tokens_per_second"], speed))
 
