@@ -112,6 +112,16 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     assert dict(extended.products) == pytest.approx(dict(whole.products))
 
 
+@pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
+def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Checkpointing) -> None:
+    learnt = (np.arange(1000) >= 900).astype(np.float32)  # A last layer does less where less is learnt.
+    batch = loader.build([(np.arange(1000) % 50, learnt)])
+    wide = {"intermediate_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    deep, machine = LlamaConfig(**{**LLAMA.to_dict(), **wide}), replace(FP32, dtype=torch.bfloat16)
+    whole = forecast._trace(deep, batch, nll, machine, True, mode)
+    assert trace(deep, batch, nll, machine, True, mode).peak_bytes == pytest.approx(whole.peak_bytes, rel=0.04)
+
+
 def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(forecast, "_trace", lambda config, *rest: seen.append(config.num_hidden_layers))

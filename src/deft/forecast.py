@@ -61,6 +61,7 @@ class Trace:
 
     state_bytes  weights and what the optimizer keeps of them
     peak_bytes   the most that is alive at once, state included, gradients of earlier micro-batches as well
+    kept_bytes   what is alive between forward and backward
     end_bytes    what is alive after it: state and gradients
     products     FLOP of matrix products
     moved        bytes that all other operations read and write
@@ -72,6 +73,7 @@ class Trace:
     tokens: int
     state_bytes: int
     peak_bytes: int
+    kept_bytes: int
     end_bytes: int
     products: Mapping[Product, float]
     moved: float
@@ -285,17 +287,19 @@ def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
 
 def _extended(one: Trace, two: Trace, layers: int) -> Trace:
     """From one layer and two to many. Backward frees activations and makes gradients: the most is alive at its
-    beginning or at its end, whichever grows faster."""
+    beginning or at its end, whichever grows faster. What a layer takes for a moment, the last one less than others, is
+    there once."""
 
     def many(first: float, second: float) -> float:
         return first + (layers - 1) * (second - first)
 
-    growth = max(two.peak_bytes - one.peak_bytes, two.end_bytes - one.end_bytes)
+    growth = max(two.kept_bytes - one.kept_bytes, two.end_bytes - one.end_bytes)
     return Trace(
         parameters=round(many(one.parameters, two.parameters)),
         tokens=one.tokens,
         state_bytes=round(many(one.state_bytes, two.state_bytes)),
-        peak_bytes=one.peak_bytes + (layers - 1) * growth,
+        peak_bytes=max(one.peak_bytes + growth, two.peak_bytes) + (layers - 2) * growth,
+        kept_bytes=round(many(one.kept_bytes, two.kept_bytes)),
         end_bytes=round(many(one.end_bytes, two.end_bytes)),
         products={key: many(one.products.get(key, 0.0), work) for key, work in two.products.items()},
         moved=many(one.moved, two.moved),
@@ -337,12 +341,15 @@ def _trace(
             optimizer.collect()
         watch.forget()
         learner = Learner(model, mode, checkpointing=checkpointing)
-        nll_sum(learner, _on(batch, fakes, device), loss).backward()
+        total = nll_sum(learner, _on(batch, fakes, device), loss)
+        kept_bytes = watch.alive
+        total.backward()
     return Trace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=len(batch.tokens),
         state_bytes=state_bytes,
         peak_bytes=watch.peak,
+        kept_bytes=kept_bytes,
         end_bytes=watch.alive,
         products=dict(watch.products),
         moved=watch.moved,
@@ -369,12 +376,13 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = 0
         self._sizes: dict[int, int] = {}
         self.forget()
 
     def forget(self) -> None:
-        """The work so far does not count."""
+        """The work so far does not count, nor does the memory that it took for a moment."""
+        self.peak = self.alive
         self.products: defaultdict[Product, float] = defaultdict(float)
         self.moved = self.exponents = 0.0
         self.operations = 0

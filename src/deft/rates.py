@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +29,7 @@ ROWS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 WIDTHS = {"cpu": (128, 256, 512, 1024), "mps": (512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}
 """Matrix products are measured on so many rows, with square weights of these widths."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BESIDE_CACHE = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def keep(rates: Rates, device: torch.device) -> Path:
 
 
 def kept(device: torch.device) -> Rates:
-    """What was measured earlier, or now, in about two seconds; then it is kept, if it can be."""
+    """What was measured earlier, or now, in some seconds; then it is kept, if it can be."""
     found = saved(device)
     if found is None:
         found = measure(device)
@@ -129,10 +131,10 @@ def _gemm(dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str,
 def _three_layouts(width: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
     """FLOP/s of x W^T, dy W and dy^T x together."""
     rows = ROWS[device.type]
-    x, dy = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
-    weight = torch.randn(width, width, device=device).to(dtype)
+    sets = cycle(_sets((rows, width), (rows, width), (width, width), dtype=dtype, device=device))
 
     def products() -> None:
+        x, dy, weight = next(sets)
         x @ weight.T
         dy @ weight
         dy.T @ x
@@ -141,10 +143,27 @@ def _three_layouts(width: int, dtype: torch.dtype, device: torch.device, seconds
 
 
 def _batched(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    count, length, size = 32, 128, 64
-    query, key = (torch.randn(count, length, size, device=device).to(dtype) for _ in range(2))
-    work = 2.0 * count * length * length * size
-    return work / _seconds(lambda: query @ key.transpose(1, 2), device, seconds)
+    """FLOP/s of q k^T, p v and p^T v together."""
+    count, length, size = 8, 384, 64
+    sets = cycle(_sets(*[(count, length, size)] * 2, (count, length, length), dtype=dtype, device=device))
+
+    def products() -> None:
+        query, key, probs = next(sets)
+        query @ key.transpose(1, 2)
+        probs @ key
+        probs.transpose(1, 2) @ key
+
+    return 6.0 * count * length**2 * size / _seconds(products, device, seconds)
+
+
+def _sets(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[list[torch.Tensor]]:
+    """Tensors of these shapes again and again, BESIDE_CACHE bytes in all: as in training, no product finds its own in
+    the cache."""
+    size = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    return [
+        [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        for _ in range(max(1, BESIDE_CACHE // size))
+    ]
 
 
 def _attention(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
@@ -188,7 +207,7 @@ def _operations(device: torch.device, seconds: float) -> float:
 def _updated(device: torch.device, seconds: float) -> float:
     from deft.optim.adamw import AdamW
 
-    weight = torch.nn.Parameter(torch.randn(2048, 2048, device=device))
+    weight = torch.nn.Parameter(torch.randn(4096, 4096, device=device))
     adamw = AdamW([("weight", weight)], dtype=torch.bfloat16, lr=1e-6)
 
     def update() -> None:
