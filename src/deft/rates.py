@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -219,7 +219,7 @@ def _updated(device: torch.device, seconds: float) -> float:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """The mean time of the faster half of calls, after one that warms up: what else the machine does only slows."""
+    """The median time of calls, after one that warms up: what else the machine does will slow training as well."""
     run()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
@@ -228,7 +228,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> fl
         run()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return fmean(sorted(times)[: len(times) // 2 + 1])
+    return median(times)
 
 
 def _wait(device: torch.device) -> None:
