@@ -315,7 +315,7 @@ def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
 
 def test_the_doctor_keeps_rates_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(rates, "measure", lambda device: replace(RATES, machine=rates.machine(device)))
+    monkeypatch.setattr(rates, "measure", lambda device, seconds: replace(RATES, machine=rates.machine(device)))
     console = Console(file=io.StringIO(), width=200)
     found = doctor.run(console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
