@@ -62,10 +62,10 @@ def keep_freed_memory() -> None:
     """Memory of tensors that are gone stays with the process for those to come, where the C library is GNU's.
 
     It would give all of it back to the system after a step, and get it again page by page: a training step of a 40 M
-    model takes 2.27 s with this and 2.43 s without (two cores of an AMD EPYC, torch 2.13). Pieces of
-    up to 1 GiB are kept, for gradients of large vocabularies: a step of 512 tokens of a 0.5 B model takes 4.6 s, with
-    a limit of 64 MiB 5.4 s, and no model tried takes more memory for it. To be called when the weights are loaded,
-    which takes large pieces for a moment.
+    model takes 2.27 s with this and 2.43 s without (two cores of an AMD EPYC, torch 2.13). Pieces of up to
+    1 GiB are kept, for gradients of large vocabularies: a step of 512 tokens of a 0.5 B model takes 4.6 s, with a limit
+    of 64 MiB 5.4 s, and no model tried takes more memory for it. To be called when the weights are loaded, which takes
+    large pieces for a moment.
     """
     trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
     if sys.platform == "linux":

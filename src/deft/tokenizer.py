@@ -243,7 +243,7 @@ PROBES = ("Hello, world! It's 12345 o'clock.\n\n\tdef f(x): return x**2", "GrÃ¼Ã
 
 
 def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
-    """The first probe that is encoded otherwise than by the tokenizer.json that lies where it was loaded from.
+    """A probe that is encoded otherwise than by the tokenizer.json where it was loaded from, one that loses text first.
 
     For some architectures (qwen2 among them) transformers puts its own normalizer and pre-tokenizer in the place of
     those of the file, whatever tokenizer_config.json says (transformers 5.23, models/auto/tokenization_auto.py).
@@ -252,12 +252,13 @@ def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
     if type(hf) is PreTrainedTokenizerFast or not file.is_file() or _cuts_text_like(hf, file):
         return None
     ours, by_file = hf.backend_tokenizer, tokenizers.Tokenizer.from_file(str(file))
+    found = []
     for text in PROBES:
         ids, ids_of_file = (each.encode(text, add_special_tokens=False).ids for each in (ours, by_file))
         if ids != ids_of_file:
             kept, all_of_it = ours.decode(ids, False), by_file.decode(ids_of_file, False)
-            return Remade(type(hf).__name__, text, ids, ids_of_file, kept.split() != all_of_it.split())
-    return None
+            found.append(Remade(type(hf).__name__, text, ids, ids_of_file, kept.split() != all_of_it.split()))
+    return max(found, key=lambda each: each.loses_text, default=None)
 
 
 def _cuts_text_like(hf: PreTrainedTokenizerFast, file: Path) -> bool:
