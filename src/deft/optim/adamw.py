@@ -72,7 +72,7 @@ class AdamW:
             if parameter.grad is None or parameter.dtype == torch.float32:
                 continue
             if name in self._sums:
-                self._sums[name] += parameter.grad
+                _add(self._sums[name], parameter.grad)
             else:
                 self._sums[name] = parameter.grad.float()
             parameter.grad = None
@@ -83,7 +83,7 @@ class AdamW:
         if earlier is None:
             return latest
         if latest is not None:
-            earlier += latest
+            _add(earlier, latest)
             self.parameters[name].grad = None
         return earlier
 
@@ -229,6 +229,13 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor | None:
 
 def _zeros(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+
+
+def _add(total: Tensor, latest: Tensor) -> None:
+    """total += latest, which may be narrower. Blocks: a whole sum of two dtypes would copy the narrower one first."""
+    assert total.is_contiguous()
+    for total_B, latest_B in zip(_blocks(total), _blocks(latest), strict=True):
+        total_B += latest_B
 
 
 def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
