@@ -81,13 +81,14 @@ def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
             )
     first = next(iter(cells.values()))
     threads, peers = first["machine"]["threads"], first["versions"]["peers"]
+    blocks = "; ".join(f"{name.replace(':', ', ')} {cell['blocks_kept']}" for name, cell in cells.items())
     drifts = [cell.get("drift_allowed", 0.05) for cell in cells.values()]
     yield ""
     yield (
-        f"Medians of interleaved blocks of fresh processes on {threads} cores of an {first['machine']['cpu']}, torch "
-        f"{first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, {first['date']}; in brackets 95 % "
-        f"intervals. Blocks in which the GEMM rate drifted by more than {max(drifts):.0%} were thrown away. Spreads "
-        "and all settings are in `benchmarks/results/cpu.json`."
+        f"Medians of interleaved blocks ({blocks}) of fresh processes on {threads} cores of an "
+        f"{first['machine']['cpu']}, torch {first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, "
+        f"{first['date']}; in brackets 95 % intervals. Blocks in which the GEMM rate drifted by more than "
+        f"{max(drifts):.0%} were thrown away. Spreads and all settings are in `benchmarks/results/cpu.json`."
     )
 
 
