@@ -85,6 +85,7 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
         "machine": {"threads": 2, "cpu": "some CPU"},
         "versions": {"deft": {"torch": "2.13.0"}, "peers": {"trl": "1.16.0"}},
         "date": "2026-11-21",
+        "blocks_kept": 4,
     }
     results, readme = tmp_path / "results" / "cpu.json", tmp_path / "README.md"
     readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
@@ -96,4 +97,5 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith(f"{table.END}\nafter\n")
     assert "old" not in text
     assert "| 40m, gsm8k | deft |" in text
+    assert "(40m, gsm8k 4)" in text
     assert text.count("| 5.2x (5.0 to 5.5) |") == 1
