@@ -24,8 +24,8 @@ from torch.nn import functional
 from deft.types import Head
 
 CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**27, 2**29, 512
-"""Bytes of a block's logits, and its least rows. Each block costs a pass over the gradient of the
-weight, and one alone needs no sum in fp32: with 2**26 bytes head and loss of 1,400 to 2,300 rows of 32,000 take an
+"""Bytes of a block's logits, and its least rows. Each block costs a pass over the gradient of the weight, and one alone
+needs no sum in fp32: with 2**26 bytes, and without ROW_MULTIPLE, head and loss of 1,400 to 2,300 rows of 32,000 take an
 eighth longer (bf16, two cores of an AMD EPYC)."""
 
 ROW_MULTIPLE = 16
@@ -277,7 +277,7 @@ def _narrowed(total_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
-    """Blocks of nearly equal size, all but the last of a multiple of ROW_MULTIPLE.
+    """Blocks of nearly equal size, in rows a multiple of ROW_MULTIPLE, the last one if `rows` is.
 
     >>> _blocks(4144, 64000, torch.device("cpu"))
     [slice(0, 2080, None), slice(2080, 4144, None)]
