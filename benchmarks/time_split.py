@@ -60,9 +60,9 @@ def step(learner: Learner, optimizer: AdamW, batch: Batch, clock: Callable[[], f
     """Seconds of each part of one optimizer step."""
     marks = [clock()]
     optimizer.collect()
-    hidden = learner.hidden(batch)
+    hidden, head = learner.hidden_and_head(batch)
     marks.append(clock())
-    loss = nll.loss(hidden, learner.head, batch.targets, batch.weights)
+    loss = nll.loss(hidden, head, batch.targets, batch.weights)
     marks.append(clock())
     (loss / len(batch.rows)).backward()
     marks.append(clock())

@@ -45,7 +45,7 @@ def fast(name: str, model: PreTrainedModel | None = None) -> Learner:
 
 
 def sums(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = nll.loss(learner.hidden(batch), learner.head, batch.targets, batch.weights)
+    loss = nll.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
     return loss.detach(), gradients(learner.model, loss)
 
 
@@ -162,7 +162,7 @@ def kept_bytes(learner: Learner, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = learner.hidden(batch)
+        hidden, _ = learner.hidden_and_head(batch)
     assert hidden.requires_grad
     return sum(size for where, size in found.items() if where not in own)
 
@@ -184,9 +184,9 @@ def test_nothing_is_kept_without_gradients() -> None:
     batch = as_batch(random_documents())
     learner = fast("llama")
     with torch.no_grad():
-        hidden = learner.hidden(batch)
+        hidden, _ = learner.hidden_and_head(batch)
     assert hidden.grad_fn is None
-    assert torch.equal(hidden, learner.hidden(batch))
+    assert torch.equal(hidden, learner.hidden_and_head(batch)[0])
 
 
 @pytest.mark.parametrize("name", WITH_BLOCKS)
@@ -214,10 +214,10 @@ def test_who_listens_to_a_part_of_a_layer_hears_it() -> None:
 def test_behind_its_attention_the_last_layer_computes_targets_only(name: str) -> None:
     learner, batch, seen = fast(name), as_batch(random_documents()), []
     learner.model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
-    trimmed = learner.hidden(batch)
+    trimmed, _ = learner.hidden_and_head(batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faster, "trims", lambda model: False)
-        whole = learner.hidden(batch)
+        whole, _ = learner.hidden_and_head(batch)
     assert seen == [len(batch.rows), len(batch.tokens)]
     assert len(batch.rows) < len(batch.tokens)
     assert torch.allclose(trimmed, whole, rtol=1e-5, atol=1e-6)

@@ -38,7 +38,7 @@ WITHOUT_SDPA = ["gemma2", "gpt_oss"]
 
 
 def sums(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = reference.loss(learner.hidden(batch), learner.head, batch.targets, batch.weights)
+    loss = reference.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
     return loss.detach(), gradients(learner.model, loss)
 
 

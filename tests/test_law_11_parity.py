@@ -32,7 +32,7 @@ def ours(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if learner.mode == "whole":
         loss = nll.loss_from_logits(learner.logits(batch), batch.targets, batch.weights)
     else:
-        loss = nll.loss(learner.hidden(batch), learner.head, batch.targets, batch.weights)
+        loss = nll.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
     return loss.detach(), gradients(learner.model, loss)
 
 

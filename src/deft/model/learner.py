@@ -5,7 +5,7 @@ Shape suffixes: M tokens of a micro-batch, K targets, N documents of equal lengt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deft.model import faster
+from deft.model import faster, lookup
 from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.static import Compiled, fill
@@ -52,22 +52,34 @@ class Learner:
         output = self.model.get_output_embeddings()
         return Head(output.weight, output.bias, self.scale, self.softcap)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """float [K, H]: what the head is applied to, at batch.rows. For the modes packed and alone."""
+    def hidden_and_head(self, batch: Batch) -> tuple[Tensor, Head]:
+        """float [K, H] at batch.rows, and the head to apply to it. For the modes packed and alone.
+
+        A loss through this head gives a tied matrix one gradient (lookup.py), through `head` the sum of two.
+        """
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
         if self.mode == "alone":
             with checkpointed(self.model, self.checkpointing):
-                return alone_hidden(self.model, batch)[batch.rows]
+                return alone_hidden(self.model, batch)[batch.rows], self.head
         room = self._room(batch)
         if self.compiled is not None and room is not None and torch.is_grad_enabled():
             with self.compiled.in_place(), checkpointed(self.model, self.checkpointing):
-                return static_hidden(self.model, fill(batch, room))[batch.rows]
+                return static_hidden(self.model, fill(batch, room))[batch.rows], self.head
         is_trimmed = faster.trims(self.model)
-        arguments = {"target_rows": batch.rows} if is_trimmed else {}
         with checkpointed(self.model, self.checkpointing):
-            hidden = packed_hidden(self.model, batch, **arguments)
+            return self._trimmed(batch) if is_trimmed else (packed_hidden(self.model, batch)[batch.rows], self.head)
+
+    def _trimmed(self, batch: Batch) -> tuple[Tensor, Head]:
+        """The same where the last layer is a block, and so the body one that takes embeddings for their tokens."""
+        head, embedding = self.head, self.model.get_input_embeddings()
+        arguments: dict[str, Any] = {"target_rows": batch.rows}
+        if lookup.fits(embedding):
+            embedded_MH, matrix_VH = lookup.embed(embedding, batch.tokens)
+            arguments["embedded"] = embedded_MH[None]
+            head = replace(head, weight=matrix_VH) if head.weight is embedding.weight else head
+        hidden = packed_hidden(self.model, batch, **arguments)
         # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
-        return hidden if is_trimmed and len(hidden) == len(batch.rows) else hidden[batch.rows]
+        return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows], head
 
     def padding(self, batch: Batch) -> int:
         """The tokens that a micro-batch is filled up with for its gradient."""
@@ -121,5 +133,7 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.cat(parts)
 
 
-def _body(model: PreTrainedModel, tokens_NT: Tensor, **arguments: Any) -> Tensor:
-    return text_body(model)(input_ids=tokens_NT, use_cache=False, **arguments).last_hidden_state
+def _body(model: PreTrainedModel, tokens_NT: Tensor, embedded: Tensor | None = None, **arguments: Any) -> Tensor:
+    """`embedded` [N, T, H]: the tokens' embeddings, if they have been looked up."""
+    inputs = {"input_ids": tokens_NT} if embedded is None else {"inputs_embeds": embedded}
+    return text_body(model)(**inputs, use_cache=False, **arguments).last_hidden_state

@@ -101,7 +101,7 @@ def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
     batch = on(batch, learner.device)
     if learner.mode == "whole":
         return loss.loss_from_logits(learner.logits(batch), batch.targets, batch.weights)
-    return loss.loss(learner.hidden(batch), learner.head, batch.targets, batch.weights)
+    return loss.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
