@@ -3,7 +3,8 @@
     python benchmarks/time_split.py [40m] [--workload generated] [--tokens 2048] [--steps 8] [--threads 2] [--cpu-time]
                                     [--vocabulary 64000] [--precision bf16] [--out FILE]
 
-Micro-batches of random weights' rows, one optimizer step each; the median of all but the first two counts. --cpu-time
+Micro-batches of random weights' rows, one optimizer step each; the median of all but the first two counts. The rate of
+products is measured before and after each step, since that of a busy machine changes within seconds. --cpu-time
 counts the seconds that the process computed and not those that it waited for busy neighbours: for one thread only.
 """
 
@@ -47,7 +48,8 @@ def micro_batches(shape: Shape, name: str, tokens: int, count: int) -> list[tupl
     """So many full packs of the workload, each with the arithmetic that it needs."""
     corpus = os.environ.get("DEFT_CORPUS")
     rows = workloads.rows(name, 64 * count, shape.vocabulary, Path(corpus) if corpus else None)
-    packs = [indices for indices in pack([row.size[0] for row in rows], tokens) if len(indices) > 1][:count]
+    packs = [indices for indices in pack([row.size[0] for row in rows], tokens) if len(indices) > 1]
+    packs = packs[:: max(1, len(packs) // count)][:count]  # the longest rows lie in the first ones
     batches = []
     for indices in packs:
         chosen = [rows[index] for index in indices]
@@ -83,15 +85,18 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-4)
     rates, done = [machine.gemm_rate(shape, dtype)], []
     for batch, needed in micro_batches(shape, options.workload, options.tokens, options.steps):
-        done.append((step(learner, optimizer, batch, clock), len(batch.tokens), len(batch.rows), needed))
-    peak = machine.peak_bytes()
-    rates.append(machine.gemm_rate(shape, dtype))
-    counted, rate = done[2:] or done[-1:], sum(rates) / 2
+        parts = step(learner, optimizer, batch, clock)
+        peak = machine.peak_bytes()
+        rates.append(machine.gemm_rate(shape, dtype))
+        share = needed / sum(parts) / (sum(rates[-2:]) / 2)
+        done.append((parts, len(batch.tokens), len(batch.rows), share))
+    counted = done[2:] or done[-1:]
     return {
         "note": note,
         "gemm_gflops": [round(each / 1e9) for each in rates],
         "tokens_per_second": round(median(tokens / sum(parts) for parts, tokens, _, _ in counted)),
-        "share_of_gemm": round(median(needed / sum(parts) for parts, _, _, needed in counted) / rate, 3),
+        "share_of_gemm": round(median(share for _, _, _, share in counted), 3),
+        "shares": [round(share, 3) for _, _, _, share in counted],
         "seconds": {name: round(median(each[0][i] for each in counted), 4) for i, name in enumerate(PARTS)},
         "step_tokens": [tokens for _, tokens, _, _ in done],
         "step_targets": [targets for _, _, targets, _ in done],

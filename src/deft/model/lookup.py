@@ -51,9 +51,9 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_MH: Tensor, total_VH: Tensor) -> tuple[Tensor, None, None]:
         (tokens_M,) = ctx.saved_tensors
-        if ctx.padding is not None:
-            grad_MH = grad_MH.masked_fill((tokens_M == ctx.padding)[:, None], 0.0)
         rows_M, sums_MH = _sums(tokens_M, grad_MH)
+        if ctx.padding is not None:
+            sums_MH *= (rows_M != ctx.padding).to(sums_MH.dtype)[:, None]
         return total_VH.contiguous().index_add_(0, rows_M, sums_MH.to(total_VH.dtype)), None, None
 
 
