@@ -54,6 +54,8 @@ def test_tokens_that_occur_often_are_summed_in_fp32() -> None:
         assert embedding.weight.grad is not None
         return float((embedding.weight.grad - exact).norm() / exact.norm())
 
+    # On some processors torch's index_add_ sums widely by itself, on others it does not.
+    assert lookup._sums(tokens, factors)[1].dtype == torch.float32
     assert error(embedding(tokens)) > 0.1
     assert error(lookup.embed(embedding, tokens)[0]) < 2**-8
 

@@ -27,9 +27,9 @@ Made = TypeVar("Made")
 
 BLOCK = 192
 """Queries of a block. Smaller ones waste less on keys that most of them do not see, and keep fewer probabilities;
-larger ones are fewer calls, and tables of 128 columns are slow to write. Again and again on the same 16 documents of
-195 tokens on average, forward and backward take 50 ms in blocks of 128, 41 of 192 and 39 of 256; whole training steps
-of a 40 M model 0.96 to 1.00 of the time with 192, 1.00 to 1.02 with 256 (8 query and 4 key heads of 64, bf16)."""
+larger ones are fewer calls, and tables of 128 columns are slow to write. Repeated on the same 16 documents of 195
+tokens on average, forward and backward take 49 ms in blocks of 128, 41 of 192 and 37 of 256; whole training steps of a
+40 M model 0.96 to 1.00 of the time with 192, 1.00 to 1.06 with 256 (8 query and 4 key heads of 64, bf16, AMD EPYC)."""
 
 KEPT_LENGTH = 1024
 """Documents up to this long keep their probabilities for the backward pass. Those of longer ones are computed again:
