@@ -162,8 +162,19 @@ def test_low_precision_costs_no_more_than_hugging_face(
     assert all(our <= 1.1 * their + 2 * torch.finfo(torch.float32).eps for our, their in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("blocks", range(2, nll.NARROW_BLOCKS + 1))
+def test_a_few_blocks_need_no_sum_in_fp32(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nll, "CPU_BLOCK", 1)
+    case = make_case(targets=blocks * nll.LEAST_ROWS, vocabulary=251, dtype=torch.bfloat16)
+    oracle = run(reference, case, torch.float64)
+    narrow = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    monkeypatch.setattr(nll, "NARROW_BLOCKS", 0)
+    wide = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    assert narrow[2] <= 1.05 * wide[2]
+
+
 @pytest.mark.usefixtures("tiny_blocks")
-def test_the_weight_gradient_is_summed_in_fp32() -> None:
+def test_the_gradient_of_many_blocks_is_summed_in_fp32() -> None:
     """Over 300 blocks the rounding of a bf16 sum would be five times as large."""
     case = make_case(targets=1200, vocabulary=19, dtype=torch.bfloat16)
     oracle = run(reference, case, torch.float64)

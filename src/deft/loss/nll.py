@@ -5,8 +5,8 @@ into the gradient of its logits, a few rows at a time in fp32, and spent on the 
 bias. Three matrix products in all, the least there is without keeping logits. The idea is Liger's fused linear
 cross-entropy (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py).
 
-The gradient of the head's weight is summed over blocks in fp32, some rows at a time, and narrowed where it lies: at no
-time are there two tensors of its size.
+The gradient of the head's weight is summed over blocks where it will lie: over many blocks in fp32, some rows at a time,
+and narrowed in place. At no time are there two tensors of its size.
 
 Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden size, V vocabulary.
 """
@@ -23,10 +23,13 @@ from torch.nn import functional
 
 from deft.types import Head
 
-CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**27, 2**29, 512
-"""Bytes of a block's logits, and its least rows. Each block costs a pass over the gradient of the weight, and one alone
-needs no sum in fp32: with 2**26 bytes, and without ROW_MULTIPLE, head and loss of 1,400 to 2,300 rows of 32,000 take an
-eighth longer (bf16, two cores of an AMD EPYC)."""
+CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
+"""Bytes of a block's logits, and its least rows. Each block costs a pass over the gradient of the weight; a larger one
+more memory, which in the first steps is slow to come by."""
+
+NARROW_BLOCKS = 3
+"""So many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that up to three
+are no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
 
 ROW_MULTIPLE = 16
 """A block's rows are a multiple of this, the last ones zeros. Of 20 numbers of rows from 650 to 2,100 an AMD EPYC
@@ -98,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden_KH.new_zeros((), dtype=wide)
         blocks = _blocks(len(hidden_KH), len(weight) * weight.element_size(), hidden_KH.device)
         d_hidden = torch.empty_like(hidden_KH) if is_needed[0] else None
-        sums = wide if len(blocks) > 1 else weight.dtype
+        sums = wide if len(blocks) > NARROW_BLOCKS else weight.dtype
         d_weight = torch.empty_like(weight, dtype=sums) if is_needed[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if is_needed[2] else None
         logits = hidden_KH.new_empty(blocks[0].stop, len(weight))
