@@ -1,10 +1,11 @@
 """What `deft check` foretells against what `deft train` then takes: peak memory and tokens per second.
 
-    python benchmarks/cpu/forecast.py [--only 40m] [--threads 2]
+    python benchmarks/cpu/forecast.py [--only 40m] [--threads 2] [--drift 0.1] [--retries 4]
 
-Six configurations. For each, fresh processes one after another: `deft doctor`, `deft check --json`, `deft train`. Bytes
-are above those that a process has after its imports. Passes if all are within 15 %; writes
-benchmarks/results/forecast.json.
+Six configurations. For each, fresh processes one after another: `deft doctor`, `deft check --json`, `deft train`, and
+the first two again. What is foretold is the mean of before and after; where these differ by more than `drift` the
+machine was not the same all the while, and the whole is done again. Bytes are above those that a process has after its
+imports. Passes if all are within 15 %; writes benchmarks/results/forecast.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ CASES = (
 
 @dataclass(frozen=True)
 class Found:
-    """Foretold and measured, and how far the one is from the other."""
+    """Foretold and measured, and how far the one is from the other.
+
+    drift    between the speeds foretold before and after, relative to their mean
+    dropped  the drifts of tries that were thrown away
+    """
 
     case: Case
     peak_mib: tuple[float, float]
     tokens_per_second: tuple[float, float]
+    drift: float
+    dropped: tuple[float, ...] = ()
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -69,25 +76,39 @@ class Found:
         case = f"{self.case.model} {self.case.workload} {self.case.precision} {self.case.microbatch_tokens}"
         return (
             f"{case:28} peak {peak:7,.0f} MiB foretold, {seen_peak:7,.0f} measured ({errors[0]:+.0%})   "
-            f"{speed:7,.0f} tok/s foretold, {seen_speed:7,.0f} measured ({errors[1]:+.0%})"
+            f"{speed:7,.0f} tok/s foretold, {seen_speed:7,.0f} measured ({errors[1]:+.0%})   drift {self.drift:.0%}"
         )
 
 
 def run(case: Case, folder: Path, threads: int) -> Found:
+    """One try."""
     shape = SHAPES[case.model]
     rows = workloads.rows(case.workload, STEPS * case.examples_per_step, shape.vocabulary, CORPUS)
     extra = {"microbatch_tokens": case.microbatch_tokens}
     given = {**SETTINGS, "steps": STEPS, "examples_per_step": case.examples_per_step, "threads": threads, "deft": extra}
     exchange.write(folder, shape, rows, given)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path(), "HF_HUB_OFFLINE": "1"}
-    environment |= {"DEFT_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    before = foretold(case, folder, threads)
+    out = folder / "out"
+    out.mkdir()
+    start([str(HERE / "deft_side.py"), str(folder), case.precision, str(out)], folder, threads)
+    after = foretold(case, folder, threads)
+    memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
+    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if sum(step["tokens"] for step in steps) != sum(len(row.ids) for row in rows):
+        raise SystemExit(f"{case.model}: the run has not trained on the rows' tokens")
+    speed = sum(step["tokens"] for step in steps[WARMUP:]) / sum(step["seconds"] for step in steps[WARMUP:])
+    peak = memory["peak_bytes"] - memory["baseline_bytes"]
+    speeds = [told["tokens_per_second"] for told in (before, after)]
+    return Found(
+        case,
+        (after["peak_bytes"] / 2**20, peak / 2**20),
+        (sum(speeds) / 2, speed),
+        drift=2 * abs(speeds[0] - speeds[1]) / sum(speeds),
+    )
 
-    def start(*command: str) -> None:
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stdout}{done.stderr}")
 
-    start("-m", "deft", "doctor")
+def foretold(case: Case, folder: Path, threads: int) -> dict[str, Any]:
+    """What `deft check` expects, with rates of this minute."""
     settings = [
         f"model={folder / 'model'}",
         f"data.train={folder / 'train.jsonl'}",
@@ -99,32 +120,46 @@ def run(case: Case, folder: Path, threads: int) -> Found:
         f"microbatch_tokens={case.microbatch_tokens}",
         "device=cpu",
     ]
-    start("-m", "deft", "check", *settings, "--json", str(folder / "check.json"))
-    told = json.loads((folder / "check.json").read_text(encoding="utf-8"))["expected"]
-    out = folder / "out"
-    out.mkdir()
-    start(str(HERE / "deft_side.py"), str(folder), case.precision, str(out))
-    memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
-    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if sum(step["tokens"] for step in steps) != sum(len(row.ids) for row in rows):
-        raise SystemExit(f"{case.model}: the run has not trained on the rows' tokens")
-    speed = sum(step["tokens"] for step in steps[WARMUP:]) / sum(step["seconds"] for step in steps[WARMUP:])
-    peak = memory["peak_bytes"] - memory["baseline_bytes"]
-    return Found(case, (told["peak_bytes"] / 2**20, peak / 2**20), (told["tokens_per_second"], speed))
+    start(["-m", "deft", "doctor"], folder, threads)
+    start(["-m", "deft", "check", *settings, "--json", str(folder / "check.json")], folder, threads)
+    expected: dict[str, Any] = json.loads((folder / "check.json").read_text(encoding="utf-8"))["expected"]
+    return expected
+
+
+def start(command: list[str], folder: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path(), "HF_HUB_OFFLINE": "1"}
+    environment |= {"DEFT_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stdout}{done.stderr}")
+
+
+def steady(case: Case, options: argparse.Namespace) -> Found:
+    """The first try within the drift; the steadiest where all are beyond it."""
+    tries: list[Found] = []
+    while len(tries) <= options.retries:
+        with tempfile.TemporaryDirectory(prefix="deft-forecast-") as folder:
+            tries.append(run(case, Path(folder), options.threads))
+        if tries[-1].drift <= options.drift:
+            break
+        print(f"  thrown away: {tries[-1]}", flush=True)
+    best = min(tries, key=lambda found: found.drift)
+    return replace(best, dropped=tuple(found.drift for found in tries if found is not best))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", help="cases whose description holds this")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drift", type=float, default=0.1)
+    parser.add_argument("--retries", type=int, default=4)
     options = parser.parse_args()
     machine.pin(options.threads)
     found = []
     for case in CASES:
         if options.only and options.only not in str(case):
             continue
-        with tempfile.TemporaryDirectory(prefix="deft-forecast-") as folder:
-            found.append(run(case, Path(folder), options.threads))
+        found.append(steady(case, options))
         print(found[-1], flush=True)
     worst = max(abs(error) for each in found for error in each.errors)
     print(f"largest error {worst:.0%}, limit {LIMIT:.0%}")

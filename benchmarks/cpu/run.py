@@ -4,8 +4,8 @@
 
 Each arm is a fresh process on the same cores, and trains the same weights on the same rows: the same set of sequences
 in each optimizer step as far as the peer can (TRL's packing and grouping choose their own), the same AdamW, clip and
-loss, sum of cross-entropy over sum of targets. Arms take turns, forwards and backwards; before and after each the rate
-of this machine's matrix products is measured, and a block in which that drifts is thrown away.
+loss, sum of cross-entropy over sum of targets. Arms take turns, forwards and backwards; before and after each turn the
+rate of this machine's matrix products is measured, and a turn in which that drifts is thrown away and done again.
 
 First the gate: loss and gradients of one step. In fp32 they must be those of plain Hugging Face on padded rows within
 1e-5; in bf16 no further from the fp64 ones than Hugging Face's own bf16. An arm that fails is void.
@@ -91,16 +91,25 @@ SETTINGS = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "clip": 1.0, "max_len
 
 @dataclass(frozen=True)
 class Turn:
-    """One arm in one block. Numbers are over the steps after the warm-up; bytes above those after the imports."""
+    """One arm in one block. Numbers are over the steps after the warm-up; bytes above those after the imports.
+
+    gemm_flops  the machine's FLOP/s of products, the mean of before and after
+    gemm_share  what the definition of these steps needs, of that
+    """
 
     arm: str
     block: int
     tokens_per_second: float
     targets_per_second: float
+    gemm_flops: float
     gemm_share: float
     peak_bytes: int
     first_step_seconds: float
     step_seconds: tuple[float, ...]
+
+
+SUMMED_UP = ("tokens_per_second", "targets_per_second", "gemm_flops", "gemm_share", "first_step_seconds", "peak_bytes")
+"""Of each arm's turns the median and the quartiles."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ def probe(shape: Shape) -> Probe:
 
 
 def measure(cell: Cell, arm: str, block: int, folder: Path, rows: Sequence[Row], options: Any) -> Turn:
-    """One arm's turn; `gemm_share` is filled in when the probe after it is known."""
+    """One arm's turn; what the rate of products tells is filled in when that is known."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         out = Path(temporary)
         steps_file = out / ("run/metrics.jsonl" if arm in DEFT_ARMS else "steps.jsonl")
@@ -171,6 +180,7 @@ def measure(cell: Cell, arm: str, block: int, folder: Path, rows: Sequence[Row],
         block=block,
         tokens_per_second=tokens / seconds,
         targets_per_second=targets / seconds,
+        gemm_flops=float("nan"),
         gemm_share=float("nan"),
         peak_bytes=memory["peak_bytes"] - memory["baseline_bytes"],
         first_step_seconds=first,
@@ -188,35 +198,47 @@ def _check_rows(cell: Cell, rows: Sequence[Row], steps: Sequence[dict[str, Any]]
             raise Failed(f"step {index + 1} has {step['tokens']} tokens, its rows {expected[0]}")
 
 
-def run_block(
-    cell: Cell, arms: Sequence[str], block: int, folder: Path, rows: Sequence[Row], options: Any
-) -> tuple[list[Turn], list[Probe], dict[str, str]]:
-    """All arms once, every other block backwards, with a probe before each and after the last."""
-    shape, timed = SHAPES[cell.model], rows[cell.warmup * cell.examples_per_step :]
-    needed = flops(shape, [row.size for row in timed]) / sum(len(row.ids) for row in timed)
-    turns, failures, probes = [], {}, [probe(shape)]
-    for arm in arms if block % 2 == 0 else arms[::-1]:
-        try:
-            turn = measure(cell, arm, block, folder, rows, options)
-        except Failed as error:
-            failures[arm] = str(error)
-            continue
-        probes.append(probe(shape))
-        rate = (probes[-2].bf16 + probes[-1].bf16) / 2
-        turns.append(replace(turn, gemm_share=turn.tokens_per_second * needed / rate))
+@dataclass
+class Clock:
+    """The rates of products around each turn.
+
+    dropped  arms and drifts of the turns that were thrown away
+    """
+
+    shape: Shape
+    probes: list[Probe]
+    dropped: list[tuple[str, float]]
+
+    def drift(self) -> float:
+        """How much the rate changed over the last turn, relative to the mean of before and after."""
+        before, after = (each.bf16 for each in self.probes[-2:])
+        return 2 * abs(before - after) / (before + after)
+
+
+def steady_turn(
+    cell: Cell, arm: str, block: int, folder: Path, rows: Sequence[Row], clock: Clock, options: Any
+) -> Turn | None:
+    """The first turn over which the machine kept its speed; None where no more retries are left."""
+    timed = rows[cell.warmup * cell.examples_per_step :]
+    needed = flops(clock.shape, [row.size for row in timed]) / sum(len(row.ids) for row in timed)
+    while True:
+        turn = measure(cell, arm, block, folder, rows, options)
+        clock.probes.append(probe(clock.shape))
+        rate = (clock.probes[-2].bf16 + clock.probes[-1].bf16) / 2
+        turn = replace(turn, gemm_flops=rate, gemm_share=turn.tokens_per_second * needed / rate)
+        is_steady = clock.drift() <= options.drift
         print(
             f"  block {block} {arm:18} {turn.tokens_per_second:8,.0f} real {turn.targets_per_second:8,.0f} target tok/s"
-            f"  {turns[-1].gemm_share:4.0%} of {rate / 1e9:,.0f} GFLOP/s  peak {turn.peak_bytes / 2**20:,.0f} MiB"
-            f"  first step {turn.first_step_seconds:.1f} s",
+            f"  {turn.gemm_share:4.0%} of {rate / 1e9:,.0f} GFLOP/s  peak {turn.peak_bytes / 2**20:,.0f} MiB"
+            f"  first step {turn.first_step_seconds:.1f} s"
+            f"{'' if is_steady else f'  thrown away: the rate drifted by {clock.drift():.0%}'}",
             flush=True,
         )
-    return turns, probes, failures
-
-
-def drift(probes: Sequence[Probe]) -> float:
-    """The largest change of the matrix products' rate within a block, relative to its median."""
-    rates = [each.bf16 for each in probes]
-    return (max(rates) - min(rates)) / median(rates)
+        if is_steady:
+            return turn
+        clock.dropped.append((arm, round(clock.drift(), 3)))
+        if len(clock.dropped) > options.retries:
+            return None
 
 
 def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
@@ -231,21 +253,17 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
         wanted = [arm for arm in wanted if arm in options.arms]
     gates = {} if options.no_gate else gate_all(cell, wanted, folder / "gate", rows, options)
     arms = [arm for arm in wanted if arm not in gates or gates[arm].passed]
-    kept: list[list[Turn]] = []
-    dropped, failures = [], {arm: f"void: {gates[arm].why}" for arm in wanted if arm not in arms}
-    all_probes: list[Probe] = []
-    block = 0
-    while len(kept) < cell.blocks and block < cell.blocks + options.retries:
-        turns, probes, failed = run_block(cell, arms, block, folder, rows, options)
-        failures |= failed
-        all_probes += probes
-        found = drift(probes)
-        if found > options.drift:
-            dropped.append(round(found, 3))
-            print(f"  block {block} thrown away: the matrix products' rate drifted by {found:.0%}", flush=True)
-        else:
-            kept.append(turns)
-        block += 1
+    failures = {arm: f"void: {gates[arm].why}" for arm in wanted if arm not in arms}
+    turns: list[Turn] = []
+    clock = Clock(shape, [probe(shape)], [])
+    for block in range(cell.blocks):
+        for arm in arms if block % 2 == 0 else arms[::-1]:
+            try:
+                turn = steady_turn(cell, arm, block, folder, rows, clock, options)
+            except Failed as error:
+                failures[arm] = str(error)
+                continue
+            turns += [turn] if turn else []
     return {
         "model": shape.described(),
         "workload": workloads.ABOUT[cell.workload],
@@ -256,14 +274,14 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
         "gate": {arm: asdict(found) for arm, found in gates.items()},
         "failures": failures,
         "gemm_gflops": {
-            "bf16": _middle([p.bf16 / 1e9 for p in all_probes]),
-            "fp32": _middle([p.fp32 / 1e9 for p in all_probes]),
+            "bf16": median(p.bf16 / 1e9 for p in clock.probes),
+            "fp32": median(p.fp32 / 1e9 for p in clock.probes),
         },
-        "blocks_kept": len(kept),
+        "blocks_kept": min((sum(turn.arm == arm for turn in turns) for arm in arms), default=0),
         "drift_allowed": options.drift,
-        "blocks_dropped_for_drift": dropped,
-        "arms": _summaries(kept),
-        "turns": [asdict(turn) for turns in kept for turn in turns],
+        "turns_dropped_for_drift": clock.dropped,
+        "arms": _summaries(turns),
+        "turns": [asdict(turn) for turn in turns],
         "machine": machine.described(options.threads),
         "versions": {"deft": machine.versions("deft-sft", "torch", "transformers"), "peers": options.peers_versions},
         "date": date.today().isoformat(),
@@ -314,18 +332,25 @@ def gate_all(cell: Cell, arms: Sequence[str], folder: Path, rows: Sequence[Row],
     return found
 
 
-def _summaries(blocks: Sequence[Sequence[Turn]]) -> dict[str, dict[str, Any]]:
+def _summaries(kept: Sequence[Turn]) -> dict[str, dict[str, Any]]:
     """Each arm over the blocks; how many times faster deft is, block by block."""
-    by_arm = {arm: [turn for turns in blocks for turn in turns if turn.arm == arm] for arm in (*DEFT_ARMS, *PEER_ARMS)}
-    ours = {turn.block: turn for turn in by_arm["deft"]}
+    ours = {turn.block: turn for turn in kept if turn.arm == "deft"}
     found = {}
-    for arm, turns in by_arm.items():
+    for arm in (*DEFT_ARMS, *PEER_ARMS):
+        turns = [turn for turn in kept if turn.arm == arm]
         if not turns:
             continue
         summary: dict[str, Any] = {"blocks": len(turns)}
-        for name in ("tokens_per_second", "targets_per_second", "gemm_share", "first_step_seconds", "peak_bytes"):
+        for name in (
+            "tokens_per_second",
+            "targets_per_second",
+            "gemm_flops",
+            "gemm_share",
+            "first_step_seconds",
+            "peak_bytes",
+        ):
             numbers = [getattr(turn, name) for turn in turns]
-            summary[name] = {"median": _middle(numbers), "quartiles": quartiles(numbers)}
+            summary[name] = {"median": median(numbers), "quartiles": quartiles(numbers)}
         pairs = [(ours[turn.block], turn) for turn in turns if turn.block in ours]
         if pairs:
             speed = [(a.targets_per_second, b.targets_per_second) for a, b in pairs]
@@ -334,10 +359,6 @@ def _summaries(blocks: Sequence[Sequence[Turn]]) -> dict[str, dict[str, Any]]:
             summary["deft_memory_ratio"] = median(a.peak_bytes / b.peak_bytes for a, b in pairs)
         found[arm] = summary
     return found
-
-
-def _middle(numbers: Sequence[float]) -> float:
-    return median(numbers) if numbers else float("nan")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -352,8 +373,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=(*DEFT_ARMS, *PEER_ARMS))
     parser.add_argument("--blocks", type=int, help="instead of each cell's own number")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--drift", type=float, default=0.05, help="a block that drifts by more is thrown away")
-    parser.add_argument("--retries", type=int, default=3, help="so many blocks may be run again")
+    parser.add_argument("--drift", type=float, default=0.05, help="a turn that drifts by more is thrown away")
+    parser.add_argument("--retries", type=int, default=10, help="so many turns of a cell may be done again")
     parser.add_argument("--no-gate", action="store_true", help="for work on the benchmark itself: nothing is written")
     parser.add_argument("--peers-python", default=os.environ.get("DEFT_PEERS_PYTHON"), help="$DEFT_PEERS_PYTHON")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/cpu.json; with --quick nothing")

@@ -87,7 +87,7 @@ def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Medians of interleaved blocks ({blocks}) of fresh processes on {threads} cores of an "
         f"{first['machine']['cpu']}, torch {first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, "
-        f"{first['date']}; in brackets 95 % intervals. Blocks in which the GEMM rate drifted by more than "
+        f"{first['date']}; in brackets 95 % intervals. Turns in which the GEMM rate drifted by more than "
         f"{max(drifts):.0%} were thrown away. Spreads and all settings are in `benchmarks/results/cpu.json`."
     )
 

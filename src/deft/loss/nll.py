@@ -5,7 +5,7 @@ into the gradient of its logits, a few rows at a time in fp32, and spent on the 
 bias. Three matrix products in all, the least there is without keeping logits. The idea is Liger's fused linear
 cross-entropy (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py).
 
-The gradient of the head's weight is summed over blocks where it will lie: over many blocks in fp32, some rows at a time,
+The gradient of the head's weight is summed over blocks where it will lie, of many blocks in fp32, some rows at a time,
 and narrowed in place. At no time are there two tensors of its size.
 
 Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden size, V vocabulary.
