@@ -146,6 +146,14 @@ def test_sixteen_and_sixteen_bits_are_an_fp32_master_over_200_steps(
         assert torch.equal(net[name].detach(), rounded(master))
 
 
+def test_weights_that_were_given_are_not_written_to() -> None:
+    given = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    before = given.clone()
+    mine = optimizer(nn.ParameterDict({"w": nn.Parameter(given)}), torch.bfloat16)
+    assert torch.equal(given, before)
+    assert torch.equal(mine.masters["w"], before)
+
+
 def test_no_bit_of_any_master_is_lost() -> None:
     rng = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=rng).to(torch.int32)
@@ -153,7 +161,7 @@ def test_no_bit_of_any_master_is_lost() -> None:
     master = torch.cat([bits, torch.tensor(edges, dtype=torch.int64).to(torch.int32)]).view(torch.float32)
     master = master[~master.isnan()]
     weight, low = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
-    adamw.decompose(master, weight, low)
+    adamw.decompose(master.clone(), weight, low)
     assert torch.equal(weight.view(torch.int16), rounded(master).view(torch.int16))
     assert torch.equal(adamw.compose(weight, low).view(torch.int32), master.view(torch.int32))
 

@@ -11,7 +11,7 @@ R = Q / G, D head size, W = Q * D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from deft.model.causal import Layout
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
 NORM_ROWS = 512
-"""Tokens whose norms are computed at a time, so that their fp32 copies stay in the cache."""
+"""Tokens whose norms a thread computes at a time, so that their fp32 copies stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,43 +330,65 @@ def _inverse_size(input_X: Tensor, eps: float) -> Tensor:
 def _norm(input_MH: Tensor, inverse_M1: Tensor, weight: Tensor) -> Tensor:
     """input / root mean square * weight, in fp32, rounded once."""
     output_MH = torch.empty_like(input_MH)
-    parts = (x.split(NORM_ROWS) for x in (input_MH, inverse_M1, output_MH))
-    for input_RH, inverse_R1, output_RH in zip(*parts, strict=True):
-        output_RH.copy_((_wide(input_RH) * inverse_R1).mul_(weight))
+    parts = _parts(input_MH, inverse_M1, output_MH)
+    for input_RH, inverse_R1, output_RH in parts:
+        output_RH.copy_(_wide_copy(input_RH).mul_(inverse_R1).mul_(weight))
     return output_MH
 
 
 def _norm_backward(
     grad_MH: Tensor, input_MH: Tensor, inverse_M1: Tensor, weight: Tensor, residual_MH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a norm's input, with that of the residual stream beside it added, and of its weight."""
+    """The gradients of a norm's input, with that of the residual stream beside it added, and of its weight.
+
+    grad_MH, that of its output, may be written to.
+    """
     output_MH = torch.empty_like(input_MH)
     d_weight = torch.zeros_like(weight, dtype=inverse_M1.dtype)
-    parts = (x.split(NORM_ROWS) for x in (grad_MH, input_MH, inverse_M1, residual_MH, output_MH))
-    for grad_RH, input_RH, inverse_R1, residual_RH, output_RH in zip(*parts, strict=True):
-        d_input_RH = _unnormed(_wide(grad_RH), _wide(input_RH), inverse_R1, weight, d_weight)
-        output_RH.copy_(d_input_RH.add_(residual_RH))
+    parts = _parts(grad_MH, input_MH, inverse_M1, residual_MH, output_MH)
+    for grad_RH, input_RH, inverse_R1, residual_RH, output_RH in parts:
+        wide_RH = _wide(input_RH)
+        weighted_RH, share_R1 = _unnormed(_wide(grad_RH), wide_RH, inverse_R1, weight, d_weight)
+        d_input_RH = _wide_copy(residual_RH).addcmul_(weighted_RH, inverse_R1)
+        output_RH.copy_(d_input_RH.addcmul_(wide_RH, share_R1))
     return output_MH, d_weight.to(weight.dtype)
 
 
 def _head_norm_backward(grad_MQD: Tensor, raw_MW: Tensor, weight: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
-    """The gradients of what a norm of single heads came from (fp32), and of its weight."""
+    """The gradients of what a norm of single heads came from (fp32), and of its weight. grad_MQD is written to."""
     assert weight is not None
     assert form.head_eps is not None
     raw_MQD = raw_MW.view(grad_MQD.shape)
+    wide_MQD, inverse_MQ1 = _wide(raw_MQD), _inverse_size(raw_MQD, form.head_eps)
     d_weight = torch.zeros_like(weight, dtype=grad_MQD.dtype)
-    d_raw_MQD = _unnormed(grad_MQD, _wide(raw_MQD), _inverse_size(raw_MQD, form.head_eps), weight, d_weight)
-    return d_raw_MQD, d_weight.to(weight.dtype)
+    weighted_MQD, share_MQ1 = _unnormed(grad_MQD, wide_MQD, inverse_MQ1, weight, d_weight)
+    return weighted_MQD.mul_(inverse_MQ1).addcmul_(wide_MQD, share_MQ1), d_weight.to(weight.dtype)
 
 
-def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_weight: Tensor) -> Tensor:
-    """The gradient of a norm's input, all in fp32; that of its weight is added to `d_weight`."""
-    unit = wide * inverse
-    product = grad * unit
-    d_weight.add_(product.flatten(0, -2).sum(0))
-    share = (product @ _wide(weight)).div_(len(weight))[..., None]
-    return (grad * weight).addcmul_(unit, share, value=-1).mul_(inverse)
+def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two parts of the gradient of a norm's input `wide`, which is weighted * inverse + wide * share: all in fp32.
+
+    weighted  `grad` times the weight, where `grad` was
+    share     of each row, from the derivative of `inverse`
+
+    The gradient of the weight is added to `d_weight`.
+    """
+    product = grad * wide
+    d_weight.addmv_(product.flatten(0, -2).T, inverse.flatten())
+    share = (product @ _wide(weight))[..., None].mul_(inverse.pow(3)).div_(-len(weight))
+    return grad.mul_(weight), share
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time."""
+    rows = NORM_ROWS * torch.get_num_threads()
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    """The same, always in memory of its own."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
