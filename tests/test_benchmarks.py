@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "cpu"))
 
+import run
 import table
 from common import workloads
 from common.shapes import SHAPES, flops
@@ -72,6 +74,26 @@ def test_ratios_are_of_the_same_block() -> None:
     middle, low, high = paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     assert low <= middle == 3.0 <= high
     assert quartiles([3.0, 1.0, 2.0]) == (1.5, 2.5)
+
+
+def test_a_turn_over_which_the_machine_changed_is_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def turn(speed: float) -> run.Turn:
+        return run.Turn("deft", 0, speed, speed, float("nan"), float("nan"), 0, 0.0, ())
+
+    cell = run.Cell("15m", "generated", examples_per_step=2, warmup=1, steps=1)
+    rows = workloads.rows("generated", 4, 32_000, None)
+    rates, turns = iter([130e9, 132e9, 190e9, 100e9]), iter([turn(500.0), turn(600.0), turn(700.0), turn(800.0)])
+    monkeypatch.setattr(run, "probe", lambda shape: run.Probe(next(rates), 1.0))
+    monkeypatch.setattr(run, "measure", lambda *arguments: next(turns))
+    clock = run.Clock(SHAPES["15m"], [run.Probe(100e9, 1.0)], [])
+    options = Namespace(drift=0.1, retries=2)
+    kept = run.steady_turn(cell, "deft", 0, tmp_path, rows, clock, options)
+    assert kept is not None
+    assert (kept.tokens_per_second, kept.gemm_flops) == (600.0, 131e9)
+    needed = flops(SHAPES["15m"], [row.size for row in rows[2:]]) / sum(len(row.ids) for row in rows[2:])
+    assert kept.gemm_share == pytest.approx(600.0 * needed / 131e9)
+    assert clock.dropped == [("deft", 0.261)]
+    assert run.steady_turn(cell, "deft", 1, tmp_path, rows, clock, options) is None
 
 
 def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:

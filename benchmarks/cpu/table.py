@@ -83,11 +83,13 @@ def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
     threads, peers = first["machine"]["threads"], first["versions"]["peers"]
     blocks = "; ".join(f"{name.replace(':', ', ')} {cell['blocks_kept']}" for name, cell in cells.items())
     drifts = [cell.get("drift_allowed", 0.05) for cell in cells.values()]
+    dates = [cell["date"] for cell in cells.values()]
+    when = " to ".join(sorted({min(dates), max(dates)}))
     yield ""
     yield (
         f"Medians of interleaved blocks ({blocks}) of fresh processes on {threads} cores of an "
         f"{first['machine']['cpu']}, torch {first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, "
-        f"{first['date']}; in brackets 95 % intervals. Turns in which the GEMM rate drifted by more than "
+        f"{when}; in brackets 95 % intervals. Turns in which the GEMM rate drifted by more than "
         f"{max(drifts):.0%} were thrown away. Spreads and all settings are in `benchmarks/results/cpu.json`."
     )
 

@@ -173,13 +173,13 @@ def backward(
             rows, keys = block.rows(repeat), block.keys
             is_kept = kept and length <= KEPT_LENGTH
             probs_BSK = next(probabilities) if is_kept else _probabilities(query_BSD, key_BTD, block, repeat)
-            d_value_BTE[:, keys].add_(probs_BSK.transpose(1, 2) @ grad_BSE[:, rows])
-            d_probs_BSK = grad_BSE[:, rows] @ value_BTE[:, keys].transpose(1, 2)
+            d_value_BTE[:, keys].add_(torch.bmm(probs_BSK.transpose(1, 2), grad_BSE[:, rows]))
+            d_probs_BSK = torch.bmm(grad_BSE[:, rows], value_BTE[:, keys].transpose(1, 2))
             d_scores_BSK = torch.ops.aten._softmax_backward_data.out(
                 d_probs_BSK, probs_BSK, -1, probs_BSK.dtype, grad_input=d_probs_BSK
             )
             torch.bmm(d_scores_BSK, key_BTD[:, keys], out=d_query_BSD[:, rows])
-            d_key_BTD[:, keys].add_(d_scores_BSK.transpose(1, 2) @ query_BSD[:, rows])
+            d_key_BTD[:, keys].add_(torch.bmm(d_scores_BSK.transpose(1, 2), query_BSD[:, rows]))
     return d_query, d_key, d_value
 
 
@@ -214,7 +214,7 @@ def _blocks(length: int, window: int | None) -> Iterator[_Block]:
 
 def _probabilities(query_BSD: Tensor, key_BTD: Tensor, block: _Block, repeat: int) -> Tensor:
     """[B, S, K] in the dtype of the query, its softmax in fp32."""
-    scores_BSK = query_BSD[:, block.rows(repeat)] @ key_BTD[:, block.keys].transpose(1, 2)
+    scores_BSK = torch.bmm(query_BSD[:, block.rows(repeat)], key_BTD[:, block.keys].transpose(1, 2))
     count = block.end - block.start
     scores_BSK[:, :, -count:].add_(_later(count, repeat, scores_BSK.dtype, scores_BSK.device))
     if block.window is not None and block.end - block.first > block.window:

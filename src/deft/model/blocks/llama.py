@@ -329,9 +329,8 @@ def _inverse_size(input_X: Tensor, eps: float) -> Tensor:
 
 def _norm(input_MH: Tensor, inverse_M1: Tensor, weight: Tensor) -> Tensor:
     """input / root mean square * weight, in fp32, rounded once."""
-    output_MH = torch.empty_like(input_MH)
-    parts = _parts(input_MH, inverse_M1, output_MH)
-    for input_RH, inverse_R1, output_RH in parts:
+    output_MH, weight = torch.empty_like(input_MH), _wide(weight)
+    for input_RH, inverse_R1, output_RH in _parts(input_MH, inverse_M1, output_MH):
         output_RH.copy_(_wide_copy(input_RH).mul_(inverse_R1).mul_(weight))
     return output_MH
 
@@ -373,9 +372,9 @@ def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_wei
 
     The gradient of the weight is added to `d_weight`.
     """
-    product = grad * wide
+    product, weight = grad * wide, _wide(weight)
     d_weight.addmv_(product.flatten(0, -2).T, inverse.flatten())
-    share = (product @ _wide(weight))[..., None].mul_(inverse.pow(3)).div_(-len(weight))
+    share = (product @ weight)[..., None].mul_(inverse.pow(3)).div_(-len(weight))
     return grad.mul_(weight), share
 
 
