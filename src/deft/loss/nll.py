@@ -24,8 +24,8 @@ from torch.nn import functional
 from deft.types import Head
 
 CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
-"""Bytes of a block's logits, and its least rows. Each block costs a pass over the gradient of the weight; a larger one
-more memory, which in the first steps is slow to come by."""
+"""Bytes of a block's logits, twice as many where that saves a sum in fp32, and its least rows. Each block costs a pass
+over the gradient of the weight; a larger one more memory, which in the first steps is slow to come by."""
 
 NARROW_BLOCKS = 3
 """So many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that up to three
@@ -283,10 +283,12 @@ def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
     """Blocks of nearly equal size, in rows a multiple of ROW_MULTIPLE, the last one if `rows` is.
 
     >>> _blocks(4144, 64000, torch.device("cpu"))
-    [slice(0, 2080, None), slice(2080, 4144, None)]
+    [slice(0, 1392, None), slice(1392, 2784, None), slice(2784, 4144, None)]
     """
     limit = max(LEAST_ROWS, _on(device, CPU_BLOCK, GPU_BLOCK) // row_bytes)
     count = max(1, -(-rows // limit))
+    if count > NARROW_BLOCKS:
+        count = max(NARROW_BLOCKS, -(-rows // (2 * limit)))
     return _slices(rows, max(1, -(-rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE))
 
 
