@@ -164,7 +164,7 @@ def test_low_precision_costs_no_more_than_hugging_face(
 
 @pytest.mark.parametrize("blocks", range(2, nll.NARROW_BLOCKS + 1))
 def test_a_few_blocks_need_no_sum_in_fp32(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nll, "_blocks", lambda rows, row_bytes, device: nll._slices(rows, rows // blocks))
+    monkeypatch.setattr(nll, "_blocks", lambda rows, *_: nll._slices(rows, rows // blocks))
     case = make_case(targets=blocks * 512, vocabulary=251, dtype=torch.bfloat16)
     oracle = run(reference, case, torch.float64)
     narrow = relative_errors(run(nll, case, torch.bfloat16), oracle)

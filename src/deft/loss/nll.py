@@ -99,7 +99,8 @@ class _HeadLoss(torch.autograd.Function):
         weight = weight_VH.to(hidden_KH.dtype)
         bias = None if bias_V is None else bias_V.to(hidden_KH.dtype)
         total = hidden_KH.new_zeros((), dtype=wide)
-        blocks = _blocks(len(hidden_KH), len(weight) * weight.element_size(), hidden_KH.device)
+        row_bytes, is_narrow = len(weight) * weight.element_size(), weight.dtype != wide
+        blocks = _blocks(len(hidden_KH), row_bytes, hidden_KH.device, is_narrow)
         d_hidden = torch.empty_like(hidden_KH) if is_needed[0] else None
         sums = wide if len(blocks) > NARROW_BLOCKS else weight.dtype
         d_weight = torch.empty_like(weight, dtype=sums) if is_needed[1] else None
@@ -279,17 +280,18 @@ def _narrowed(total_VH: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(total_VH.shape)
 
 
-def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
+def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) -> list[slice]:
     """Blocks of nearly equal size, in rows a multiple of ROW_MULTIPLE, the last one if `rows` is.
 
-    >>> _blocks(4144, 64000, torch.device("cpu"))
+    is_narrow  whether a sum over more than NARROW_BLOCKS would be in a wider dtype
+
+    >>> _blocks(4144, 64000, torch.device("cpu"), is_narrow=True)
     [slice(0, 1392, None), slice(1392, 2784, None), slice(2784, 4144, None)]
     """
-    limit = max(LEAST_ROWS, _on(device, CPU_BLOCK, GPU_BLOCK) // row_bytes)
-    count = max(1, -(-rows // limit))
-    if count > NARROW_BLOCKS:
-        count = max(NARROW_BLOCKS, -(-rows // (2 * limit)))
-    return _slices(rows, max(1, -(-rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE))
+    size = _on(device, CPU_BLOCK, GPU_BLOCK)
+    least, most = (-(-rows // max(LEAST_ROWS, limit // row_bytes)) for limit in (2 * size, size))
+    count = max(least, NARROW_BLOCKS) if is_narrow and most > NARROW_BLOCKS else most
+    return _slices(rows, max(1, -(-rows // (max(1, count) * ROW_MULTIPLE)) * ROW_MULTIPLE))
 
 
 def _slice_rows(logits: Tensor) -> int:
