@@ -85,7 +85,7 @@ def test_a_turn_over_which_the_machine_changed_is_done_again(monkeypatch: pytest
     rates, turns = iter([130e9, 132e9, 190e9, 100e9]), iter([turn(500.0), turn(600.0), turn(700.0), turn(800.0)])
     monkeypatch.setattr(run, "probe", lambda shape: run.Probe(next(rates), 1.0))
     monkeypatch.setattr(run, "measure", lambda *arguments: next(turns))
-    clock = run.Clock(SHAPES["15m"], [run.Probe(100e9, 1.0)], [])
+    clock = run.Clock([run.Probe(100e9, 1.0)], [])
     options = Namespace(drift=0.1, retries=2)
     kept = run.steady_turn(cell, "deft", 0, tmp_path, rows, clock, options)
     assert kept is not None

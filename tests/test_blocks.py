@@ -251,3 +251,16 @@ def test_a_block_that_computes_something_else_is_taken_away(monkeypatch: pytest.
     learner, note = selftest.choose(model)
     assert (learner.mode, note) == ("packed", "")
     assert not any("forward" in layer.__dict__ for layer in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_writes_to_nothing_that_others_hold(dtype: torch.dtype) -> None:
+    """Least of all to the gradient that comes in, which is the residual stream's as well."""
+    rng = torch.Generator().manual_seed(0)
+    grad, given, residual = (torch.randn(7, 16, generator=rng).to(dtype) for _ in range(3))
+    weight, inverse = torch.randn(16, generator=rng).to(dtype), llama._inverse_size(given, 1e-6)
+    held = given, residual, weight, inverse
+    before = [tensor.clone() for tensor in held]
+    llama._norm(given, inverse, weight)
+    llama._norm_backward(grad, given, inverse, weight, residual)
+    assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))

@@ -167,9 +167,12 @@ def test_a_few_blocks_need_no_sum_in_fp32(blocks: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(nll, "_blocks", lambda rows, *_: nll._slices(rows, rows // blocks))
     case = make_case(targets=blocks * 512, vocabulary=251, dtype=torch.bfloat16)
     oracle = run(reference, case, torch.float64)
+    narrowed, sums = nll._narrowed, []
+    monkeypatch.setattr(nll, "_narrowed", lambda total, dtype: sums.append(total.dtype) or narrowed(total, dtype))
     narrow = relative_errors(run(nll, case, torch.bfloat16), oracle)
     monkeypatch.setattr(nll, "NARROW_BLOCKS", 0)
     wide = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    assert sums == [torch.bfloat16, torch.float32]
     assert narrow[2] <= 1.05 * wide[2]
 
 

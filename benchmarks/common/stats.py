@@ -24,6 +24,15 @@ def _at(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def drift(before: float, after: float) -> float:
+    """How much a number changed, relative to the mean of before and after.
+
+    >>> round(drift(90.0, 110.0), 3)
+    0.2
+    """
+    return 2 * abs(before - after) / (before + after)
+
+
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
     """Median of ours / theirs block by block, and its 95 % bootstrap interval.
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import exchange
 from common import machine, workloads
 from common.shapes import SHAPES
+from common.stats import drift
 from run import CORPUS, HERE, ROOT, SETTINGS, python_path
 
 RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
@@ -103,7 +104,7 @@ def run(case: Case, folder: Path, threads: int) -> Found:
         case,
         (after["peak_bytes"] / 2**20, peak / 2**20),
         (sum(speeds) / 2, speed),
-        drift=2 * abs(speeds[0] - speeds[1]) / sum(speeds),
+        drift=drift(*speeds),
     )
 
 
@@ -135,14 +136,14 @@ def start(command: list[str], folder: Path, threads: int) -> None:
 
 
 def steady(case: Case, options: argparse.Namespace) -> Found:
-    """The first try within the drift; the steadiest where all are beyond it."""
+    """The first try within the drift, which is done again until then; the steadiest where all are beyond it."""
     tries: list[Found] = []
     while len(tries) <= options.retries:
         with tempfile.TemporaryDirectory(prefix="deft-forecast-") as folder:
             tries.append(run(case, Path(folder), options.threads))
         if tries[-1].drift <= options.drift:
             break
-        print(f"  thrown away: {tries[-1]}", flush=True)
+        print(f"  drifted: {tries[-1]}", flush=True)
     best = min(tries, key=lambda found: found.drift)
     return replace(best, dropped=tuple(found.drift for found in tries if found is not best))
 

@@ -37,7 +37,7 @@ import table
 import torch
 from common import machine, workloads
 from common.shapes import SHAPES, Shape, flops
-from common.stats import paired_ratio, quartiles
+from common.stats import drift, paired_ratio, quartiles
 from common.workloads import Row
 from gate import Gate, judge
 
@@ -205,38 +205,33 @@ class Clock:
     dropped  arms and drifts of the turns that were thrown away
     """
 
-    shape: Shape
     probes: list[Probe]
     dropped: list[tuple[str, float]]
-
-    def drift(self) -> float:
-        """How much the rate changed over the last turn, relative to the mean of before and after."""
-        before, after = (each.bf16 for each in self.probes[-2:])
-        return 2 * abs(before - after) / (before + after)
 
 
 def steady_turn(
     cell: Cell, arm: str, block: int, folder: Path, rows: Sequence[Row], clock: Clock, options: Any
 ) -> Turn | None:
     """The first turn over which the machine kept its speed; None where no more retries are left."""
-    timed = rows[cell.warmup * cell.examples_per_step :]
-    needed = flops(clock.shape, [row.size for row in timed]) / sum(len(row.ids) for row in timed)
+    shape, timed = SHAPES[cell.model], rows[cell.warmup * cell.examples_per_step :]
+    needed = flops(shape, [row.size for row in timed]) / sum(len(row.ids) for row in timed)
     while True:
         turn = measure(cell, arm, block, folder, rows, options)
-        clock.probes.append(probe(clock.shape))
-        rate = (clock.probes[-2].bf16 + clock.probes[-1].bf16) / 2
+        clock.probes.append(probe(shape))
+        before, after = (each.bf16 for each in clock.probes[-2:])
+        rate, changed = (before + after) / 2, drift(before, after)
         turn = replace(turn, gemm_flops=rate, gemm_share=turn.tokens_per_second * needed / rate)
-        is_steady = clock.drift() <= options.drift
+        is_steady = changed <= options.drift
         print(
             f"  block {block} {arm:18} {turn.tokens_per_second:8,.0f} real {turn.targets_per_second:8,.0f} target tok/s"
             f"  {turn.gemm_share:4.0%} of {rate / 1e9:,.0f} GFLOP/s  peak {turn.peak_bytes / 2**20:,.0f} MiB"
             f"  first step {turn.first_step_seconds:.1f} s"
-            f"{'' if is_steady else f'  thrown away: the rate drifted by {clock.drift():.0%}'}",
+            f"{'' if is_steady else f'  thrown away: the rate drifted by {changed:.0%}'}",
             flush=True,
         )
         if is_steady:
             return turn
-        clock.dropped.append((arm, round(clock.drift(), 3)))
+        clock.dropped.append((arm, round(changed, 3)))
         if len(clock.dropped) > options.retries:
             return None
 
@@ -255,7 +250,7 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
     arms = [arm for arm in wanted if arm not in gates or gates[arm].passed]
     failures = {arm: f"void: {gates[arm].why}" for arm in wanted if arm not in arms}
     turns: list[Turn] = []
-    clock = Clock(shape, [probe(shape)], [])
+    clock = Clock([probe(shape)], [])
     for block in range(cell.blocks):
         for arm in arms if block % 2 == 0 else arms[::-1]:
             try:
@@ -264,6 +259,7 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
                 failures[arm] = str(error)
                 continue
             turns += [turn] if turn else []
+    summaries = _summaries(turns)
     return {
         "model": shape.described(),
         "workload": workloads.ABOUT[cell.workload],
@@ -277,10 +273,10 @@ def run_cell(cell: Cell, folder: Path, options: Any) -> dict[str, Any]:
             "bf16": median(p.bf16 / 1e9 for p in clock.probes),
             "fp32": median(p.fp32 / 1e9 for p in clock.probes),
         },
-        "blocks_kept": min((sum(turn.arm == arm for turn in turns) for arm in arms), default=0),
+        "blocks_kept": min((summary["blocks"] for summary in summaries.values()), default=0),
         "drift_allowed": options.drift,
         "turns_dropped_for_drift": clock.dropped,
-        "arms": _summaries(turns),
+        "arms": summaries,
         "turns": [asdict(turn) for turn in turns],
         "machine": machine.described(options.threads),
         "versions": {"deft": machine.versions("deft-sft", "torch", "transformers"), "peers": options.peers_versions},
@@ -341,14 +337,7 @@ def _summaries(kept: Sequence[Turn]) -> dict[str, dict[str, Any]]:
         if not turns:
             continue
         summary: dict[str, Any] = {"blocks": len(turns)}
-        for name in (
-            "tokens_per_second",
-            "targets_per_second",
-            "gemm_flops",
-            "gemm_share",
-            "first_step_seconds",
-            "peak_bytes",
-        ):
+        for name in SUMMED_UP:
             numbers = [getattr(turn, name) for turn in turns]
             summary[name] = {"median": median(numbers), "quartiles": quartiles(numbers)}
         pairs = [(ours[turn.block], turn) for turn in turns if turn.block in ours]

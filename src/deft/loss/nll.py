@@ -287,6 +287,8 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) ->
 
     >>> _blocks(4144, 64000, torch.device("cpu"), is_narrow=True)
     [slice(0, 1392, None), slice(1392, 2784, None), slice(2784, 4144, None)]
+    >>> len(_blocks(4144, 64000, torch.device("cpu"), is_narrow=False))
+    4
     """
     size = _on(device, CPU_BLOCK, GPU_BLOCK)
     least, most = (-(-rows // max(LEAST_ROWS, limit // row_bytes)) for limit in (2 * size, size))
