@@ -214,9 +214,14 @@ def _blocks(length: int, window: int | None) -> Iterator[_Block]:
 
 def _probabilities(query_BSD: Tensor, key_BTD: Tensor, block: _Block, repeat: int) -> Tensor:
     """[B, S, K] in the dtype of the query, its softmax in fp32."""
-    scores_BSK = torch.bmm(query_BSD[:, block.rows(repeat)], key_BTD[:, block.keys].transpose(1, 2))
     count = block.end - block.start
-    scores_BSK[:, :, -count:].add_(_later(count, repeat, scores_BSK.dtype, scores_BSK.device))
+    later = _later(count, repeat, query_BSD.dtype, query_BSD.device)
+    queries, keys = query_BSD[:, block.rows(repeat)], key_BTD[:, block.keys].transpose(1, 2)
+    if block.first == block.start:
+        scores_BSK = torch.baddbmm(later, queries, keys)
+    else:
+        scores_BSK = torch.bmm(queries, keys)
+        scores_BSK[:, :, -count:].add_(later)
     if block.window is not None and block.end - block.first > block.window:
         too_far = _too_far(count, block.start - block.first - block.window, repeat, scores_BSK.dtype, scores_BSK.device)
         scores_BSK[:, :, :count].add_(too_far)

@@ -30,8 +30,8 @@ from deft.model.causal import Layout
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
-NORM_ROWS = 512
-"""Tokens whose norms a thread computes at a time, so that their fp32 copies stay in its cache."""
+PIECE = 2**17
+"""Elements that a thread takes through a row of elementwise operations at a time, so that they stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +172,7 @@ class _Layer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         w = _weights(weights)
-        inverse_M1 = _inverse_size(input_MH, form.eps)
-        normed_MH = _norm(input_MH, inverse_M1, w.norm)
+        inverse_M1, normed_MH = _size_and_norm(input_MH, w.norm, form.eps)
         raw = (
             functional.linear(normed_MH, w.query, w.query_bias),
             functional.linear(normed_MH, w.key, w.key_bias),
@@ -184,10 +183,9 @@ class _Layer(torch.autograd.Function):
         out, kept = causal.forward(query, key, value, order, form.window)
         mixed_MW = _at(rows, order.restore(out).view(len(input_MH), -1))
         middle_MH = torch.addmm(_at(rows, input_MH), mixed_MW, w.output.T)
-        mlp_inverse_M1 = _inverse_size(middle_MH, form.eps)
-        normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
+        mlp_inverse_M1, normed_MH = _size_and_norm(middle_MH, w.mlp_norm, form.eps)
         gate_MI, up_MI = functional.linear(normed_MH, w.gate), functional.linear(normed_MH, w.up)
-        output_MH = torch.addmm(middle_MH, functional.silu(gate_MI).mul_(up_MI), w.down.T)
+        output_MH = torch.addmm(middle_MH, _gated(gate_MI, up_MI), w.down.T)
         if any(ctx.needs_input_grad):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
             recomputable = () if is_thrifty else (gate_MI, up_MI, *kept)
@@ -223,12 +221,11 @@ class _Layer(torch.autograd.Function):
         d_mixed_MW = _spread(rows, torch.mm(d_middle_MH, w.output), len(input_MH))
         d_out = order.order_gradient(d_mixed_MW.view(-1, *query.shape[1:]))
         d_query, d_key, d_value = causal.backward(d_out, query, key, value, kept, order, form.window)
-        d_query_MQD = _rotate_back(order.restore(d_query), form, cos_MD * form.scaling, sin_MD * form.scaling)
-        d_key_MGD = _rotate_back(order.restore(d_key), form, cos_MD, sin_MD)
-        if form.head_eps is not None:
-            d_query_MQD, grads["query_norm"] = _head_norm_backward(d_query_MQD, raw[0], w.query_norm, form)
-            d_key_MGD, grads["key_norm"] = _head_norm_backward(d_key_MGD, raw[1], w.key_norm, form)
-        gradients = (d_query_MQD, d_key_MGD, order.restore(d_value))
+        d_raw_query, grads["query_norm"] = _heads_backward(
+            d_query, raw[0], w.query_norm, form, order, cos_MD * form.scaling, sin_MD * form.scaling
+        )
+        d_raw_key, grads["key_norm"] = _heads_backward(d_key, raw[1], w.key_norm, form, order, cos_MD, sin_MD)
+        gradients = (d_raw_query, d_raw_key, order.restore(d_value.to(input_MH.dtype)).view(len(input_MH), -1))
         normed_MH = _norm(input_MH, inverse_M1, w.norm)
         d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
         d_middle_MH = _spread(rows, d_middle_MH, len(input_MH))
@@ -247,31 +244,40 @@ def _spread(rows: Tensor | None, grad_KX: Tensor, count: int) -> Tensor:
     return grad_KX.new_zeros(count, grad_KX.shape[1]).index_copy_(0, rows, grad_KX)
 
 
+def _gated(gate_MI: Tensor, up_MI: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    product_MI = torch.empty_like(gate_MI)
+    for gate_RI, up_RI, product_RI in _parts(gate_MI, up_MI, product_MI):
+        torch.ops.aten.silu.out(gate_RI, out=product_RI).mul_(up_RI)
+    return product_MI
+
+
 def _mlp_backward(
     grad_MH: Tensor, gate_MI: Tensor, up_MI: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the two projections before the gate; that of the one behind it goes into `grads`."""
     d_product_MI = torch.mm(grad_MH, w.down)
-    silu_MI = functional.silu(gate_MI)
-    d_up_MI = d_product_MI * silu_MI
-    grads["down"] = _weight_gradient(grad_MH, silu_MI.mul_(up_MI), needs.down)
-    d_silu_MI = d_product_MI.mul_(up_MI)
-    return torch.ops.aten.silu_backward.grad_input(d_silu_MI, gate_MI, grad_input=d_silu_MI), d_up_MI
+    product_MI, d_up_MI = torch.empty_like(gate_MI), torch.empty_like(gate_MI)
+    for d_RI, gate_RI, up_RI, product_RI, d_up_RI in _parts(d_product_MI, gate_MI, up_MI, product_MI, d_up_MI):
+        silu_RI = torch.ops.aten.silu.out(gate_RI, out=product_RI)
+        torch.mul(d_RI, silu_RI, out=d_up_RI)
+        silu_RI.mul_(up_RI)
+        torch.ops.aten.silu_backward.grad_input(d_RI.mul_(up_RI), gate_RI, grad_input=d_RI)
+    grads["down"] = _weight_gradient(grad_MH, product_MI, needs.down)
+    return d_product_MI, d_up_MI
 
 
 def _projections_backward(
     gradients: Sequence[Tensor], normed_MH: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
 ) -> Tensor:
-    """The gradient of what queries, keys and values are projected from, from theirs in fp32."""
+    """The gradient of what queries, keys and values are projected from, from theirs."""
     d_normed_MH: Tensor | None = None
-    for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
+    for name, gradient_MW in zip(("query", "key", "value"), gradients, strict=True):
         weight = getattr(w, name)
-        wide = gradient.view(len(normed_MH), -1)
         if getattr(needs, f"{name}_bias"):
-            grads[f"{name}_bias"] = wide.sum(0).to(weight.dtype)
-        narrow = wide.to(normed_MH.dtype)
-        grads[name] = _weight_gradient(narrow, normed_MH, getattr(needs, name))
-        d_normed_MH = narrow @ weight if d_normed_MH is None else d_normed_MH.addmm_(narrow, weight)
+            grads[f"{name}_bias"] = gradient_MW.sum(0)
+        grads[name] = _weight_gradient(gradient_MW, normed_MH, getattr(needs, name))
+        d_normed_MH = gradient_MW @ weight if d_normed_MH is None else d_normed_MH.addmm_(gradient_MW, weight)
     assert d_normed_MH is not None
     return d_normed_MH
 
@@ -285,16 +291,35 @@ def _rotated(
 ) -> tuple[Tensor, Tensor]:
     """Queries, scaled, [P, R, D] and keys [P, D] for the attention, from their projections [M, W] and [M, G * D]."""
     rotated = []
-    for projected, weight, scaling in zip(raw, (w.query_norm, w.key_norm), (form.scaling, 1.0), strict=True):
-        heads = _wide(projected.view(len(projected), -1, form.head_size))
+    for projected_MW, weight, scaling in zip(raw, (w.query_norm, w.key_norm), (form.scaling, 1.0), strict=True):
+        turned_MW = torch.empty_like(projected_MW)
+        for projected_RW, cos_RD, sin_RD, turned_RW in _parts(projected_MW, cos_MD, sin_MD, turned_MW):
+            heads_RQD = _wide(projected_RW.view(len(projected_RW), -1, form.head_size))
+            if weight is not None:
+                assert form.head_eps is not None
+                heads_RQD = heads_RQD * _inverse_size(heads_RQD, form.head_eps) * weight
+            turned_RW.copy_(_rotate(heads_RQD, cos_RD * scaling, sin_RD * scaling).flatten(1))
+        rotated.append(turned_MW)
+    query_MW, key_MW = rotated
+    query = query_MW.view(len(query_MW) * order.groups, -1, form.head_size)
+    return order.order(query), order.order(key_MW.view(-1, form.head_size))
+
+
+def _heads_backward(
+    d_rows: Tensor, raw_MW: Tensor, weight: Tensor | None, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of a projection [M, W], in the dtype of raw_MW, from that of the rows [P, ...] that `_rotated` made
+    of it; and that of the weight of its norm. raw_MW is the projection, where there is a norm."""
+    back_MG = order.back.view(len(cos_MD), order.groups)
+    d_raw_MW = raw_MW.new_empty(len(cos_MD), order.groups * d_rows.shape[1:].numel())
+    d_weight = torch.zeros(form.head_size, dtype=cos_MD.dtype)
+    normed_MW = d_raw_MW if weight is None else raw_MW
+    for back_RG, cos_RD, sin_RD, raw_RW, d_raw_RW in _parts(back_MG, cos_MD, sin_MD, normed_MW, d_raw_MW):
+        d_heads_RQD = _rotate_back(d_rows.index_select(0, back_RG.flatten()), form, cos_RD, sin_RD)
         if weight is not None:
-            assert form.head_eps is not None
-            heads = heads * _inverse_size(heads, form.head_eps) * weight
-        rotated.append(_rotate(heads, cos_MD * scaling, sin_MD * scaling).to(projected.dtype))
-    query_MQD, key_MGD = rotated
-    groups = key_MGD.shape[1]
-    query = query_MQD.view(len(query_MQD) * groups, -1, form.head_size)
-    return order.order(query), order.order(key_MGD.view(-1, form.head_size))
+            d_heads_RQD = _head_norm_backward(d_heads_RQD, raw_RW, weight, form, d_weight)
+        d_raw_RW.copy_(d_heads_RQD.flatten(1))
+    return d_raw_MW, None if weight is None else d_weight.to(weight.dtype)
 
 
 def _rotate(heads_MQD: Tensor, cos_MD: Tensor, sin_MD: Tensor) -> Tensor:
@@ -327,6 +352,17 @@ def _inverse_size(input_X: Tensor, eps: float) -> Tensor:
     return size.square_().div_(input_X.shape[-1]).add_(eps).rsqrt_()
 
 
+def _size_and_norm(input_MH: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`_inverse_size` and `_norm`, the input read once."""
+    output_MH, weight = torch.empty_like(input_MH), _wide(weight)
+    inverse_M1 = torch.empty_like(input_MH[:, :1], dtype=weight.dtype)
+    for input_RH, inverse_R1, output_RH in _parts(input_MH, inverse_M1, output_MH):
+        wide_RH = _wide_copy(input_RH)
+        inverse_R1.copy_(_inverse_size(wide_RH, eps))
+        output_RH.copy_(wide_RH.mul_(inverse_R1).mul_(weight))
+    return inverse_M1, output_MH
+
+
 def _norm(input_MH: Tensor, inverse_M1: Tensor, weight: Tensor) -> Tensor:
     """input / root mean square * weight, in fp32, rounded once."""
     output_MH, weight = torch.empty_like(input_MH), _wide(weight)
@@ -353,15 +389,16 @@ def _norm_backward(
     return output_MH, d_weight.to(weight.dtype)
 
 
-def _head_norm_backward(grad_MQD: Tensor, raw_MW: Tensor, weight: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
-    """The gradients of what a norm of single heads came from (fp32), and of its weight. grad_MQD is written to."""
-    assert weight is not None
+def _head_norm_backward(grad_MQD: Tensor, raw_MW: Tensor, weight: Tensor, form: Form, d_weight: Tensor) -> Tensor:
+    """The gradient of what a norm of single heads came from (fp32); that of its weight is added to `d_weight`.
+
+    grad_MQD is written to.
+    """
     assert form.head_eps is not None
-    raw_MQD = raw_MW.view(grad_MQD.shape)
-    wide_MQD, inverse_MQ1 = _wide(raw_MQD), _inverse_size(raw_MQD, form.head_eps)
-    d_weight = torch.zeros_like(weight, dtype=grad_MQD.dtype)
+    wide_MQD = _wide(raw_MW.view(grad_MQD.shape))
+    inverse_MQ1 = _inverse_size(wide_MQD, form.head_eps)
     weighted_MQD, share_MQ1 = _unnormed(grad_MQD, wide_MQD, inverse_MQ1, weight, d_weight)
-    return weighted_MQD.mul_(inverse_MQ1).addcmul_(wide_MQD, share_MQ1), d_weight.to(weight.dtype)
+    return weighted_MQD.mul_(inverse_MQ1).addcmul_(wide_MQD, share_MQ1)
 
 
 def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,7 +417,7 @@ def _unnormed(grad: Tensor, wide: Tensor, inverse: Tensor, weight: Tensor, d_wei
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of each at a time."""
-    rows = NORM_ROWS * torch.get_num_threads()
+    rows = max(1, PIECE * torch.get_num_threads() // max(tensor.shape[1:].numel() for tensor in tensors))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
