@@ -16,9 +16,9 @@ from encoders import chat
 from rich.console import Console
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from deft import api, config, doctor, forecast, hardware, loader, prepare, rates, reading, run
+from deft import api, calibrate, config, doctor, forecast, hardware, loader, prepare, rates, reading, run
 from deft.errors import MemoryShort
 from deft.forecast import Fit, Forecast, trace
 from deft.hardware import Machine
@@ -49,7 +49,16 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=True,
 )
 RATES = Rates(
-    "here", {"fp32": {"64": 1e9}}, {"fp32": 1e9}, {"fp32": 1e9}, moved=1e9, exponents=1e9, operations=1e6, updated=1e6
+    machine="here",
+    gemm={"fp32": {"64": 1e9}},
+    batched={"fp32": 1e9},
+    attention={"fp32": 1e9},
+    moved=1e9,
+    exponents=1e9,
+    operations=1e6,
+    updated=1e6,
+    unseen={"fp32": {"gemm": 0.5, "batched": 0.25}},
+    together={"fp32": 1.5},
 )
 
 
@@ -100,6 +109,8 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
     machine = replace(FP32, dtype=torch.bfloat16)
     alone, summed = (trace(LLAMA, batch, nll, machine, is_alone=is_alone) for is_alone in (True, False))
     assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
+    read_and_written = 2 + 4 + 4
+    assert summed.moved - alone.moved >= read_and_written * alone.parameters
 
 
 @pytest.mark.parametrize("length", [30, 400])
@@ -107,9 +118,10 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     batch = planned([length] * 3, budget=4000).step(0).batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
     whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
-    found = {name: value for name, value in asdict(extended).items() if name != "products"}
+    found = {name: value for name, value in asdict(extended).items() if name not in ("products", "sizes")}
     assert found == pytest.approx({name: getattr(whole, name) for name in found}, rel=0.01)
     assert dict(extended.products) == pytest.approx(dict(whole.products))
+    assert extended.sizes == whole.sizes
 
 
 @pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
@@ -142,6 +154,26 @@ def test_matrix_products_are_those_of_the_definition() -> None:
     assert slower - seconds == pytest.approx(products / 1e9)
 
 
+def test_kernels_are_made_for_each_new_number_of_tokens() -> None:
+    def changes(*lengths: int) -> int:
+        return forecast._planned(planned(list(lengths), budget=10, per_step=1))[1]
+
+    assert changes(10, 10, 10, 10) == 1
+    assert changes(10, 9, 8, 7) == 4
+
+
+def test_products_of_one_size_need_one_kernel() -> None:
+    watch = forecast._Watch()
+    with watch:
+        for count in (3, 3, 5):
+            x = torch.ones(count, 4)
+            x @ torch.ones(4, 4)
+            x @ torch.ones(4, 4).T
+            torch.bmm(x[None], x[None].transpose(1, 2))
+    kinds = [kind for kind, *_ in watch.sizes]
+    assert (kinds.count("gemm"), kinds.count("batched")) == (4, 2)
+
+
 def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     def routed(*arguments: Any) -> torch.Tensor:
         return torch.ones(3).nonzero().sum()
@@ -161,8 +193,10 @@ def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
     assert found is not None
     assert found.seconds is not None
     assert unknown is not None
-    updates = 4 * traced.parameters / 1e6
-    assert found.seconds == pytest.approx(updates + 16 * 33 / traced.tokens * traced.seconds(RATES))
+    parts = 4 * traced.parameters / 1e6 + 16 * 33 / traced.tokens * traced.seconds(RATES)
+    unseen = 0.5 * traced.sizes["gemm", "fp32"] + 0.25 * traced.sizes["batched", "fp32"]
+    assert unseen > 1.0
+    assert found.seconds == pytest.approx(1.5 * parts + unseen), "all 8 micro-batches are of one size"
     assert found.tokens_per_second == pytest.approx(16 * 33 / found.seconds)
     assert unknown.tokens_per_second is None
 
@@ -315,20 +349,64 @@ def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
 
 def test_the_doctor_keeps_rates_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(rates, "measure", lambda device, seconds: replace(RATES, machine=rates.machine(device)))
+    monkeypatch.setattr(calibrate, "measure", lambda device, seconds: replace(RATES, machine=rates.machine(device)))
     console = Console(file=io.StringIO(), width=200)
     found = doctor.run(console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "GFLOP/s" in said
     assert "GiB free here" in said
     device = hardware.device("auto")
-    assert asdict(rates.kept(device)) == asdict(found)
+    assert asdict(calibrate.kept(device)) == asdict(found)
     monkeypatch.setattr(rates, "machine", lambda device: "another")
     assert rates.saved(device) is None
 
 
+def test_rates_of_an_earlier_deft_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
+    rates.keep(replace(RATES, machine=rates.machine(CPU)), CPU)
+    assert rates.saved(CPU) is not None
+    found = json.loads(rates.path(CPU).read_text(encoding="utf-8"))
+    del found["together"]
+    rates.path(CPU).write_text(json.dumps(found), encoding="utf-8")
+    assert rates.saved(CPU) is None
+
+
+def test_a_step_is_compared_with_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "num_hidden_layers": 1}
+    monkeypatch.setattr(calibrate, "MODEL", {**calibrate.MODEL, **small})
+    monkeypatch.setattr(calibrate, "LENGTHS", (9, 12))
+    real, taken, clock = calibrate._step, iter([90.0, 80.0, 2.0, 4.0]), [0.0]
+
+    def timed(*arguments: Any) -> None:
+        real(*arguments)
+        clock[0] += next(taken)
+
+    monkeypatch.setattr(calibrate, "_step", timed)
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    config = AutoConfig.for_model("llama", **calibrate.MODEL)
+    traced = trace(config, calibrate._batch(), nll, FP32, is_alone=True)
+    foretold = traced.seconds(RATES) + traced.parameters / RATES.updated
+    before = torch.random.get_rng_state()
+    assert calibrate._together(RATES, "fp32", CPU) == pytest.approx(3.0 / foretold)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_where_layers_are_compiled_parts_are_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "measure", lambda device, seconds: replace(RATES, together={}))
+    assert calibrate.measure(torch.device("cuda")).together == {}
+
+
+def test_what_would_be_emulated_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "measure", lambda device, seconds: RATES)
+    monkeypatch.setattr(calibrate, "_together", lambda found, precision, device: 2.0)
+    for has_bf16, together in [(True, {"fp32": 2.0, "bf16": 2.0}), (False, {"fp32": 2.0})]:
+        monkeypatch.setattr(hardware, "has_bf16", lambda device, has_bf16=has_bf16: has_bf16)
+        assert calibrate.measure(CPU).together == together
+
+
 def test_rates_are_measured() -> None:
     found = rates.measure(CPU, seconds=0.0)
+    assert all(0 <= found.unseen[precision][kind] < 1 for precision in rates.DTYPES for kind in ("gemm", "batched"))
     assert set(found.gemm) == set(found.batched) == set(found.attention) == {"bf16", "fp32"}
     numbers = [found.moved, found.exponents, found.operations, found.updated, *found.gemm["fp32"].values()]
     assert all(0 < number < 1e15 for number in numbers)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deft import files, ledger, prepare, rates, reading
+from deft import calibrate, files, ledger, prepare, reading
 from deft.config import Config
 from deft.dataset import Dataset
 from deft.forecast import Forecast, forecast
@@ -66,7 +66,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     if data.train:
         fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller)
         planned, device = fit.planned, checked.machine.device
-        expected = forecast(fit, device, rates.kept(device))
+        expected = forecast(fit, device, calibrate.kept(device))
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),

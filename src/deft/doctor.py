@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from deft import files, hardware, manifest, rates
+from deft import calibrate, files, hardware, manifest, rates
 from deft.errors import DiskError
 from deft.rates import Rates
 
@@ -26,7 +26,7 @@ def run(console: Console | None = None) -> Rates:
     lines = [*_machine_lines(device), *_disk_lines(Path.cwd())]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    found = rates.measure(device, seconds=0.3)
+    found = calibrate.measure(device, seconds=0.3)
     for line in [*_rate_lines(found), f"tokenizer {_tokenizer_speed():,.1f} MB/s of text, on one core"]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     place = rates.keep(found, device)

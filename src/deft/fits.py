@@ -15,6 +15,8 @@ from deft.loader import Loader
 from deft.store import Examples
 
 FILE = "fit.json"
+COUNTED = ("products", "sizes")
+"""Of a trace: what JSON has no keys for."""
 
 
 def key(planned: Loader, examples: Examples, machine: Machine, *more: str) -> str:
@@ -33,13 +35,13 @@ def kept(kept_in: Cache, key: str, planned: Loader, make: Callable[[], Fit]) -> 
 
 
 def _as_json(fit: Fit) -> Mapping[str, Any]:
-    traced = fit.traced and {**asdict(fit.traced), "products": [*fit.traced.products.items()]}
+    traced = fit.traced and {**asdict(fit.traced), **{name: [*getattr(fit.traced, name).items()] for name in COUNTED}}
     return {"microbatch_tokens": fit.planned.microbatch_tokens, "checkpointing": fit.checkpointing, "traced": traced}
 
 
 def _of_json(found: Mapping[str, Any], planned: Loader) -> Fit:
     traced = found["traced"]
     if traced is not None:
-        products = {tuple(product): work for product, work in traced["products"]}
-        traced = Trace(**{**traced, "products": products})
+        counted = {name: {tuple(what): count for what, count in traced[name]} for name in COUNTED}
+        traced = Trace(**{**traced, **counted})
     return Fit(replace(planned, microbatch_tokens=found["microbatch_tokens"]), found["checkpointing"], traced)

@@ -7,10 +7,11 @@ So there is no formula for any architecture, and what changes in the model, the 
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +65,7 @@ class Trace:
     kept_bytes   what is alive between forward and backward
     end_bytes    what is alive after it: state and gradients
     products     FLOP of matrix products
+    sizes        kind and precision -> of how many different sizes they are
     moved        bytes that all other operations read and write
     exponents    elements of softmaxes
     operations   how many there are, views left out
@@ -76,15 +78,29 @@ class Trace:
     kept_bytes: int
     end_bytes: int
     products: Mapping[Product, float]
+    sizes: Mapping[tuple[str, str], int]
     moved: float
     exponents: float
     operations: int
 
+    @property
+    def precision(self) -> str:
+        """That of most products."""
+        totals: dict[str, float] = defaultdict(float)
+        for (_, precision, _), work in self.products.items():
+            totals[precision] += work
+        return max(totals, key=totals.__getitem__)
+
     def seconds(self, rates: Rates) -> float:
-        """The time of this micro-batch, without the update."""
+        """The time of this micro-batch, without the update, as the sum of its parts."""
         products = sum(work / _rate(product, rates) for product, work in self.products.items())
         others = self.moved / rates.moved + self.exponents / rates.exponents
         return products + others + self.operations / rates.operations
+
+    def unseen_seconds(self, rates: Rates) -> float:
+        """What is added where no product of these sizes was made shortly before."""
+        known = rates.unseen
+        return sum(count * known.get(precision, {}).get(kind, 0.0) for (kind, precision), count in self.sizes.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +145,9 @@ def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | 
     heap, beside = (HEAP, _beside(traced)) if device.type == "cpu" else (1.0, 0)
     speed = seconds = None
     if rates is not None:
-        tokens = _planned_tokens(planned)
-        seconds = tokens / traced.tokens * traced.seconds(rates) + planned.steps * traced.parameters / rates.updated
+        tokens, unseen = _planned(planned)
+        parts = tokens / traced.tokens * traced.seconds(rates) + planned.steps * traced.parameters / rates.updated
+        seconds = parts * rates.together.get(traced.precision, 1.0) + unseen * traced.unseen_seconds(rates)
         speed = tokens / seconds
     return Forecast(
         state_bytes=round(heap * traced.state_bytes),
@@ -143,7 +160,7 @@ def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | 
 
 
 def _beside(traced: Trace) -> int:
-    return max(BESIDE[precision] for _, precision, _ in traced.products)
+    return BESIDE[traced.precision]
 
 
 def _duration(seconds: float) -> str:
@@ -216,21 +233,28 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
     stride = max(1, planned.steps // LOOKED_AT_STEPS)
     best, most, is_alone = (0, 0), 0, True
     for step in range(0, planned.steps, stride):
-        lengths = [len(part.tokens) for example in planned.members(step) for part in example]
-        packs = pack(lengths, planned.microbatch_tokens)
-        sizes = [sum(lengths[index] for index in members) for members in packs]
-        is_alone &= len(packs) == 1
+        sizes = _sizes(planned, step)
+        is_alone &= len(sizes) == 1
         if max(sizes) > most:
             most, best = max(sizes), (step, sizes.index(max(sizes)))
     step, index = best
     return planned.step(step).batches[index], is_alone
 
 
-def _planned_tokens(planned: Loader) -> int:
-    """Of all steps, as far as `largest` looks."""
-    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
-    seen = sum(len(part.tokens) for step in steps for example in planned.members(step) for part in example)
-    return round(seen * planned.steps / len(steps))
+def _planned(planned: Loader) -> tuple[int, int]:
+    """The tokens of all steps, and how many micro-batches have another number of them than the one before; as far as
+    `largest` looks."""
+    looked_at = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    sizes = [size for step in looked_at for size in _sizes(planned, step)]
+    changes = sum(before != after for before, after in pairwise([0, *sizes]))
+    share = planned.steps / len(looked_at)
+    return round(sum(sizes) * share), round(changes * share)
+
+
+def _sizes(planned: Loader, step: int) -> list[int]:
+    """The tokens of each micro-batch of a step."""
+    lengths = [len(part.tokens) for example in planned.members(step) for part in example]
+    return [sum(lengths[index] for index in members) for members in pack(lengths, planned.microbatch_tokens)]
 
 
 def _attempt(
@@ -302,6 +326,7 @@ def _extended(one: Trace, two: Trace, layers: int) -> Trace:
         kept_bytes=round(many(one.kept_bytes, two.kept_bytes)),
         end_bytes=round(many(one.end_bytes, two.end_bytes)),
         products={key: many(one.products.get(key, 0.0), work) for key, work in two.products.items()},
+        sizes=two.sizes,
         moved=many(one.moved, two.moved),
         exponents=many(one.exponents, two.exponents),
         operations=round(many(one.operations, two.operations)),
@@ -344,14 +369,18 @@ def _trace(
         total = nll_sum(learner, _on(batch, fakes, device), loss)
         kept_bytes = watch.alive
         total.backward()
+        peak_bytes, end_bytes = watch.peak, watch.alive
+        if not is_alone:
+            optimizer.collect()  # for its time
     return Trace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=len(batch.tokens),
         state_bytes=state_bytes,
-        peak_bytes=watch.peak,
+        peak_bytes=peak_bytes,
         kept_bytes=kept_bytes,
-        end_bytes=watch.alive,
+        end_bytes=end_bytes,
         products=dict(watch.products),
+        sizes=Counter((kind, precision) for kind, precision, *_ in watch.sizes),
         moved=watch.moved,
         exponents=watch.exponents,
         operations=watch.operations,
@@ -384,6 +413,7 @@ class _Watch(TorchDispatchMode):
         """The work so far does not count, nor does the memory that it took for a moment."""
         self.peak = self.alive
         self.products: defaultdict[Product, float] = defaultdict(float)
+        self.sizes: set[tuple[Any, ...]] = set()
         self.moved = self.exponents = 0.0
         self.operations = 0
 
@@ -424,7 +454,10 @@ class _Watch(TorchDispatchMode):
             left, right = inputs[-2:] if "add" in name else inputs[:2]
             kind = "batched" if "bmm" in name else "gemm"
             work = 2.0 * left.numel() * right.shape[-1]
-            self.products[kind, PRECISIONS[left.dtype], 0 if kind == "batched" else _width(left, right)] += work
+            precision = PRECISIONS[left.dtype]
+            self.products[kind, precision, 0 if kind == "batched" else _width(left, right)] += work
+            layouts = (each.stride()[-1] == 1 for each in (left, right))
+            self.sizes.add((kind, precision, left.shape, right.shape, *layouts, "add" in name))
         else:
             self.moved += sum(each.numel() * each.element_size() for each in [*inputs, *outs])
             self.exponents += outs[0].numel() if "softmax" in name or name in ("exp", "exp_") else 0

@@ -10,8 +10,8 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -23,18 +23,19 @@ import torch
 from torch.nn import functional
 
 from deft import cache, files, hardware
-from deft.errors import DiskError
 
 ROWS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 WIDTHS = {"cpu": (128, 256, 512, 1024), "mps": (512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}
 """Matrix products are measured on so many rows, with square weights of these widths."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BESIDE_CACHE = 2**26
+ODD_ROWS, ODD_COUNTS = range(1003, 1503, 50), range(11, 61, 5)
+"""Numbers of tokens and of documents that nothing else here has: products of these sizes were not seen before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """All per second. machine says what they hold for.
+    """Per second, but the last two. machine says what they hold for.
 
     gemm        precision -> width -> FLOP of products in the three layouts of training
     batched     precision -> FLOP of many small products, as in attention on short documents
@@ -43,6 +44,8 @@ class Rates:
     exponents   elements of a softmax
     operations  of no work, one after another
     updated     parameters by AdamW
+    unseen      precision -> kind of product (gemm or batched) -> seconds that one of a size not seen before takes more
+    together    precision -> the time of a whole step, relative to that of its parts by these rates (calibrate.py)
     """
 
     machine: str
@@ -53,11 +56,13 @@ class Rates:
     exponents: float
     operations: float
     updated: float
+    unseen: Mapping[str, Mapping[str, float]]
+    together: Mapping[str, float]
 
     def product(self, precision: str, width: float) -> float:
         """FLOP/s of matrix products with weights of this width, between the widths that were measured.
 
-        >>> rates = Rates("", {"fp32": {"256": 1e9, "1024": 3e9}}, {}, {}, 1, 1, 1, 1)
+        >>> rates = Rates("", {"fp32": {"256": 1e9, "1024": 3e9}}, {}, {}, 1, 1, 1, 1, {}, {})
         >>> rates.product("fp32", 100) / 1e9, rates.product("fp32", 512) / 1e9
         (1.0, 2.0)
         """
@@ -94,16 +99,6 @@ def keep(rates: Rates, device: torch.device) -> Path:
     return place
 
 
-def kept(device: torch.device) -> Rates:
-    """What was measured earlier, or now, in some seconds; then it is kept, if it can be."""
-    found = saved(device)
-    if found is None:
-        found = measure(device)
-        with suppress(DiskError):
-            keep(found, device)
-    return found
-
-
 def measure(device: torch.device, seconds: float = 0.1) -> Rates:
     """Takes about ten times `seconds`, and more on slow machines: everything is done three times at least.
 
@@ -120,6 +115,8 @@ def measure(device: torch.device, seconds: float = 0.1) -> Rates:
         exponents=_exponents(device, seconds),
         operations=_operations(device, seconds),
         updated=_updated(device, seconds),
+        unseen={name: _unseen(dtype, device) for name, dtype in DTYPES.items()},
+        together={},
     )
 
 
@@ -154,6 +151,33 @@ def _batched(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
         probs.transpose(1, 2) @ key
 
     return 6.0 * count * length**2 * size / _seconds(products, device, seconds)
+
+
+def _unseen(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    x = torch.randn(ODD_ROWS.stop, 512, device=device).to(dtype)
+    many = torch.randn(ODD_COUNTS.stop, 224, 64, device=device).to(dtype)
+    weight = torch.randn(512, 512, device=device).to(dtype)
+
+    def two_products(rows: int) -> None:
+        x[:rows] @ weight.T
+        x[:rows].T @ x[:rows]
+
+    def batched(count: int) -> None:
+        torch.bmm(many[:count], many[:count].transpose(1, 2))
+
+    return {
+        "gemm": _longer_at_first(two_products, ODD_ROWS, device) / 2,
+        "batched": _longer_at_first(batched, ODD_COUNTS, device),
+    }
+
+
+def _longer_at_first(run: Callable[[int], None], sizes: range, device: torch.device) -> float:
+    """Seconds that the first call with a size takes more than those after it: the median of the sizes, 0 at least."""
+    longer = []
+    for size in sizes:
+        first, *later = (_timed(partial(run, size), device) for _ in range(3))
+        longer.append(first - min(later))
+    return max(0.0, median(longer))
 
 
 def _sets(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[list[torch.Tensor]]:
@@ -223,12 +247,16 @@ def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> fl
     run()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
+        times.append(_timed(run, device))
     return median(times)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,97 @@
+"""What the parts of a training step do not tell of the whole: a small model's steps, foretold from this machine's rates
+and then taken.
+
+Parts are measured one by one, again and again; in a step each finds the others' data in the cache. What that costs
+differs from machine to machine. It serves predictions only.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from deft import forecast, hardware, loader, rates
+from deft.errors import DiskError
+from deft.hardware import Machine
+from deft.loss import nll
+from deft.model import selftest
+from deft.model.learner import Learner
+from deft.optim.adamw import AdamW, clip_scale
+from deft.rates import Rates
+from deft.training.step import nll_sum
+from deft.types import Batch
+
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 16384,
+    "tie_word_embeddings": True,
+}
+LENGTHS = (70, 110, 150, 190, 230, 270, 310) * 2
+"""Tokens of the documents of the one micro-batch, the second half of them learnt."""
+STEPS, WARMUP = 4, 2
+"""The first ones make kernels, and find no memory that the process has had before."""
+
+
+def kept(device: torch.device) -> Rates:
+    """What was measured earlier, or now, in some seconds; then it is kept, if it can be."""
+    found = rates.saved(device)
+    if found is None:
+        found = measure(device)
+        with suppress(DiskError):
+            rates.keep(found, device)
+    return found
+
+
+def measure(device: torch.device, seconds: float = 0.1) -> Rates:
+    """`rates.measure`, and on CPUs how much longer steps take than these say.
+
+    Elsewhere layers are compiled while a run goes on, which these steps would not show. In bf16 only where that is
+    fast: where it is emulated, these steps would take minutes.
+    """
+    found = rates.measure(device, seconds)
+    precisions = {"fp32": device.type == "cpu", "bf16": device.type == "cpu" and hardware.has_bf16(device)}
+    return replace(found, together={name: _together(found, name, device) for name, here in precisions.items() if here})
+
+
+def _together(found: Rates, precision: str, device: torch.device) -> float:
+    """The seconds of a step, relative to the sum of its parts."""
+    dtype, batch = rates.DTYPES[precision], _batch()
+    config = AutoConfig.for_model("llama", **MODEL)
+    traced = forecast.trace(config, batch, nll, Machine(device, dtype, sum(LENGTHS)), is_alone=True)
+    learner, optimizer = _model(config, dtype)
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        _step(learner, optimizer, batch)
+        times.append(time.perf_counter() - start)
+    return median(times[WARMUP:]) / (traced.seconds(found) + traced.parameters / found.updated)
+
+
+def _batch() -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(MODEL["vocab_size"], size=length) for length in LENGTHS]
+    return loader.build([(each, (np.arange(len(each)) >= len(each) // 2).astype(np.float32)) for each in tokens])
+
+
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Learner, AdamW]:
+    """Random weights; what else draws random numbers goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    learner, _ = selftest.choose(model.train())
+    return learner, AdamW(model.named_parameters(), dtype=dtype, lr=1e-6)
+
+
+def _step(learner: Learner, optimizer: AdamW, batch: Batch) -> None:
+    optimizer.collect()
+    nll_sum(learner, batch, nll).backward()
+    optimizer.step(1.0, clip_scale(optimizer.norm(), 1.0))
