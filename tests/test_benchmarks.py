@@ -121,3 +121,10 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
     assert "| 40m, gsm8k | deft |" in text
     assert "(40m, gsm8k 4)" in text
     assert text.count("| 5.2x (5.0 to 5.5) |") == 1
+    another = tmp_path / "results" / "cpu-other.json"
+    table.keep(another, "40m:gsm8k", cell | {"machine": {"threads": 2, "cpu": "another CPU", "amx": True}})
+    table.into_readme(readme, another, results)
+    text = readme.read_text()
+    assert text.count("\n\n| model, rows |") == 1
+    assert text.index("2 cores: another CPU with AMX, torch") < text.index("`benchmarks/results/cpu-other.json`")
+    assert text.index("`benchmarks/results/cpu-other.json`") < text.index("2 cores: some CPU, torch")

@@ -26,6 +26,7 @@ def described(threads: int) -> dict[str, Any]:
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": platform.system(),
+        "amx": "amx_bf16" in _flags(),
         "bf16_instructions": _flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
     }
 

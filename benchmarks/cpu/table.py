@@ -54,18 +54,18 @@ def keep(path: Path, name: str, cell: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
 
 
-def into_readme(readme: Path, results: Path) -> None:
-    """Writes the table between the marks; a README without them stays as it is."""
+def into_readme(readme: Path, *results: Path) -> None:
+    """Writes a table of each file between the marks; a README without them stays as it is."""
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
-        cells = json.loads(results.read_text(encoding="utf-8"))
-        body = "\n".join(_markdown(cells))
+        tables = [_markdown(json.loads(path.read_text(encoding="utf-8")), path.name) for path in results]
+        body = "\n\n".join("\n".join(lines) for lines in tables)
         readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
 
 
-def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
+def _markdown(cells: Mapping[str, Any], file: str) -> Iterator[str]:
     yield "| model, rows | | target tokens/s | real tokens/s | of the GEMM rate | peak memory | deft is faster |"
     yield "|---|---|--:|--:|--:|--:|--:|"
     for name, cell in cells.items():
@@ -84,13 +84,15 @@ def _markdown(cells: Mapping[str, Any]) -> Iterator[str]:
     blocks = "; ".join(f"{name.replace(':', ', ')} {cell['blocks_kept']}" for name, cell in cells.items())
     drifts = [cell.get("drift_allowed", 0.05) for cell in cells.values()]
     dates = [cell["date"] for cell in cells.values()]
+    amx = " with AMX" if first["machine"].get("amx") else ""
     when = " to ".join(sorted({min(dates), max(dates)}))
     yield ""
     yield (
-        f"Medians of interleaved blocks ({blocks}) of fresh processes on {threads} cores of an "
-        f"{first['machine']['cpu']}, torch {first['versions']['deft']['torch']}, TRL {peers.get('trl', 'absent')}, "
-        f"{when}; in brackets 95 % intervals. Turns in which the GEMM rate drifted by more than "
-        f"{max(drifts):.0%} were thrown away. Spreads and all settings are in `benchmarks/results/cpu.json`."
+        f"Medians of interleaved blocks ({blocks}) of fresh processes on {threads} cores: "
+        f"{first['machine']['cpu']}{amx}, torch {first['versions']['deft']['torch']}, "
+        f"TRL {peers.get('trl', 'absent')}, {when}; in brackets 95 % intervals. Turns in which the GEMM rate drifted "
+        f"by more than {max(drifts):.0%} were thrown away. Spreads and all settings are in "
+        f"`benchmarks/results/{file}`."
     )
 
 
