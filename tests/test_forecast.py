@@ -416,3 +416,26 @@ def test_rates_are_measured() -> None:
 
 def test_the_memory_is_what_the_process_may_use() -> None:
     assert 2**28 < hardware.memory_bytes(CPU) < 2**50
+
+
+def test_kernels_of_one_micro_batch_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bounds(sizes: int, **given: str) -> list[str | None]:
+        names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+        with monkeypatch.context() as patch:
+            patch.setattr(hardware.os, "environ", dict(given))
+            hardware.bound_kernel_caches(sizes)
+            return [hardware.os.environ.get(name) for name in names]
+
+    assert bounds(0) == bounds(40) == ["64", "64"]
+    assert bounds(77) == ["115", "115"]
+    assert bounds(77, LRU_CACHE_CAPACITY="9") == ["9", "115"]
+
+
+def test_a_run_keeps_the_kernels_of_its_largest_micro_batch(base: Base, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "a" * n, "completion": "b"}) + "\n" for n in (1, 9, 30, 90)))
+    given = config.make(config.nested({"model": base.path, "data__train": str(rows), "precision": "fp32"}))
+    prepared = prepare.prepare(given, Caller())
+    batch = forecast.largest(prepared.loader)[0]
+    traced = trace(AutoConfig.from_pretrained(base.path), batch, nll, prepared.checked.machine, is_alone=True)
+    assert prepared.sizes == sum(traced.sizes.values()) > 10

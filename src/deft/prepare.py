@@ -48,6 +48,7 @@ class Prepared:
 
     config     resolved
     expected   None where the architecture has to be seen running
+    sizes      of matrix products in the largest micro-batch
     batchings  what cuts steps, and from which step on
     found      the checkpoint that the run goes on from
     """
@@ -59,6 +60,7 @@ class Prepared:
     loader: Loader
     checkpointing: Checkpointing
     expected: Forecast | None
+    sizes: int
     rows: Rows
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
@@ -94,6 +96,7 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         loader=fit.planned,
         checkpointing=fit.checkpointing,
         expected=expected,
+        sizes=0 if fit.traced is None else sum(fit.traced.sizes.values()),
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,

@@ -229,15 +229,14 @@ def _operations(device: torch.device, seconds: float) -> float:
 
 
 def _updated(device: torch.device, seconds: float) -> float:
-    from deft.optim.adamw import AdamW
+    from deft.optim.adamw import AdamW, clip_scale
 
     weight = torch.nn.Parameter(torch.randn(4096, 4096, device=device))
     adamw = AdamW([("weight", weight)], dtype=torch.bfloat16, lr=1e-6)
 
     def update() -> None:
         weight.grad = torch.ones_like(weight)
-        adamw.norm()
-        adamw.step(1.0)
+        adamw.step(1.0, clip_scale(adamw.norm(), 1.0))
 
     return weight.numel() / _seconds(update, device, seconds)
 

@@ -82,7 +82,6 @@ class Run:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
-    hardware.bound_kernel_caches()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:
@@ -98,6 +97,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
+        hardware.bound_kernel_caches(prepared.sizes)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
             state = _load(prepared, caller)

@@ -312,7 +312,7 @@ def _heads_backward(
     of it; and that of the weight of its norm. raw_MW is the projection, where there is a norm."""
     back_MG = order.back.view(len(cos_MD), order.groups)
     d_raw_MW = raw_MW.new_empty(len(cos_MD), order.groups * d_rows.shape[1:].numel())
-    d_weight = torch.zeros(form.head_size, dtype=cos_MD.dtype)
+    d_weight = cos_MD.new_zeros(form.head_size)
     normed_MW = d_raw_MW if weight is None else raw_MW
     for back_RG, cos_RD, sin_RD, raw_RW, d_raw_RW in _parts(back_MG, cos_MD, sin_MD, normed_MW, d_raw_MW):
         d_heads_RQD = _rotate_back(d_rows.index_select(0, back_RG.flatten()), form, cos_RD, sin_RD)
