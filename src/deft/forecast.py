@@ -58,7 +58,7 @@ Product = tuple[str, str, int]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One micro-batch, forward and backward, on tensors that hold nothing.
+    """One micro-batch, forward and backward, its gradients summed if there are others; on tensors that hold nothing.
 
     state_bytes  weights and what the optimizer keeps of them
     peak_bytes   the most that is alive at once, state included, gradients of earlier micro-batches as well
