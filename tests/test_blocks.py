@@ -66,8 +66,10 @@ def test_the_self_test_puts_blocks_where_there_are_some(name: str) -> None:
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("piece", [llama.PIECE, 100])
 @pytest.mark.parametrize("name", WITH_BLOCKS)
-def test_loss_and_every_gradient_equal_hugging_faces(name: str) -> None:
+def test_loss_and_every_gradient_equal_hugging_faces(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "PIECE", piece)
     documents = random_documents()
     theirs, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference)
     loss, ours = sums(fast(name), as_batch(documents))

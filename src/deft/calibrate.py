@@ -59,8 +59,10 @@ def measure(device: torch.device, seconds: float = 0.1) -> Rates:
     fast: where it is emulated, these steps would take minutes.
     """
     found = rates.measure(device, seconds)
-    precisions = {"fp32": device.type == "cpu", "bf16": device.type == "cpu" and hardware.has_bf16(device)}
-    return replace(found, together={name: _together(found, name, device) for name, here in precisions.items() if here})
+    if device.type != "cpu":
+        return found
+    precisions = ("fp32", "bf16") if hardware.has_bf16(device) else ("fp32",)
+    return replace(found, together={name: _together(found, name, device) for name in precisions})
 
 
 def _together(found: Rates, precision: str, device: torch.device) -> float:

@@ -230,9 +230,8 @@ def _too_large(traced: Trace, memory: int) -> str:
 
 def largest(planned: Loader) -> tuple[Batch, bool]:
     """The micro-batch with the most tokens, and whether every step that was looked at has only one."""
-    stride = max(1, planned.steps // LOOKED_AT_STEPS)
     best, most, is_alone = (0, 0), 0, True
-    for step in range(0, planned.steps, stride):
+    for step in _looked_at(planned):
         sizes = _sizes(planned, step)
         is_alone &= len(sizes) == 1
         if max(sizes) > most:
@@ -244,11 +243,15 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
 def _planned(planned: Loader) -> tuple[int, int]:
     """The tokens of all steps, and how many micro-batches have another number of them than the one before; as far as
     `largest` looks."""
-    looked_at = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    looked_at = _looked_at(planned)
     sizes = [size for step in looked_at for size in _sizes(planned, step)]
     changes = sum(before != after for before, after in pairwise([0, *sizes]))
     share = planned.steps / len(looked_at)
     return round(sum(sizes) * share), round(changes * share)
+
+
+def _looked_at(planned: Loader) -> range:
+    return range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
 
 
 def _sizes(planned: Loader, step: int) -> list[int]:
