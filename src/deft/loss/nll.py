@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.graph import increment_version
 from torch.nn import functional
 
 from deft.types import Head
@@ -125,7 +126,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (
-            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            None if gradient is None else _spent(gradient, grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None, None, None, None)
@@ -193,16 +194,16 @@ class _Rows(NamedTuple):
 
     What needs no logits is computed for all slices at once: each operation costs its start, and far more in a forecast.
 
-    peak       the largest logit
-    target     the target's
-    likeliest  the largest probability: 1 / sum(exp(logits - peak)), so that the loss needs no pass of its own
+    peak    the largest logit
+    target  the target's
+    total   sum(exp(logits - peak)), which is known on the way to the gradient: the loss needs no pass of its own
     """
 
     targets: Tensor
     weights: Tensor
     peak: Tensor
     target: Tensor
-    likeliest: Tensor
+    total: Tensor
 
     @staticmethod
     def of(targets_B: Tensor, weights_B: Tensor) -> _Rows:
@@ -220,17 +221,16 @@ class _Rows(NamedTuple):
         """
         torch.amax(logits_BV, 1, keepdim=True, out=self.peak)
         torch.gather(logits_BV, 1, self.targets, out=self.target)
-        torch.softmax(logits_BV, 1, out=logits_BV)
-        torch.amax(logits_BV, 1, keepdim=True, out=self.likeliest)
+        torch.sum(logits_BV.sub_(self.peak).exp_(), 1, keepdim=True, out=self.total)
         if statistics is not None:
             statistics[0] += self.weights[self.target >= self.peak].sum()
-            statistics[1] += (self.weights * torch.special.entr(logits_BV).sum(1, keepdim=True)).sum()
-        logits_BV.mul_(self.weights)
+            statistics[1] += (self.weights * torch.special.entr(logits_BV / self.total).sum(1, keepdim=True)).sum()
+        logits_BV.mul_(self.weights / self.total)
         logits_BV.scatter_add_(1, self.targets, -self.weights)
 
     def loss(self) -> Tensor:
         """The sum of weights * -log softmax(logits)[targets]."""
-        nll_B1 = -self.likeliest.log() - (self.target - self.peak)
+        nll_B1 = self.total.log() - (self.target - self.peak)
         return (self.weights * nll_B1).sum()
 
 
@@ -312,6 +312,17 @@ def _slices(rows: int, step: int) -> list[slice]:
     [slice(0, 512, None), slice(512, 1000, None)]
     """
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+
+
+def _spent(gradient: Tensor, factor: Tensor) -> Tensor:
+    """factor * gradient, in its own memory: torch then refuses to give the gradient to a second backward pass.
+
+    In training the factor is 1. On CPUs that is seen without a wait; of a forecast's tensors nothing is known.
+    """
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0:
+        increment_version(gradient)
+        return gradient
+    return gradient.mul_(factor)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
