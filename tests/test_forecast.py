@@ -50,15 +50,15 @@ LLAMA = LlamaConfig(
 )
 RATES = Rates(
     machine="here",
-    gemm={"fp32": {"64": 1e9}},
-    batched={"fp32": 1e9},
+    products={"fp32": {"flop": 1e-9, "byte": 1e-9}},
     attention={"fp32": 1e9},
     moved=1e9,
     exponents=1e9,
     operations=1e6,
     updated=1e6,
+    summed=2e6,
     unseen={"fp32": {"gemm": 0.5, "batched": 0.25}},
-    together={"fp32": 1.5},
+    together={"fp32": {"parts": 1.5, "parameter": 1e-6}},
 )
 
 
@@ -109,8 +109,6 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
     machine = replace(FP32, dtype=torch.bfloat16)
     alone, summed = (trace(LLAMA, batch, nll, machine, is_alone=is_alone) for is_alone in (True, False))
     assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
-    read_and_written = 2 + 4 + 4
-    assert summed.moved - alone.moved >= read_and_written * alone.parameters
 
 
 @pytest.mark.parametrize("length", [30, 400])
@@ -118,9 +116,11 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     batch = planned([length] * 3, budget=4000).step(0).batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
     whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
-    found = {name: value for name, value in asdict(extended).items() if name not in ("products", "sizes")}
+    counted = ("products", "carried", "sizes")
+    found = {name: value for name, value in asdict(extended).items() if name not in counted}
     assert found == pytest.approx({name: getattr(whole, name) for name in found}, rel=0.01)
     assert dict(extended.products) == pytest.approx(dict(whole.products))
+    assert dict(extended.carried) == pytest.approx(dict(whole.carried))
     assert extended.sizes == whole.sizes
 
 
@@ -151,17 +151,35 @@ def test_matrix_products_are_those_of_the_definition() -> None:
     body = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     products = sum(work for (kind, *_), work in traced.products.items() if kind == "gemm")
     assert products == pytest.approx(6 * (body * len(batch.tokens) + 300 * 64 * len(batch.rows)), rel=0.01)
+    products += traced.products["batched", "fp32"]
     seconds = traced.seconds(RATES)
-    slower = traced.seconds(replace(RATES, gemm={"fp32": {"64": 0.5e9}}))
-    assert slower - seconds == pytest.approx(products / 1e9)
+    slower = traced.seconds(replace(RATES, products={"fp32": {"flop": 3e-9, "byte": 1e-9}}))
+    assert slower - seconds == pytest.approx(2 * products / 1e9)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_read_their_factors_and_write_what_they_make(has_bias: bool) -> None:
+    watch, out, bias = forecast._Watch(), torch.empty(5, 7), torch.ones(7)
+    with watch:
+        x, weight = torch.ones(5, 4), torch.ones(7, 4)
+        torch.addmm(bias, x, weight.T, out=out) if has_bias else torch.mm(x, weight.T, out=out)
+        torch.bmm(x[None], weight.T[None])
+    gemm, batched = ("gemm", "fp32"), ("batched", "fp32")
+    assert watch.products == {gemm: 2 * 5 * 4 * 7, batched: 2 * 5 * 4 * 7}
+    assert watch.carried == {gemm: 4 * (5 * 4 + 4 * 7 + 5 * 7), batched: 4 * (5 * 4 + 4 * 7 + 5 * 7)}
 
 
 def test_kernels_are_made_for_each_new_number_of_tokens() -> None:
-    def changes(*lengths: int) -> int:
-        return forecast._planned(planned(list(lengths), budget=10, per_step=1))[1]
+    def changes(*lengths: int) -> float:
+        return forecast._count(planned(list(lengths), budget=10, per_step=1)).changes
 
-    assert changes(10, 10, 10, 10) == 1
-    assert changes(10, 9, 8, 7) == 4
+    assert changes(10, 10, 10, 10) == 1 / 4
+    assert changes(10, 9, 8, 7) == 1.0
+
+
+def test_gradients_of_steps_of_several_micro_batches_are_summed() -> None:
+    found = forecast._count(planned([10] * 7, budget=10, per_step=3))
+    assert (found.tokens, found.micro_batches, found.sums) == (70, 7, 6), "the last step has one"
 
 
 def test_products_of_one_size_need_one_kernel() -> None:
@@ -188,19 +206,36 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
 
 def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
     plan = planned([33] * 16, budget=64)
-    fit = forecast.fit(plan, base, nll, FP32, is_auto=False)
+    fit = forecast.fit(plan, base, nll, FP32, is_auto=False, is_timed=True)
     found, unknown = forecast.forecast(fit, CPU, RATES), forecast.forecast(fit, CPU, None)
     traced = fit.traced
     assert traced is not None
     assert found is not None
     assert found.seconds is not None
     assert unknown is not None
-    parts = 4 * traced.parameters / 1e6 + 16 * 33 / traced.tokens * traced.seconds(RATES)
+    parts = 4 * traced.parameters / 1e6 + 16 * traced.parameters / 2e6 + 16 * traced.seconds(RATES)
     unseen = 0.5 * traced.sizes["gemm", "fp32"] + 0.25 * traced.sizes["batched", "fp32"]
     assert unseen > 1.0
-    assert found.seconds == pytest.approx(1.5 * parts + unseen), "all 8 micro-batches are of one size"
+    besides = 16 * traced.parameters * 1e-6
+    assert found.seconds == pytest.approx(1.5 * parts + besides + unseen), "all 16 micro-batches are of one size"
     assert found.tokens_per_second == pytest.approx(16 * 33 / found.seconds)
     assert unknown.tokens_per_second is None
+
+
+def test_small_micro_batches_are_looked_at_as_well(base: Base) -> None:
+    plan = planned([60, 50, 40, 30, 20, 10], budget=1, per_step=1)
+    fit = forecast.fit(plan, base, nll, FP32, is_auto=False, is_timed=True)
+    assert [trace.tokens + 1 for trace, _ in fit.samples] == [20, 40, 60]
+    assert [share for _, share in fit.samples] == pytest.approx([30 / 20, 70 / 40, 110 / 60])
+    alike = forecast.fit(planned([33] * 6, budget=1), base, nll, FP32, is_auto=False, is_timed=True)
+    assert [trace for trace, _ in alike.samples] == [alike.traced] * 3
+    assert sum(share for _, share in alike.samples) == 6
+
+
+def test_a_run_whose_time_is_not_asked_for_is_traced_once(base: Base) -> None:
+    fit = forecast.fit(planned([60, 10], budget=1), base, nll, FP32, is_auto=False)
+    found = forecast.forecast(fit, CPU, RATES)
+    assert (fit.samples, found and found.seconds) == ((), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -315,14 +350,14 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
     model = write_llama(tmp_path / "model", chat_template=CHATML)
     asked = {"model": str(model), "batch": {"examples": 4}, "device": "cpu", "precision": "fp32"}
 
-    def fit(rows: int = 10, lr: float = 1e-5, **settings: Any) -> Fit:
+    def fit(rows: int = 10, lr: float = 1e-5, *, is_timed: bool = False, **settings: Any) -> Fit:
         path = tmp_path / f"{rows}.jsonl"
         path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
         caller = Caller(console=Console(file=io.StringIO()))
         checked = reading.check(made, caller)
         data = prepare.encode(made, checked, checked.encoder(), caller)
-        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), caller)
+        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), caller, is_timed=is_timed)
 
     traced, trace_once = [], forecast.trace
     monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))
@@ -339,6 +374,10 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: 2**40)
     fit()
     assert len(traced) == 6
+    timed, count = fit(is_timed=True), len(traced)
+    assert count > 7
+    assert fit(is_timed=True).samples == timed.samples != ()
+    assert len(traced) == count
 
 
 def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
@@ -363,6 +402,16 @@ def test_the_doctor_keeps_rates_for_this_machine_only(tmp_path: Path, monkeypatc
     assert rates.saved(device) is None
 
 
+def test_rates_of_another_processor_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text(encoding="utf-8"):
+        assert f": {hardware.cpu_name()}\n" in info.read_text(encoding="utf-8")
+    rates.keep(replace(RATES, machine=rates.machine(CPU)), CPU)
+    monkeypatch.setattr(hardware, "cpu_name", lambda: "another")
+    assert rates.saved(CPU) is None
+
+
 def test_rates_of_an_earlier_deft_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFT_CACHE", str(tmp_path))
     rates.keep(replace(RATES, machine=rates.machine(CPU)), CPU)
@@ -376,8 +425,9 @@ def test_rates_of_an_earlier_deft_are_measured_anew(tmp_path: Path, monkeypatch:
 def test_a_step_is_compared_with_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "num_hidden_layers": 1}
     monkeypatch.setattr(calibrate, "MODEL", {**calibrate.MODEL, **small})
-    monkeypatch.setattr(calibrate, "LENGTHS", (9, 12))
-    real, taken, clock = calibrate._step, iter([90.0, 80.0, 2.0, 4.0]), [0.0]
+    monkeypatch.setattr(calibrate, "LENGTHS", ((200, 300), (9, 12)))
+    monkeypatch.setattr(calibrate, "STEPS", (4, 4))
+    real, taken, clock = calibrate._step, iter([90.0, 80.0, 2.0, 4.0, 90.0, 80.0, 0.5, 1.5]), [0.0]
 
     def timed(*arguments: Any) -> None:
         real(*arguments)
@@ -386,22 +436,26 @@ def test_a_step_is_compared_with_the_sum_of_its_parts(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calibrate, "_step", timed)
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     config = AutoConfig.for_model("llama", **calibrate.MODEL)
-    traced = trace(config, calibrate._batch(), nll, FP32, is_alone=True)
-    foretold = traced.seconds(RATES) + traced.parameters / RATES.updated
+    traced = [trace(config, calibrate._batch(each), nll, FP32, is_alone=True) for each in calibrate.LENGTHS]
+    parts = [each.seconds(RATES) + each.parameters / RATES.updated for each in traced]
     before = torch.random.get_rng_state()
-    assert calibrate._together(RATES, "fp32", CPU) == pytest.approx(3.0 / foretold)
+    found = calibrate._together(RATES, "fp32", CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
+    together = [found["parts"] * part + found["parameter"] * traced[0].parameters for part in parts]
+    assert together == pytest.approx([3.0, 1.0])
+    assert found["parameter"] > 0.0
 
 
 def test_where_layers_are_compiled_parts_are_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "measure", lambda device, seconds: replace(RATES, together={}))
-    assert calibrate.measure(torch.device("cuda")).together == {}
+    monkeypatch.setattr(rates, "measure", lambda device, seconds: RATES)
+    assert calibrate.measure(torch.device("cuda")) == RATES
 
 
 def test_what_would_be_emulated_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "measure", lambda device, seconds: RATES)
-    monkeypatch.setattr(calibrate, "_together", lambda found, precision, device: 2.0)
-    for has_bf16, together in [(True, {"fp32": 2.0, "bf16": 2.0}), (False, {"fp32": 2.0})]:
+    monkeypatch.setattr(calibrate, "_together", lambda found, precision, device: {"parts": 2.0})
+    two = {"parts": 2.0}
+    for has_bf16, together in [(True, {"fp32": two, "bf16": two}), (False, {"fp32": two})]:
         monkeypatch.setattr(hardware, "has_bf16", lambda device, has_bf16=has_bf16: has_bf16)
         assert calibrate.measure(CPU).together == together
 
@@ -409,9 +463,10 @@ def test_what_would_be_emulated_is_not_tried(monkeypatch: pytest.MonkeyPatch) ->
 def test_rates_are_measured() -> None:
     found = rates.measure(CPU, seconds=0.0)
     assert all(0 <= found.unseen[precision][kind] < 1 for precision in rates.DTYPES for kind in ("gemm", "batched"))
-    assert set(found.gemm) == set(found.batched) == set(found.attention) == {"bf16", "fp32"}
-    numbers = [found.moved, found.exponents, found.operations, found.updated, *found.gemm["fp32"].values()]
+    assert set(found.products) == set(found.together) == set(found.attention) == {"bf16", "fp32"}
+    numbers = [found.moved, found.exponents, found.operations, found.updated, found.summed]
     assert all(0 < number < 1e15 for number in numbers)
+    assert 1e-15 < found.product_seconds("fp32", 1.0, 1.0) < 1e-3
 
 
 def test_the_memory_is_what_the_process_may_use() -> None:

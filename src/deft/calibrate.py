@@ -8,8 +8,9 @@ differs from machine to machine. It serves predictions only.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -30,16 +31,16 @@ from deft.types import Batch
 MODEL = {
     "hidden_size": 512,
     "intermediate_size": 1408,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 16384,
     "tie_word_embeddings": True,
 }
-LENGTHS = (70, 110, 150, 190, 230, 270, 310) * 2
-"""Tokens of the documents of the one micro-batch, the second half of them learnt."""
-STEPS, WARMUP = 4, 2
-"""The first ones make kernels, and find no memory that the process has had before."""
+LENGTHS = ((70, 110, 130, 150, 190, 210, 230, 270, 310, 330), (40, 50))
+"""Tokens of the documents of a large micro-batch and of a small one, the second half of them learnt."""
+STEPS, WARMUP = (4, 8), 2
+"""Of each. The first ones make kernels, and find no memory that the process has had before."""
 
 
 def kept(device: torch.device) -> Rates:
@@ -62,26 +63,54 @@ def measure(device: torch.device, seconds: float = 0.1) -> Rates:
     if device.type != "cpu":
         return found
     precisions = ("fp32", "bf16") if hardware.has_bf16(device) else ("fp32",)
-    return replace(found, together={name: _together(found, name, device) for name in precisions})
+    return replace(found, together={**found.together, **{name: _together(found, name, device) for name in precisions}})
 
 
-def _together(found: Rates, precision: str, device: torch.device) -> float:
-    """The seconds of a step, relative to the sum of its parts."""
-    dtype, batch = rates.DTYPES[precision], _batch()
-    config = AutoConfig.for_model("llama", **MODEL)
-    traced = forecast.trace(config, batch, nll, Machine(device, dtype, sum(LENGTHS)), is_alone=True)
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Of one micro-batch: the sum of its parts by a machine's rates, and the seconds that it took."""
+
+    parts: float
+    seconds: float
+
+
+def _together(found: Rates, precision: str, device: torch.device) -> dict[str, float]:
+    """What turns the parts of steps into their seconds."""
+    dtype, config = rates.DTYPES[precision], AutoConfig.for_model("llama", **MODEL)
     learner, optimizer = _model(config, dtype)
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        _step(learner, optimizer, batch)
-        times.append(time.perf_counter() - start)
-    return median(times[WARMUP:]) / (traced.seconds(found) + traced.parameters / found.updated)
+    steps = []
+    for lengths, count in zip(LENGTHS, STEPS, strict=True):
+        batch, times = _batch(lengths), []
+        traced = forecast.trace(config, batch, nll, Machine(device, dtype, sum(lengths)), is_alone=True)
+        for _ in range(count):
+            start = time.perf_counter()
+            _step(learner, optimizer, batch)
+            times.append(time.perf_counter() - start)
+        parts = traced.seconds(found) + traced.parameters / found.updated
+        steps.append(_Step(parts, median(times[WARMUP:])))
+    large, small = steps
+    return _split(large, small, traced.parameters)
 
 
-def _batch() -> Batch:
+def _split(large: _Step, small: _Step, parameters: int) -> dict[str, float]:
+    """The factor of the parts and the seconds per parameter by which both took their time; a factor alone where there
+    are none.
+
+    >>> _split(_Step(4.0, 5.0), _Step(0.5, 1.5), 1000)
+    {'parts': 1.0, 'parameter': 0.001}
+    >>> _split(_Step(4.0, 5.0), _Step(0.5, 0.5), 1000)
+    {'parts': 1.25, 'parameter': 0.0}
+    """
+    factor = (large.seconds - small.seconds) / (large.parts - small.parts)
+    besides = large.seconds - factor * large.parts
+    if factor < 0.0 or besides < 0.0:
+        factor, besides = large.seconds / large.parts, 0.0
+    return {"parts": factor, "parameter": besides / parameters}
+
+
+def _batch(lengths: Sequence[int]) -> Batch:
     rng = np.random.default_rng(0)
-    tokens = [rng.integers(MODEL["vocab_size"], size=length) for length in LENGTHS]
+    tokens = [rng.integers(MODEL["vocab_size"], size=length) for length in lengths]
     return loader.build([(each, (np.arange(len(each)) >= len(each) // 2).astype(np.float32)) for each in tokens])
 
 

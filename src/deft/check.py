@@ -64,7 +64,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     data = prepare.encode(config, checked, checked.encoder(), caller)
     planned = expected = None
     if data.train:
-        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller)
+        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller, is_timed=True)
         planned, device = fit.planned, checked.machine.device
         expected = forecast(fit, device, calibrate.kept(device))
     checkup = Checkup(

@@ -16,6 +16,7 @@ from deft.errors import DiskError
 from deft.rates import Rates
 
 WRITTEN_BYTES = 2**27
+WIDTHS = (128, 512, 2048)
 LEAST_DISK, LEAST_MEMORY = 2**31, 2**32
 
 
@@ -55,14 +56,17 @@ def _disk_lines(folder: Path) -> list[str]:
 
 def _rate_lines(found: Rates) -> list[str]:
     lines = []
-    for precision, by_width in found.gemm.items():
-        products = ", ".join(f"{rate / 1e9:,.0f} ({width})" for width, rate in by_width.items())
-        lines.append(
-            f"{precision}      matrix products {products} GFLOP/s by width; batched "
-            f"{found.batched[precision] / 1e9:,.0f}, attention {found.attention[precision] / 1e9:,.0f}"
-        )
+    for precision, attention in found.attention.items():
+        by_width = ", ".join(f"{_product_rate(found, precision, width) / 1e9:,.0f} ({width})" for width in WIDTHS)
+        lines.append(f"{precision}      matrix products {by_width} GFLOP/s by width; attention {attention / 1e9:,.0f}")
     moved, updated = found.moved / 1e9, found.updated / 1e6
     return [*lines, f"memory    {moved:,.1f} GB/s in elementwise operations; AdamW {updated:,.0f} M parameters/s"]
+
+
+def _product_rate(found: Rates, precision: str, width: int) -> float:
+    """FLOP/s of a product of two square matrices."""
+    flop = 2.0 * width**3
+    return flop / found.product_seconds(precision, flop, 3 * width**2 * rates.DTYPES[precision].itemsize)
 
 
 def _disk_speed(folder: Path) -> float:

@@ -15,7 +15,7 @@ from deft.loader import Loader
 from deft.store import Examples
 
 FILE = "fit.json"
-COUNTED = ("products", "sizes")
+COUNTED = ("products", "carried", "sizes")
 """Of a trace: what JSON has no keys for."""
 
 
@@ -35,13 +35,27 @@ def kept(kept_in: Cache, key: str, planned: Loader, make: Callable[[], Fit]) -> 
 
 
 def _as_json(fit: Fit) -> Mapping[str, Any]:
-    traced = fit.traced and {**asdict(fit.traced), **{name: [*getattr(fit.traced, name).items()] for name in COUNTED}}
-    return {"microbatch_tokens": fit.planned.microbatch_tokens, "checkpointing": fit.checkpointing, "traced": traced}
+    return {
+        "microbatch_tokens": fit.planned.microbatch_tokens,
+        "checkpointing": fit.checkpointing,
+        "traced": fit.traced and _plain(fit.traced),
+        "samples": [[_plain(trace), share] for trace, share in fit.samples],
+    }
 
 
 def _of_json(found: Mapping[str, Any], planned: Loader) -> Fit:
-    traced = found["traced"]
-    if traced is not None:
-        counted = {name: {tuple(what): count for what, count in traced[name]} for name in COUNTED}
-        traced = Trace(**{**traced, **counted})
-    return Fit(replace(planned, microbatch_tokens=found["microbatch_tokens"]), found["checkpointing"], traced)
+    return Fit(
+        replace(planned, microbatch_tokens=found["microbatch_tokens"]),
+        found["checkpointing"],
+        found["traced"] and _trace(found["traced"]),
+        tuple((_trace(trace), share) for trace, share in found["samples"]),
+    )
+
+
+def _plain(trace: Trace) -> Mapping[str, Any]:
+    return {**asdict(trace), **{name: [*getattr(trace, name).items()] for name in COUNTED}}
+
+
+def _trace(plain: Mapping[str, Any]) -> Trace:
+    counted = {name: {tuple(what): count for what, count in plain[name]} for name in COUNTED}
+    return Trace(**{**plain, **counted})

@@ -15,6 +15,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,8 +53,11 @@ LOOKED_AT_STEPS = 256
 """The largest micro-batch is sought among those of so many steps, evenly spread over the plan."""
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
 
-Product = tuple[str, str, int]
-"""Kind (gemm, batched or attention), precision, and the width of a gemm's weight."""
+SAMPLES = 3
+"""So many micro-batches tell of the time of all."""
+
+Kind = tuple[str, str]
+"""Of a matrix product: gemm, batched or attention, and its precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Trace:
     kept_bytes   what is alive between forward and backward
     end_bytes    what is alive after it: state and gradients
     products     FLOP of matrix products
-    sizes        kind and precision -> of how many different sizes they are
+    carried      bytes that they read and write
+    sizes        of how many different sizes they are
     moved        bytes that all other operations read and write
     exponents    elements of softmaxes
     operations   how many there are, views left out
@@ -77,8 +82,9 @@ class Trace:
     peak_bytes: int
     kept_bytes: int
     end_bytes: int
-    products: Mapping[Product, float]
-    sizes: Mapping[tuple[str, str], int]
+    products: Mapping[Kind, float]
+    carried: Mapping[Kind, float]
+    sizes: Mapping[Kind, int]
     moved: float
     exponents: float
     operations: int
@@ -87,15 +93,20 @@ class Trace:
     def precision(self) -> str:
         """That of most products."""
         totals: dict[str, float] = defaultdict(float)
-        for (_, precision, _), work in self.products.items():
+        for (_, precision), work in self.products.items():
             totals[precision] += work
         return max(totals, key=totals.__getitem__)
 
     def seconds(self, rates: Rates) -> float:
-        """The time of this micro-batch, without the update, as the sum of its parts."""
-        products = sum(work / _rate(product, rates) for product, work in self.products.items())
-        others = self.moved / rates.moved + self.exponents / rates.exponents
-        return products + others + self.operations / rates.operations
+        """The time of this micro-batch, without the sums of gradients and the update, as the sum of its parts."""
+        others = self.moved / rates.moved + self.exponents / rates.exponents + self.operations / rates.operations
+        return sum(self._product_seconds(kind, rates) for kind in self.products) + others
+
+    def _product_seconds(self, kind: Kind, rates: Rates) -> float:
+        name, precision = kind
+        if name == "attention":
+            return self.products[kind] / rates.attention[precision]
+        return rates.product_seconds(precision, self.products[kind], self.carried[kind])
 
     def unseen_seconds(self, rates: Rates) -> float:
         """What is added where no product of these sizes was made shortly before."""
@@ -139,16 +150,15 @@ class Forecast:
 
 def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | None:
     """What the largest micro-batch tells of the whole plan; None where it could not be traced."""
-    traced, planned = fit.traced, fit.planned
+    traced = fit.traced
     if traced is None:
         return None
     heap, beside = (HEAP, _beside(traced)) if device.type == "cpu" else (1.0, 0)
     speed = seconds = None
-    if rates is not None:
-        tokens, unseen = _planned(planned)
-        parts = tokens / traced.tokens * traced.seconds(rates) + planned.steps * traced.parameters / rates.updated
-        seconds = parts * rates.together.get(traced.precision, 1.0) + unseen * traced.unseen_seconds(rates)
-        speed = tokens / seconds
+    if rates is not None and fit.samples:
+        counts = _count(fit.planned)
+        seconds = _seconds(fit, counts, rates)
+        speed = counts.tokens / seconds
     return Forecast(
         state_bytes=round(heap * traced.state_bytes),
         peak_bytes=round(heap * traced.peak_bytes) + beside,
@@ -157,6 +167,17 @@ def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | 
         tokens_per_second=speed,
         seconds=seconds,
     )
+
+
+def _seconds(fit: Fit, counts: Counts, rates: Rates) -> float:
+    """The time of all steps."""
+    one = fit.samples[0][0]
+    together = rates.together[one.precision]
+    parts = sum(share * each.seconds(rates) for each, share in fit.samples)
+    parts += one.parameters * (fit.planned.steps / rates.updated + counts.sums / rates.summed)
+    besides = counts.micro_batches * one.parameters * together["parameter"]
+    unseen = sum(share * each.unseen_seconds(rates) for each, share in fit.samples)
+    return together["parts"] * parts + besides + counts.changes * unseen
 
 
 def _beside(traced: Trace) -> int:
@@ -177,16 +198,22 @@ def _duration(seconds: float) -> str:
 class Fit:
     """A plan whose micro-batches fit in memory, what layers keep for their backward pass, and what that takes.
 
-    traced is None where the architecture cannot be run without values, as it routes tokens by them.
+    traced   the largest micro-batch; None where the architecture cannot be run without values, as it routes tokens by
+             them
+    samples  for the time, where it is asked for: micro-batches, and how many of each have as many tokens as all
     """
 
     planned: Loader
     checkpointing: Checkpointing
     traced: Trace | None
+    samples: tuple[tuple[Trace, float], ...] = ()
 
 
-def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, is_auto: bool) -> Fit:
-    """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
+def fit(
+    planned: Loader, base: Base, loss: ModuleType, machine: Machine, *, is_auto: bool, is_timed: bool = False
+) -> Fit:
+    """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved, if `is_timed` the time
+    can be foretold.
 
     Smaller micro-batches cost less than computing twice, until they are below LEAST_TOKENS. Decided by shapes and the
     memory that is built in, not by what is free, so that it is the same each time. Raises MemoryShort where not even
@@ -197,8 +224,10 @@ def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, is_auto
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
         fit = Fit(plan, mode, _attempt(config, batch, loss, machine, is_alone, mode))
-        if fit.traced is None or fit.traced.peak_bytes + PROCESS <= memory:
+        if fit.traced is None:
             return fit
+        if fit.traced.peak_bytes + PROCESS <= memory:
+            return replace(fit, samples=_samples(fit, config, batch, loss, machine)) if is_timed else fit
     if is_auto and fit.traced:
         raise MemoryShort(_too_large(fit.traced, memory))
     return fit
@@ -240,14 +269,53 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
     return planned.step(step).batches[index], is_alone
 
 
-def _planned(planned: Loader) -> tuple[int, int]:
-    """The tokens of all steps, and how many micro-batches have another number of them than the one before; as far as
-    `largest` looks."""
-    looked_at = _looked_at(planned)
-    sizes = [size for step in looked_at for size in _sizes(planned, step)]
+def _samples(
+    fit: Fit, config: PreTrainedConfig, known: Batch, loss: ModuleType, machine: Machine
+) -> tuple[tuple[Trace, float], ...]:
+    """Of the smallest third of all micro-batches the middle one, traced, and for how many it stands by its tokens; and
+    of the other two thirds. `known` is the one that is traced already."""
+    planned, found = fit.planned, {_form(known): fit.traced}
+    steps = _looked_at(planned)
+    sized = sorted((size, step, i) for step in steps for i, size in enumerate(_sizes(planned, step)))
+    samples = []
+    for part in np.array_split(np.arange(len(sized)), min(SAMPLES, len(sized))):
+        size, step, index = sized[part[len(part) // 2]]
+        batch = planned.step(step).batches[index]
+        if _form(batch) not in found:
+            found[_form(batch)] = trace(config, batch, loss, machine, True, fit.checkpointing)
+        traced = found[_form(batch)]
+        assert traced is not None
+        samples.append((traced, sum(sized[i][0] for i in part) / size * planned.steps / len(steps)))
+    return tuple(samples)
+
+
+def _form(batch: Batch) -> tuple[tuple[int, ...], int]:
+    """What shapes depend on."""
+    return batch.documents, len(batch.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of a whole plan, as far as `largest` looks.
+
+    changes  the share of micro-batches that have another number of tokens than the one before
+    sums     how many times gradients of a micro-batch go into sums: a step of one needs none
+    """
+
+    tokens: float
+    micro_batches: float
+    changes: float
+    sums: float
+
+
+def _count(planned: Loader) -> Counts:
+    steps = _looked_at(planned)
+    by_step = [_sizes(planned, step) for step in steps]
+    sizes = [size for each in by_step for size in each]
     changes = sum(before != after for before, after in pairwise([0, *sizes]))
-    share = planned.steps / len(looked_at)
-    return round(sum(sizes) * share), round(changes * share)
+    sums = sum(len(each) for each in by_step if len(each) > 1)
+    share = planned.steps / len(steps)
+    return Counts(sum(sizes) * share, len(sizes) * share, changes / len(sizes), sums * share)
 
 
 def _looked_at(planned: Loader) -> range:
@@ -328,7 +396,8 @@ def _extended(one: Trace, two: Trace, layers: int) -> Trace:
         peak_bytes=max(one.peak_bytes + growth, two.peak_bytes) + (layers - 2) * growth,
         kept_bytes=round(many(one.kept_bytes, two.kept_bytes)),
         end_bytes=round(many(one.end_bytes, two.end_bytes)),
-        products={key: many(one.products.get(key, 0.0), work) for key, work in two.products.items()},
+        products={kind: many(one.products.get(kind, 0.0), work) for kind, work in two.products.items()},
+        carried={kind: many(one.carried.get(kind, 0.0), size) for kind, size in two.carried.items()},
         sizes=two.sizes,
         moved=many(one.moved, two.moved),
         exponents=many(one.exponents, two.exponents),
@@ -373,8 +442,6 @@ def _trace(
         kept_bytes = watch.alive
         total.backward()
         peak_bytes, end_bytes = watch.peak, watch.alive
-        if not is_alone:
-            optimizer.collect()  # for its time
     return Trace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=len(batch.tokens),
@@ -383,6 +450,7 @@ def _trace(
         kept_bytes=kept_bytes,
         end_bytes=end_bytes,
         products=dict(watch.products),
+        carried=dict(watch.carried),
         sizes=Counter((kind, precision) for kind, precision, *_ in watch.sizes),
         moved=watch.moved,
         exponents=watch.exponents,
@@ -394,13 +462,6 @@ def _on(batch: Batch, fakes: FakeTensorMode, device: torch.device) -> Batch:
     names = ("tokens", "positions", "rows", "targets", "weights")
     moved: dict[str, Any] = {name: fakes.from_tensor(getattr(batch, name)).to(device) for name in names}
     return replace(batch, **moved)
-
-
-def _rate(product: Product, rates: Rates) -> float:
-    kind, precision, width = product
-    if kind == "gemm":
-        return rates.product(precision, width)
-    return (rates.batched if kind == "batched" else rates.attention)[precision]
 
 
 class _Watch(TorchDispatchMode):
@@ -415,7 +476,8 @@ class _Watch(TorchDispatchMode):
     def forget(self) -> None:
         """The work so far does not count, nor does the memory that it took for a moment."""
         self.peak = self.alive
-        self.products: defaultdict[Product, float] = defaultdict(float)
+        self.products: defaultdict[Kind, float] = defaultdict(float)
+        self.carried: defaultdict[Kind, float] = defaultdict(float)
         self.sizes: set[tuple[Any, ...]] = set()
         self.moved = self.exponents = 0.0
         self.operations = 0
@@ -440,10 +502,11 @@ class _Watch(TorchDispatchMode):
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         are_new = [self.see(each) for each in outs]
         if outs and (any(are_new) or function._schema.is_mutable):
-            self._price(function, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], outs)
+            self._price(function, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], outs)
         return out
 
     def _price(self, function: Any, inputs: list[Tensor], outs: list[Tensor]) -> None:
+        """inputs are those given by position, which no `out=` is."""
         name = function._schema.name.removeprefix("aten::")
         if name.startswith(("empty", "new_empty")):
             return
@@ -452,21 +515,18 @@ class _Watch(TorchDispatchMode):
             query = next(each for each in inputs if each.dim() == 4)
             n, heads, length, size = query.shape
             products = 5 if "backward" in name else 2
-            self.products["attention", PRECISIONS[query.dtype], 0] += products * n * heads * length**2 * size
+            self.products["attention", PRECISIONS[query.dtype]] += products * n * heads * length**2 * size
         elif name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
-            left, right = inputs[-2:] if "add" in name else inputs[:2]
-            kind = "batched" if "bmm" in name else "gemm"
-            work = 2.0 * left.numel() * right.shape[-1]
-            precision = PRECISIONS[left.dtype]
-            self.products[kind, precision, 0 if kind == "batched" else _width(left, right)] += work
+            left, right = inputs[-2:]
+            kind = ("batched" if "bmm" in name else "gemm", PRECISIONS[left.dtype])
+            self.products[kind] += 2.0 * left.numel() * right.shape[-1]
+            self.carried[kind] += _bytes([left, right, *outs])
             layouts = (each.stride()[-1] == 1 for each in (left, right))
-            self.sizes.add((kind, precision, left.shape, right.shape, *layouts, "add" in name))
+            self.sizes.add((*kind, left.shape, right.shape, *layouts, "add" in name))
         else:
-            self.moved += sum(each.numel() * each.element_size() for each in [*inputs, *outs])
+            self.moved += _bytes([*inputs, *outs])
             self.exponents += outs[0].numel() if "softmax" in name or name in ("exp", "exp_") else 0
 
 
-def _width(left: Tensor, right: Tensor) -> int:
-    """Of a product [a, b] @ [b, c] the geometric mean of the smaller two sides."""
-    _, middle, least = sorted((left.shape[0], left.shape[1], right.shape[1]), reverse=True)
-    return round((middle * least) ** 0.5)
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)

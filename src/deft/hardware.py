@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -101,6 +102,15 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} is not on this machine; auto, cpu, cuda or mps") from error
     return named
+
+
+def cpu_name() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def sent(tensor: Tensor, to: torch.device) -> Tensor:

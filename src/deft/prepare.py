@@ -82,8 +82,9 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         caller.say(line)
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
-    expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
+    known = rates.saved(checked.machine.device)
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller, is_timed=known is not None)
+    expected = forecast.forecast(fit, checked.machine.device, known)
     if expected is not None:
         caller.say(f"expected: {expected}")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
@@ -205,17 +206,18 @@ def plan(
     )
 
 
-def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller) -> Fit:
-    """The plan with micro-batches that fit in memory, and what the largest of them takes.
+def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller, *, is_timed: bool) -> Fit:
+    """The plan with micro-batches that fit in memory, what the largest of them takes, and if `is_timed` what the time
+    of all can be foretold from.
 
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
     """
-    is_auto = config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto)
+    asked = {"is_auto": config.microbatch_tokens == "auto", "is_timed": is_timed}
+    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, **asked)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make()
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
-    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
+    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(asked))
     return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,64 +15,74 @@ from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from deft import cache, files, hardware
 
-ROWS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
-WIDTHS = {"cpu": (128, 256, 512, 1024), "mps": (512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}
-"""Matrix products are measured on so many rows, with square weights of these widths."""
+if TYPE_CHECKING:
+    from deft.optim.adamw import AdamW
+
+ROWS = {"cpu": (67, 1021), "mps": (261, 4093), "cuda": (517, 8189)}
+WIDTH = {"cpu": 1024, "mps": 2048, "cuda": 4096}
+"""Matrix products are measured on few rows and on many, with a square weight of this width. As in training, the numbers
+of rows are multiples of nothing."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BESIDE_CACHE = 2**26
+MATRICES, MATRIX = 16, (1024, 768)
+"""What gradients are summed and AdamW is timed on."""
 ODD_ROWS, ODD_COUNTS = range(1003, 1503, 50), range(11, 61, 5)
 """Numbers of tokens and of documents that nothing else here has: products of these sizes were not seen before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Per second, but the last two. machine says what they hold for.
+    """machine says what they hold for. Per second:
 
-    gemm        precision -> width -> FLOP of products in the three layouts of training
-    batched     precision -> FLOP of many small products, as in attention on short documents
     attention   precision -> FLOP of scaled_dot_product_attention, counting the causal half
     moved       bytes read and written by elementwise operations on a layer's activations
     exponents   elements of a softmax
     operations  of no work, one after another
     updated     parameters by AdamW
-    unseen      precision -> kind of product (gemm or batched) -> seconds that one of a size not seen before takes more
-    together    precision -> the time of a whole step, relative to that of its parts by these rates (calibrate.py)
+    summed      parameters whose gradients are added to those of earlier micro-batches
+
+    Seconds, by precision:
+
+    products    "flop" and "byte": a matrix product takes the time of its arithmetic and of what it reads and writes;
+                a small one, or one of few rows, mostly the latter
+    unseen      "gemm" and "batched": what a product takes more if none of its size was seen before
+    together    what steps tell beyond all these (calibrate.py): "parts", a factor of the sum of them, and "parameter",
+                what a micro-batch takes besides for each, as weights and their gradients are in no cache
     """
 
     machine: str
-    gemm: Mapping[str, Mapping[str, float]]
-    batched: Mapping[str, float]
+    products: Mapping[str, Mapping[str, float]]
     attention: Mapping[str, float]
     moved: float
     exponents: float
     operations: float
     updated: float
+    summed: float
     unseen: Mapping[str, Mapping[str, float]]
-    together: Mapping[str, float]
+    together: Mapping[str, Mapping[str, float]]
 
-    def product(self, precision: str, width: float) -> float:
-        """FLOP/s of matrix products with weights of this width, between the widths that were measured.
+    def product_seconds(self, precision: str, flop: float, moved: float) -> float:
+        """What matrix products of so much arithmetic take, that read and write so many bytes.
 
-        >>> rates = Rates("", {"fp32": {"256": 1e9, "1024": 3e9}}, {}, {}, 1, 1, 1, 1, {}, {})
-        >>> rates.product("fp32", 100) / 1e9, rates.product("fp32", 512) / 1e9
-        (1.0, 2.0)
+        >>> Rates("", {"fp32": {"flop": 1e-9, "byte": 1e-8}}, {}, 1, 1, 1, 1, 1, {}, {}).product_seconds(
+        ...     "fp32", 2e9, 1e8
+        ... )
+        3.0
         """
-        known = sorted((math.log(int(each)), rate) for each, rate in self.gemm[precision].items())
-        widths, rates = zip(*known, strict=True)
-        return float(np.interp(math.log(width), widths, rates))
+        known = self.products[precision]
+        return flop * known["flop"] + moved * known["byte"]
 
 
 def machine(device: torch.device) -> str:
     """What rates depend on: the device, the threads and torch's version."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware.cpu_name()
     return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {version('torch')}"
 
 
@@ -108,26 +117,51 @@ def measure(device: torch.device, seconds: float = 0.1) -> Rates:
     hardware.keep_freed_memory()
     return Rates(
         machine=machine(device),
-        gemm={name: _gemm(dtype, device, seconds) for name, dtype in DTYPES.items()},
-        batched={name: _batched(dtype, device, seconds) for name, dtype in DTYPES.items()},
+        products={name: _products(dtype, device, seconds) for name, dtype in DTYPES.items()},
         attention={name: _attention(dtype, device, seconds) for name, dtype in DTYPES.items()},
         moved=_moved(device, seconds),
         exponents=_exponents(device, seconds),
         operations=_operations(device, seconds),
         updated=_updated(device, seconds),
+        summed=_summed(device, seconds),
         unseen={name: _unseen(dtype, device) for name, dtype in DTYPES.items()},
-        together={},
+        together={name: {"parts": 1.0, "parameter": 0.0} for name in DTYPES},
     )
 
 
-def _gemm(dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, float]:
-    widths = WIDTHS[device.type]
-    return {str(width): _three_layouts(width, dtype, device, seconds / len(widths)) for width in widths}
+def _products(dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, float]:
+    few, many = (_three_layouts(rows, dtype, device, seconds / 2) for rows in ROWS[device.type])
+    return _split(few, many)
 
 
-def _three_layouts(width: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of x W^T, dy W and dy^T x together."""
-    rows = ROWS[device.type]
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Some products: their arithmetic, what they read and write, and the seconds that they take."""
+
+    flop: float
+    bytes: float
+    seconds: float
+
+
+def _split(few: _Timed, many: _Timed) -> dict[str, float]:
+    """The seconds per FLOP and per byte by which both take their time; arithmetic alone where there are none.
+
+    >>> _split(_Timed(2.0, 2.0, 3.0), _Timed(8.0, 4.0, 8.0))
+    {'flop': 0.5, 'byte': 1.0}
+    >>> _split(_Timed(2.0, 2.0, 2.0), _Timed(8.0, 4.0, 8.0))
+    {'flop': 1.0, 'byte': 0.0}
+    """
+    area = few.flop * many.bytes - few.bytes * many.flop
+    per_flop = (few.seconds * many.bytes - few.bytes * many.seconds) / area
+    per_byte = (few.flop * many.seconds - few.seconds * many.flop) / area
+    if per_flop <= 0.0 or per_byte <= 0.0:
+        per_flop, per_byte = many.seconds / many.flop, 0.0
+    return {"flop": per_flop, "byte": per_byte}
+
+
+def _three_layouts(rows: int, dtype: torch.dtype, device: torch.device, seconds: float) -> _Timed:
+    """x W^T, dy W and dy^T x together."""
+    width = WIDTH[device.type]
     sets = cycle(_sets((rows, width), (rows, width), (width, width), dtype=dtype, device=device))
 
     def products() -> None:
@@ -136,21 +170,8 @@ def _three_layouts(width: int, dtype: torch.dtype, device: torch.device, seconds
         dy @ weight
         dy.T @ x
 
-    return 6.0 * rows * width**2 / _seconds(products, device, seconds)
-
-
-def _batched(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of q k^T, p v and p^T v together."""
-    count, length, size = 8, 384, 64
-    sets = cycle(_sets(*[(count, length, size)] * 2, (count, length, length), dtype=dtype, device=device))
-
-    def products() -> None:
-        query, key, probs = next(sets)
-        query @ key.transpose(1, 2)
-        probs @ key
-        probs.transpose(1, 2) @ key
-
-    return 6.0 * count * length**2 * size / _seconds(products, device, seconds)
+    moved = 3.0 * (2 * rows * width + width**2) * dtype.itemsize
+    return _Timed(6.0 * rows * width**2, moved, _seconds(products, device, seconds))
 
 
 def _unseen(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -205,7 +226,7 @@ def _attention(dtype: torch.dtype, device: torch.device, seconds: float) -> floa
 
 
 def _moved(device: torch.device, seconds: float) -> float:
-    x = torch.randn(ROWS[device.type], 1024, device=device).to(torch.bfloat16)
+    x = torch.randn(ROWS[device.type][-1], 1024, device=device).to(torch.bfloat16)
     gate = torch.randn_like(x)
 
     def elementwise() -> None:
@@ -219,7 +240,7 @@ def _moved(device: torch.device, seconds: float) -> float:
 
 
 def _exponents(device: torch.device, seconds: float) -> float:
-    x = torch.randn(ROWS[device.type], 512, device=device)
+    x = torch.randn(ROWS[device.type][-1], 512, device=device)
     return x.numel() / _seconds(lambda: x.softmax(-1), device, seconds)
 
 
@@ -229,16 +250,40 @@ def _operations(device: torch.device, seconds: float) -> float:
 
 
 def _updated(device: torch.device, seconds: float) -> float:
-    from deft.optim.adamw import AdamW, clip_scale
+    from deft.optim.adamw import clip_scale
 
-    weight = torch.nn.Parameter(torch.randn(4096, 4096, device=device))
-    adamw = AdamW([("weight", weight)], dtype=torch.bfloat16, lr=1e-6)
+    adamw, give_gradients = _adamw(device)
 
     def update() -> None:
-        weight.grad = torch.ones_like(weight)
+        give_gradients()
         adamw.step(1.0, clip_scale(adamw.norm(), 1.0))
 
-    return weight.numel() / _seconds(update, device, seconds)
+    return MATRICES * math.prod(MATRIX) / _seconds(update, device, seconds)
+
+
+def _summed(device: torch.device, seconds: float) -> float:
+    adamw, give_gradients = _adamw(device)
+
+    def add() -> None:
+        give_gradients()
+        adamw.collect()
+
+    return MATRICES * math.prod(MATRIX) / _seconds(add, device, seconds)
+
+
+def _adamw(device: torch.device) -> tuple[AdamW, Callable[[], None]]:
+    """The optimizer of some matrices, and what gives each a gradient."""
+    from deft.optim.adamw import AdamW
+
+    weights = {str(i): torch.nn.Parameter(torch.randn(*MATRIX, device=device)) for i in range(MATRICES)}
+    adamw = AdamW(weights.items(), dtype=torch.bfloat16, lr=1e-6)
+    gradients = [torch.ones_like(weight) for weight in weights.values()]
+
+    def give_gradients() -> None:
+        for weight, gradient in zip(weights.values(), gradients, strict=True):
+            weight.grad = gradient
+
+    return adamw, give_gradients
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
