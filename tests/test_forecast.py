@@ -58,7 +58,7 @@ RATES = Rates(
     updated=1e6,
     summed=2e6,
     unseen={"fp32": {"gemm": 0.5, "batched": 0.25}},
-    together={"fp32": {"parts": 1.5, "parameter": 1e-6}},
+    together={"fp32": {"parts": 1.5, "parameter": 1e-6}, "bf16": {"parts": 1.0, "parameter": 0.0}},
 )
 
 
@@ -112,7 +112,8 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
 
 
 @pytest.mark.parametrize("length", [30, 400])
-def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
+def test_layers_that_are_alike_need_not_all_be_looked_at(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "CACHE", 2**12)  # none of these layers is larger than a real one
     batch = planned([length] * 3, budget=4000).step(0).batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
     whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
@@ -169,9 +170,19 @@ def test_products_read_their_factors_and_write_what_they_make(has_bias: bool) ->
     assert watch.carried == {gemm: 4 * (5 * 4 + 4 * 7 + 5 * 7), batched: 4 * (5 * 4 + 4 * 7 + 5 * 7)}
 
 
+def test_what_is_in_the_cache_is_not_fetched_again() -> None:
+    x, y = torch.ones(100), torch.ones(100)
+    small, large = forecast._Watch(cache=1000), forecast._Watch(cache=1200)
+    for watch in (small, large):
+        with watch:
+            z = x + y
+            x.mul_(z)
+    assert (small.moved, large.moved) == (1200 + 400, 1200)
+
+
 def test_kernels_are_made_for_each_new_number_of_tokens() -> None:
     def changes(*lengths: int) -> float:
-        return forecast._count(planned(list(lengths), budget=10, per_step=1)).changes
+        return forecast._count(planned(list(lengths), budget=10, per_step=1)).changed
 
     assert changes(10, 10, 10, 10) == 1 / 4
     assert changes(10, 9, 8, 7) == 1.0
@@ -208,8 +219,8 @@ def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
     plan = planned([33] * 16, budget=64)
     fit = forecast.fit(plan, base, nll, FP32, is_auto=False, is_timed=True)
     found, unknown = forecast.forecast(fit, CPU, RATES), forecast.forecast(fit, CPU, None)
-    traced = fit.traced
-    assert traced is not None
+    traced = trace(AutoConfig.from_pretrained(base.path), plan.step(0).batches[0], nll, FP32, is_alone=True)
+    assert [each for each, _ in fit.samples] == [traced] * 3
     assert found is not None
     assert found.seconds is not None
     assert unknown is not None
@@ -228,11 +239,27 @@ def test_small_micro_batches_are_looked_at_as_well(base: Base) -> None:
     assert [trace.tokens + 1 for trace, _ in fit.samples] == [20, 40, 60]
     assert [share for _, share in fit.samples] == pytest.approx([30 / 20, 70 / 40, 110 / 60])
     alike = forecast.fit(planned([33] * 6, budget=1), base, nll, FP32, is_auto=False, is_timed=True)
-    assert [trace for trace, _ in alike.samples] == [alike.traced] * 3
     assert sum(share for _, share in alike.samples) == 6
 
 
-def test_a_run_whose_time_is_not_asked_for_is_traced_once(base: Base) -> None:
+def test_what_does_not_fit_has_a_time_as_well(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory_bytes", lambda device: 1)
+    fit = forecast.fit(planned([60, 10], budget=1), base, nll, FP32, is_auto=False, is_timed=True)
+    found = forecast.forecast(fit, CPU, RATES)
+    assert found is not None
+    assert (found.peak_bytes > 1, found.seconds is not None) == (True, True)
+
+
+def test_a_sample_that_cannot_be_traced_leaves_the_time_open(base: Base) -> None:
+    def picky(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return nll.loss(hidden, *rest) if len(hidden) > 20 else torch.ones(3).nonzero().sum()
+
+    loss: Any = SimpleNamespace(loss=picky)
+    fit = forecast.fit(planned([60, 10], budget=1), base, loss, FP32, is_auto=False, is_timed=True)
+    assert (fit.samples, fit.traced is not None) == ((), True)
+
+
+def test_a_run_whose_time_is_not_asked_for_has_none(base: Base) -> None:
     fit = forecast.fit(planned([60, 10], budget=1), base, nll, FP32, is_auto=False)
     found = forecast.forecast(fit, CPU, RATES)
     assert (fit.samples, found and found.seconds) == ((), None)
@@ -455,7 +482,7 @@ def test_what_would_be_emulated_is_not_tried(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rates, "measure", lambda device, seconds: RATES)
     monkeypatch.setattr(calibrate, "_together", lambda found, precision, device: {"parts": 2.0})
     two = {"parts": 2.0}
-    for has_bf16, together in [(True, {"fp32": two, "bf16": two}), (False, {"fp32": two})]:
+    for has_bf16, together in [(True, {"fp32": two, "bf16": two}), (False, {**RATES.together, "fp32": two})]:
         monkeypatch.setattr(hardware, "has_bf16", lambda device, has_bf16=has_bf16: has_bf16)
         assert calibrate.measure(CPU).together == together
 
@@ -466,6 +493,7 @@ def test_rates_are_measured() -> None:
     assert set(found.products) == set(found.together) == set(found.attention) == {"bf16", "fp32"}
     numbers = [found.moved, found.exponents, found.operations, found.updated, found.summed]
     assert all(0 < number < 1e15 for number in numbers)
+    assert found.together["bf16"] == {"parts": 1.0, "parameter": 0.0}
     assert 1e-15 < found.product_seconds("fp32", 1.0, 1.0) < 1e-3
 
 

@@ -53,6 +53,8 @@ LOOKED_AT_STEPS = 256
 """The largest micro-batch is sought among those of so many steps, evenly spread over the plan."""
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
 
+CACHE = 2**21
+"""Bytes that each thread of a CPU has close by, and gets almost for nothing."""
 SAMPLES = 3
 """So many micro-batches tell of the time of all."""
 
@@ -62,8 +64,10 @@ Kind = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One micro-batch, forward and backward, its gradients summed if there are others; on tensors that hold nothing.
+    """One micro-batch, forward and backward, on tensors that hold nothing.
 
+    parameters   those that are trained
+    tokens       of all documents but the last of each, which predicts nothing
     state_bytes  weights and what the optimizer keeps of them
     peak_bytes   the most that is alive at once, state included, gradients of earlier micro-batches as well
     kept_bytes   what is alive between forward and backward
@@ -71,7 +75,7 @@ class Trace:
     products     FLOP of matrix products
     carried      bytes that they read and write
     sizes        of how many different sizes they are
-    moved        bytes that all other operations read and write
+    moved        bytes of all other operations that are not in the cache
     exponents    elements of softmaxes
     operations   how many there are, views left out
     """
@@ -149,7 +153,7 @@ class Forecast:
 
 
 def forecast(fit: Fit, device: torch.device, rates: Rates | None) -> Forecast | None:
-    """What the largest micro-batch tells of the whole plan; None where it could not be traced."""
+    """Memory from the largest micro-batch, time from the samples; None where nothing could be traced."""
     traced = fit.traced
     if traced is None:
         return None
@@ -177,7 +181,7 @@ def _seconds(fit: Fit, counts: Counts, rates: Rates) -> float:
     parts += one.parameters * (fit.planned.steps / rates.updated + counts.sums / rates.summed)
     besides = counts.micro_batches * one.parameters * together["parameter"]
     unseen = sum(share * each.unseen_seconds(rates) for each, share in fit.samples)
-    return together["parts"] * parts + besides + counts.changes * unseen
+    return together["parts"] * parts + besides + counts.changed * unseen
 
 
 def _beside(traced: Trace) -> int:
@@ -227,10 +231,11 @@ def fit(
         if fit.traced is None:
             return fit
         if fit.traced.peak_bytes + PROCESS <= memory:
-            return replace(fit, samples=_samples(fit, config, batch, loss, machine)) if is_timed else fit
-    if is_auto and fit.traced:
-        raise MemoryShort(_too_large(fit.traced, memory))
-    return fit
+            break
+    else:
+        if is_auto and fit.traced:
+            raise MemoryShort(_too_large(fit.traced, memory))
+    return replace(fit, samples=_samples(fit, config, loss, machine)) if is_timed else fit
 
 
 def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
@@ -269,42 +274,43 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
     return planned.step(step).batches[index], is_alone
 
 
-def _samples(
-    fit: Fit, config: PreTrainedConfig, known: Batch, loss: ModuleType, machine: Machine
-) -> tuple[tuple[Trace, float], ...]:
+def _samples(fit: Fit, config: PreTrainedConfig, loss: ModuleType, machine: Machine) -> tuple[tuple[Trace, float], ...]:
     """Of the smallest third of all micro-batches the middle one, traced, and for how many it stands by its tokens; and
-    of the other two thirds. `known` is the one that is traced already."""
-    planned, found = fit.planned, {_form(known): fit.traced}
-    steps = _looked_at(planned)
-    sized = sorted((size, step, i) for step in steps for i, size in enumerate(_sizes(planned, step)))
+    of the other two thirds. None if one of them could not be traced."""
+    found: dict[Any, Trace | None] = {}
     samples = []
-    for part in np.array_split(np.arange(len(sized)), min(SAMPLES, len(sized))):
-        size, step, index = sized[part[len(part) // 2]]
-        batch = planned.step(step).batches[index]
-        if _form(batch) not in found:
-            found[_form(batch)] = trace(config, batch, loss, machine, True, fit.checkpointing)
-        traced = found[_form(batch)]
-        assert traced is not None
-        samples.append((traced, sum(sized[i][0] for i in part) / size * planned.steps / len(steps)))
+    for batch, share in _chosen(fit.planned):
+        form = (batch.documents, len(batch.targets))
+        if form not in found:
+            found[form] = _attempt(config, batch, loss, machine, True, fit.checkpointing)
+        traced = found[form]
+        if traced is None:
+            return ()
+        samples.append((traced, share))
     return tuple(samples)
 
 
-def _form(batch: Batch) -> tuple[tuple[int, ...], int]:
-    """What shapes depend on."""
-    return batch.documents, len(batch.targets)
+def _chosen(planned: Loader) -> Iterator[tuple[Batch, float]]:
+    """Micro-batches, each with how many of it have as many tokens as its part of the plan."""
+    steps = _looked_at(planned)
+    sized = sorted((size, step, i) for step in steps for i, size in enumerate(_sizes(planned, step)))
+    for part in np.array_split(np.arange(len(sized)), min(SAMPLES, len(sized))):
+        size, step, index = sized[part[len(part) // 2]]
+        share = sum(sized[i][0] for i in part) / size * planned.steps / len(steps)
+        yield planned.step(step).batches[index], share
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Of a whole plan, as far as `largest` looks.
 
-    changes  the share of micro-batches that have another number of tokens than the one before
+    changed  the share of micro-batches that have another number of tokens than the one before
     sums     how many times gradients of a micro-batch go into sums: a step of one needs none
     """
 
     tokens: float
     micro_batches: float
-    changes: float
+    changed: float
     sums: float
 
 
@@ -421,7 +427,8 @@ def _trace(
     mode: Mode = "alone" if unpackable(model) else "packed"
     if mode == "packed":
         model.set_attn_implementation(attention.NAME)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Watch() as watch:
+    cache = CACHE * torch.get_num_threads() if device.type == "cpu" else 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Watch(cache) as watch:
         model.to_empty(device=device)
         model.tie_weights()
         if mode == "packed":
@@ -443,7 +450,7 @@ def _trace(
         total.backward()
         peak_bytes, end_bytes = watch.peak, watch.alive
     return Trace(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in optimizer.parameters.values()),
         tokens=len(batch.tokens),
         state_bytes=state_bytes,
         peak_bytes=peak_bytes,
@@ -465,12 +472,17 @@ def _on(batch: Batch, fakes: FakeTensorMode, device: torch.device) -> Batch:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and the work of operations."""
+    """Counts the bytes of tensors that are alive, and the work of operations.
 
-    def __init__(self) -> None:
+    cache  bytes that are close by; an accelerator's are few beside its tensors
+    """
+
+    def __init__(self, cache: int = 0) -> None:
         super().__init__()
-        self.alive = 0
+        self.alive = self._seen = 0
+        self._cache = _Cache(cache)
         self._sizes: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -489,6 +501,7 @@ class _Watch(TorchDispatchMode):
         if key in self._sizes:
             return False
         self._sizes[key] = storage.nbytes()
+        self._numbers[key] = self._seen = self._seen + 1
         self.alive += storage.nbytes()
         self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self._gone, key)
@@ -496,6 +509,13 @@ class _Watch(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
+        del self._numbers[key]
+
+    def _fetched(self, tensor: Tensor) -> int:
+        """The bytes of a tensor that were not in the cache, and are now."""
+        key = tensor.untyped_storage()._cdata
+        piece = (self._numbers.get(key, -key), tensor.storage_offset(), tensor.numel())
+        return self._cache.fetch(piece, _bytes([tensor]))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -511,6 +531,7 @@ class _Watch(TorchDispatchMode):
         if name.startswith(("empty", "new_empty")):
             return
         self.operations += 1
+        fetched = sum(self._fetched(tensor) for tensor in [*inputs, *outs])
         if "scaled_dot_product" in name:
             query = next(each for each in inputs if each.dim() == 4)
             n, heads, length, size = query.shape
@@ -523,9 +544,34 @@ class _Watch(TorchDispatchMode):
             self.carried[kind] += _bytes([left, right, *outs])
             layouts = (each.stride()[-1] == 1 for each in (left, right))
             self.sizes.add((*kind, left.shape, right.shape, *layouts, "add" in name))
+        elif "softmax" in name:
+            self.exponents += outs[0].numel()
         else:
-            self.moved += _bytes([*inputs, *outs])
-            self.exponents += outs[0].numel() if "softmax" in name or name in ("exp", "exp_") else 0
+            self.moved += fetched
+
+
+class _Cache:
+    """The pieces of memory that were used last, `room` bytes of them."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._held: dict[Any, int] = {}
+
+    def fetch(self, piece: Any, size: int) -> int:
+        """The bytes that have to be brought; to make room, what was used longest ago goes.
+
+        >>> cache = _Cache(10)
+        >>> cache.fetch("a", 6), cache.fetch("b", 4), cache.fetch("a", 6), cache.fetch("c", 2), cache.fetch("b", 4)
+        (6, 4, 0, 2, 4)
+        """
+        is_held = self._held.pop(piece, None) is not None
+        self._held[piece] = size
+        if is_held:
+            return 0
+        self._room -= size
+        while self._room < 0:
+            self._room += self._held.pop(next(iter(self._held)))
+        return size
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -25,10 +25,12 @@ from deft import cache, files, hardware
 if TYPE_CHECKING:
     from deft.optim.adamw import AdamW
 
-ROWS = {"cpu": (67, 1021), "mps": (261, 4093), "cuda": (517, 8189)}
+ROWS = {"cpu": (67, 4093), "mps": (261, 4093), "cuda": (517, 8189)}
 WIDTH = {"cpu": 1024, "mps": 2048, "cuda": 4096}
 """Matrix products are measured on few rows and on many, with a square weight of this width. As in training, the numbers
 of rows are multiples of nothing."""
+ELEMENTS = {"cpu": 2**18, "mps": 2**22, "cuda": 2**23}
+"""Of what elementwise operations are measured on; on CPUs pieces as large as those of a layer's activations."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BESIDE_CACHE = 2**26
 MATRICES, MATRIX = 16, (1024, 768)
@@ -42,7 +44,7 @@ class Rates:
     """machine says what they hold for. Per second:
 
     attention   precision -> FLOP of scaled_dot_product_attention, counting the causal half
-    moved       bytes read and written by elementwise operations on a layer's activations
+    moved       bytes that elementwise operations bring into the cache; what they find there costs next to nothing
     exponents   elements of a softmax
     operations  of no work, one after another
     updated     parameters by AdamW
@@ -135,7 +137,7 @@ def _products(dtype: torch.dtype, device: torch.device, seconds: float) -> dict[
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
+class _Products:
     """Some products: their arithmetic, what they read and write, and the seconds that they take."""
 
     flop: float
@@ -143,23 +145,27 @@ class _Timed:
     seconds: float
 
 
-def _split(few: _Timed, many: _Timed) -> dict[str, float]:
-    """The seconds per FLOP and per byte by which both take their time; arithmetic alone where there are none.
+def _split(few: _Products, many: _Products) -> dict[str, float]:
+    """The seconds per FLOP and per byte by which both take their time; where there are none, of one of the two alone.
 
-    >>> _split(_Timed(2.0, 2.0, 3.0), _Timed(8.0, 4.0, 8.0))
+    >>> _split(_Products(2.0, 2.0, 3.0), _Products(8.0, 4.0, 8.0))
     {'flop': 0.5, 'byte': 1.0}
-    >>> _split(_Timed(2.0, 2.0, 2.0), _Timed(8.0, 4.0, 8.0))
+    >>> _split(_Products(2.0, 2.0, 1.0), _Products(8.0, 4.0, 8.0))
     {'flop': 1.0, 'byte': 0.0}
+    >>> _split(_Products(2.0, 2.0, 4.0), _Products(8.0, 4.0, 8.0))
+    {'flop': 0.0, 'byte': 2.0}
     """
     area = few.flop * many.bytes - few.bytes * many.flop
     per_flop = (few.seconds * many.bytes - few.bytes * many.seconds) / area
     per_byte = (few.flop * many.seconds - few.seconds * many.flop) / area
-    if per_flop <= 0.0 or per_byte <= 0.0:
-        per_flop, per_byte = many.seconds / many.flop, 0.0
+    if per_byte <= 0.0:
+        return {"flop": many.seconds / many.flop, "byte": 0.0}
+    if per_flop <= 0.0:
+        return {"flop": 0.0, "byte": few.seconds / few.bytes}
     return {"flop": per_flop, "byte": per_byte}
 
 
-def _three_layouts(rows: int, dtype: torch.dtype, device: torch.device, seconds: float) -> _Timed:
+def _three_layouts(rows: int, dtype: torch.dtype, device: torch.device, seconds: float) -> _Products:
     """x W^T, dy W and dy^T x together."""
     width = WIDTH[device.type]
     sets = cycle(_sets((rows, width), (rows, width), (width, width), dtype=dtype, device=device))
@@ -171,7 +177,7 @@ def _three_layouts(rows: int, dtype: torch.dtype, device: torch.device, seconds:
         dy.T @ x
 
     moved = 3.0 * (2 * rows * width + width**2) * dtype.itemsize
-    return _Timed(6.0 * rows * width**2, moved, _seconds(products, device, seconds))
+    return _Products(6.0 * rows * width**2, moved, _seconds(products, device, seconds))
 
 
 def _unseen(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -226,21 +232,21 @@ def _attention(dtype: torch.dtype, device: torch.device, seconds: float) -> floa
 
 
 def _moved(device: torch.device, seconds: float) -> float:
-    x = torch.randn(ROWS[device.type][-1], 1024, device=device).to(torch.bfloat16)
-    gate = torch.randn_like(x)
+    elements = ELEMENTS[device.type]
+    sets = cycle(_sets((elements,), (elements,), dtype=torch.bfloat16, device=device))
 
     def elementwise() -> None:
+        x, gate = next(sets)
         y = x.float()
         y * y
         functional.silu(gate) * x
 
-    elements = x.numel()
-    moved = elements * ((2 + 4) + (4 + 4 + 4) + (2 + 2) + (2 + 2 + 2))
+    moved = elements * (2 + 4 + 4 + 2 + 2 + 2)
     return moved / _seconds(elementwise, device, seconds)
 
 
 def _exponents(device: torch.device, seconds: float) -> float:
-    x = torch.randn(ROWS[device.type][-1], 512, device=device)
+    x = torch.randn(ROWS[device.type][-1] // 4, 512, device=device)
     return x.numel() / _seconds(lambda: x.softmax(-1), device, seconds)
 
 
@@ -306,3 +312,5 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
