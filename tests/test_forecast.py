@@ -174,6 +174,8 @@ def test_what_is_in_the_cache_is_not_fetched_again() -> None:
     x, y = torch.ones(100), torch.ones(100)
     small, large = forecast._Watch(cache=1000), forecast._Watch(cache=1200)
     for watch in (small, large):
+        watch.see(x)
+        watch.see(y)
         with watch:
             z = x + y
             x.mul_(z)

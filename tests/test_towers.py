@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,9 @@ from tiny_tokenizers import byte_level
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import deft
+from deft import forecast, loader
+from deft.hardware import Machine
+from deft.loss import nll
 from deft.model import load, selftest, towers
 
 TEXT = {
@@ -85,6 +89,13 @@ def test_only_the_language_model_learns(tmp_path: Path, name: str) -> None:
     language = {*towers.text_body(model).parameters(), *model.get_output_embeddings().parameters()}
     assert learnt == language
     assert len(language) < len(list(model.parameters()))
+
+
+def test_only_what_learns_counts_in_the_time_foretold(tmp_path: Path) -> None:
+    model = load.load(load.inspect(str(write(tmp_path / "m", llava))), device="cpu", dtype=torch.float32)
+    batch = loader.build([(np.arange(20), np.ones(20, np.float32))])
+    traced = forecast.trace(llava(), batch, nll, Machine(torch.device("cpu"), torch.float32, 64), is_alone=True)
+    assert traced.parameters == sum(parameter.numel() for _, parameter in towers.trained_parameters(model))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("gemma3", "packed"), ("qwen2_5_vl", "packed"), ("llava", "packed")])
