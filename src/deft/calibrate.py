@@ -54,7 +54,7 @@ def kept(device: torch.device) -> Rates:
 
 
 def measure(device: torch.device, seconds: float = 0.1) -> Rates:
-    """`rates.measure`, and on CPUs how much longer steps take than these say.
+    """`rates.measure`, and on CPUs what steps take beyond these: a factor, and seconds per parameter.
 
     Elsewhere layers are compiled while a run goes on, which these steps would not show. In bf16 only where that is
     fast: where it is emulated, these steps would take minutes.

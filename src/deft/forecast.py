@@ -73,7 +73,7 @@ class Trace:
     kept_bytes   what is alive between forward and backward
     end_bytes    what is alive after it: state and gradients
     products     FLOP of matrix products
-    carried      bytes that they read and write
+    carried      bytes of their factors and of what they make
     sizes        of how many different sizes they are
     moved        bytes of all other operations that are not in the cache
     exponents    elements of softmaxes

@@ -55,8 +55,8 @@ class Rates:
     products    "flop" and "byte": a matrix product takes the time of its arithmetic and of what it reads and writes;
                 a small one, or one of few rows, mostly the latter
     unseen      "gemm" and "batched": what a product takes more if none of its size was seen before
-    together    what steps tell beyond all these (calibrate.py): "parts", a factor of the sum of them, and "parameter",
-                what a micro-batch takes besides for each, as weights and their gradients are in no cache
+    together    what steps of one micro-batch tell beyond all these (calibrate.py): "parts", a factor of the sum of
+                them, and "parameter", what it takes besides for each, as weights and gradients are in no cache
     """
 
     machine: str
