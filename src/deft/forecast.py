@@ -276,7 +276,7 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
 
 def _samples(fit: Fit, config: PreTrainedConfig, loss: ModuleType, machine: Machine) -> tuple[tuple[Trace, float], ...]:
     """Of the smallest third of all micro-batches the middle one, traced, and for how many it stands by its tokens; and
-    of the other two thirds. None if one of them could not be traced."""
+    of the other two thirds. Empty if one of them could not be traced."""
     found: dict[Any, Trace | None] = {}
     samples = []
     for batch, share in _chosen(fit.planned):
