@@ -426,9 +426,14 @@ def test_the_doctor_keeps_rates_for_this_machine_only(tmp_path: Path, monkeypatc
     assert "GFLOP/s" in said
     assert "GiB free here" in said
     device = hardware.device("auto")
-    assert asdict(calibrate.kept(device)) == asdict(found)
+    lines: list[str] = []
+    assert asdict(calibrate.kept(device, lines.append)) == asdict(found)
+    assert lines == []
     monkeypatch.setattr(rates, "machine", lambda device: "another")
     assert rates.saved(device) is None
+    monkeypatch.setattr(calibrate, "measure", lambda device: found)
+    assert calibrate.kept(device, lines.append) == found
+    assert len(lines) == 1, "it takes long, and says so"
 
 
 def test_rates_of_another_processor_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

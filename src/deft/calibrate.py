@@ -8,7 +8,7 @@ differs from machine to machine. It serves predictions only.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
@@ -43,10 +43,11 @@ STEPS, WARMUP = (4, 8), 2
 """Of each. The first ones make kernels, and find no memory that the process has had before."""
 
 
-def kept(device: torch.device) -> Rates:
-    """What was measured earlier, or now, in some seconds; then it is kept, if it can be."""
+def kept(device: torch.device, say: Callable[[str], None]) -> Rates:
+    """What was measured earlier, or now, which takes its time; then it is kept, if it can be."""
     found = rates.saved(device)
     if found is None:
+        say("measuring how fast this machine is, once: about 20 seconds")
         found = measure(device)
         with suppress(DiskError):
             rates.keep(found, device)

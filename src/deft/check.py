@@ -66,7 +66,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     if data.train:
         fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller, is_timed=True)
         planned, device = fit.planned, checked.machine.device
-        expected = forecast(fit, device, calibrate.kept(device))
+        expected = forecast(fit, device, calibrate.kept(device, caller.say))
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),
