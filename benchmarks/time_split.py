@@ -38,6 +38,7 @@ from deft.model import selftest
 from deft.model.learner import Learner
 from deft.optim.adamw import AdamW, clip_scale
 from deft.plan.packs import pack
+from deft.training.step import make_kernels
 from deft.types import Batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,6 +63,7 @@ def step(learner: Learner, optimizer: AdamW, batch: Batch, clock: Callable[[], f
     """Seconds of each part of one optimizer step."""
     marks = [clock()]
     optimizer.collect()
+    make_kernels(learner, batch, nll)
     hidden, head = learner.hidden_and_head(batch)
     marks.append(clock())
     loss = nll.loss(hidden, head, batch.targets, batch.weights / len(batch.rows))

@@ -25,11 +25,13 @@ from architectures import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deft.forecast import _Watch
 from deft.loss import nll
 from deft.model import attention, causal, faster, selftest
 from deft.model.blocks import llama
 from deft.model.checkpointing import Checkpointing
 from deft.model.learner import Learner
+from deft.training import step
 from deft.types import Batch
 
 WITH_BLOCKS = ["llama", "llama_tied", "qwen2", "qwen3", "mistral"]
@@ -266,3 +268,22 @@ def test_a_norm_writes_to_nothing_that_others_hold(dtype: torch.dtype) -> None:
     llama._norm(given, inverse, weight)
     llama._norm_backward(grad, given, inverse, weight, residual)
     assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_micro_batch_needs_no_product_that_was_not_tried_before(name: str, checkpointing: Checkpointing) -> None:
+    for each in (llama._try_products, llama._try_attention, nll._try_products):
+        each.cache_clear()
+    learner = replace(fast(name), checkpointing=checkpointing)
+    learner.model.to(torch.bfloat16)
+    batch = as_batch(long_documents())
+    with _Watch() as tried:
+        step.make_kernels(learner, batch, nll)
+    with _Watch() as again:
+        step.make_kernels(learner, batch, nll)
+    with _Watch() as needed:
+        step.nll_sum(learner, batch, nll).backward()
+    assert len(needed.sizes) > 20
+    assert needed.sizes <= tried.sizes
+    assert not again.sizes

@@ -93,6 +93,10 @@ class Cache:
                 make(staging)
             return folder, files.read_manifest(folder).about
 
+    def has(self, key: str) -> bool:
+        """Whether there is something of `key`, be it damaged."""
+        return (self.root / key).is_dir()
+
     def _turn(self, key: str) -> AbstractContextManager[None]:
         files.make_folder(self.root)
         waiting = "another process encodes these rows; waiting for it"

@@ -82,9 +82,8 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         caller.say(line)
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
-    known = rates.saved(checked.machine.device)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller, is_timed=known is not None)
-    expected = forecast.forecast(fit, checked.machine.device, known)
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
+    expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
     if expected is not None:
         caller.say(f"expected: {expected}")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
@@ -206,19 +205,23 @@ def plan(
     )
 
 
-def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller, *, is_timed: bool) -> Fit:
+def fitted(
+    config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller, *, is_timed: bool = False
+) -> Fit:
     """The plan with micro-batches that fit in memory, what the largest of them takes, and if `is_timed` what the time
-    of all can be foretold from.
+    of all can be foretold from. That takes seconds: a run, which is about to start, has it only where it is kept.
 
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
     """
-    asked = {"is_auto": config.microbatch_tokens == "auto", "is_timed": is_timed}
-    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, **asked)
+    is_auto = config.microbatch_tokens == "auto"
+    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto=is_auto)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
-        return make()
+        return make(is_timed=is_timed)
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
-    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(asked))
-    return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
+    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
+    there, timed = Cache(cache.root(), caller.say), f"{key}-timed"
+    is_timed = is_timed or there.has(timed)
+    return fits.kept(there, timed if is_timed else key, planned, partial(make, is_timed=is_timed))
 
 
 def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:

@@ -14,6 +14,7 @@ Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional
 
+from deft.hardware import few_sizes, keeps_kernels
 from deft.types import Head
 
 CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
@@ -31,10 +33,6 @@ over the gradient of the weight; a larger one more memory, which in the first st
 NARROW_BLOCKS = 3
 """So many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that up to three
 are no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
-
-ROW_MULTIPLE = 16
-"""A block's rows are a multiple of this, the last ones zeros. Of 20 numbers of rows from 650 to 2,100 an AMD EPYC
-multiplies the next multiple of 16 at 390 to 420 GFLOP/s, the number itself at 290 to 420 (32,000 x 512)."""
 
 CPU_PIECE, GPU_PIECE = 2**12, 2**15
 """Rows of the head's weight whose gradient is summed at a time: on CPUs their product stays in the cache."""
@@ -67,8 +65,28 @@ def loss_and_statistics(
     return total, statistics[0], statistics[1]
 
 
+def make_kernels(head: Head, targets: int) -> None:
+    """Tries the products that the loss of so many targets needs, unless they have been tried: before a micro-batch has
+    taken its memory (`hardware.few_sizes`)."""
+    weight = head.weight
+    if keeps_kernels(weight):
+        blocks = _blocks(few_sizes(targets), len(weight) * 2, weight.device, is_narrow=True)
+        for rows in dict.fromkeys(block.stop - block.start for block in blocks):
+            _try_products(rows, *weight.shape, weight.dtype, _dtype_of_sums(blocks, weight.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _try_products(rows: int, vocabulary: int, size: int, dtype: torch.dtype, sums: torch.dtype) -> None:
+    hidden_BH, weight_VH = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocabulary, size, dtype=dtype)
+    logits_BV = _project(hidden_BH, weight_VH, None, None)
+    torch.mm(logits_BV, weight_VH, out=hidden_BH)
+    total_VH = weight_VH.to(sums)
+    for is_first in (True, False):
+        _add_product(total_VH, logits_BV, hidden_BH, is_first=is_first)
+
+
 def _apply(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor, statistics: Tensor | None) -> Tensor:
-    missing = -len(hidden_KH) % ROW_MULTIPLE
+    missing = few_sizes(len(hidden_KH)) - len(hidden_KH)
     hidden_KH = functional.pad(hidden_KH, (0, 0, 0, missing))
     weights_K = functional.pad(weights_K, (0, missing))
     targets_K = torch.cat([targets_K, targets_K[-1:].expand(missing)])  # others may have a bias of -inf
@@ -103,8 +121,7 @@ class _HeadLoss(torch.autograd.Function):
         row_bytes, is_narrow = len(weight) * weight.element_size(), weight.dtype != wide
         blocks = _blocks(len(hidden_KH), row_bytes, hidden_KH.device, is_narrow)
         d_hidden = torch.empty_like(hidden_KH) if is_needed[0] else None
-        sums = wide if len(blocks) > NARROW_BLOCKS else weight.dtype
-        d_weight = torch.empty_like(weight, dtype=sums) if is_needed[1] else None
+        d_weight = torch.empty_like(weight, dtype=_dtype_of_sums(blocks, weight.dtype)) if is_needed[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if is_needed[2] else None
         logits = hidden_KH.new_empty(blocks[0].stop, len(weight))
         scratch = None if logits.dtype == wide else logits.new_empty(_slice_rows(logits), len(weight), dtype=wide)
@@ -281,19 +298,24 @@ def _narrowed(total_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) -> list[slice]:
-    """Blocks of nearly equal size, in rows a multiple of ROW_MULTIPLE, the last one if `rows` is.
+    """Blocks of nearly equal size and of few different ones. Of 20 numbers of rows from 650 to 2,100 an AMD EPYC
+    multiplies the next multiple of 16 at 390 to 420 GFLOP/s, the number itself at 290 to 420 (32,000 x 512).
 
     is_narrow  whether a sum over more than NARROW_BLOCKS would be in a wider dtype
 
-    >>> _blocks(4144, 64000, torch.device("cpu"), is_narrow=True)
-    [slice(0, 1392, None), slice(1392, 2784, None), slice(2784, 4144, None)]
-    >>> len(_blocks(4144, 64000, torch.device("cpu"), is_narrow=False))
+    >>> _blocks(4160, 64000, torch.device("cpu"), is_narrow=True)
+    [slice(0, 1408, None), slice(1408, 2816, None), slice(2816, 4160, None)]
+    >>> len(_blocks(4160, 64000, torch.device("cpu"), is_narrow=False))
     4
     """
     size = _on(device, CPU_BLOCK, GPU_BLOCK)
     least, most = (-(-rows // max(LEAST_ROWS, limit // row_bytes)) for limit in (2 * size, size))
     count = max(least, NARROW_BLOCKS) if is_narrow and most > NARROW_BLOCKS else most
-    return _slices(rows, max(1, -(-rows // (max(1, count) * ROW_MULTIPLE)) * ROW_MULTIPLE))
+    return _slices(rows, max(1, few_sizes(-(-rows // max(1, count)))))
+
+
+def _dtype_of_sums(blocks: list[slice], dtype: torch.dtype) -> torch.dtype:
+    return _wide(dtype) if len(blocks) > NARROW_BLOCKS else dtype
 
 
 def _slice_rows(logits: Tensor) -> int:

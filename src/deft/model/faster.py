@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from deft.hardware import keeps_kernels
 from deft.model.blocks import llama
 
 
@@ -26,6 +27,13 @@ def install(model: nn.Module) -> int:
         exact = replace(form, is_last=layer is layers[-1])
         layer.forward = partial(llama.forward, layer, exact, layer.forward)
     return len(forms)
+
+
+def make_kernels(model: nn.Module, rows: int, targets: int, documents: tuple[int, ...]) -> None:
+    """Tries the products of all blocks (`llama.make_kernels`)."""
+    for layer in model.modules():
+        if "forward" in layer.__dict__ and keeps_kernels(next(layer.parameters())):
+            llama.make_kernels(layer, layer.__dict__["forward"].args[1], rows, targets, documents)
 
 
 def trims(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deft.hardware import few_sizes
 from deft.model import faster, lookup
 from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
@@ -71,6 +72,7 @@ class Learner:
 
     def _trimmed(self, batch: Batch) -> tuple[Tensor, Head]:
         """The same where the last layer is a block, and so the body one that takes embeddings for their tokens."""
+        batch = fill(batch, few_sizes(len(batch.tokens)))
         head, embedding = self.head, self.model.get_input_embeddings()
         arguments: dict[str, Any] = {"target_rows": batch.rows}
         if lookup.fits(embedding):
@@ -81,13 +83,25 @@ class Learner:
         # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
         return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows], head
 
+    def make_kernels(self, batch: Batch) -> None:
+        """Tries the products that the body will need for this micro-batch's gradient, while memory is free
+        (`hardware.few_sizes`)."""
+        if self._has_blocks:
+            filled = fill(batch, few_sizes(len(batch.tokens)))
+            faster.make_kernels(self.model, len(filled.tokens), few_sizes(len(batch.rows)), filled.documents)
+
     def padding(self, batch: Batch) -> int:
         """The tokens that a micro-batch is filled up with for its gradient."""
-        room = self._room(batch)
-        return 0 if room is None else room - len(batch.tokens)
+        tokens = len(batch.tokens)
+        room = few_sizes(tokens) if self._has_blocks else self._room(batch)
+        return 0 if room is None else room - tokens
 
     def _room(self, batch: Batch) -> int | None:
         return None if self.compiled is None else self.compiled.room(len(batch.tokens))
+
+    @property
+    def _has_blocks(self) -> bool:
+        return self.mode == "packed" and faster.trims(self.model)
 
     def logits(self, batch: Batch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""

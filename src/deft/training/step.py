@@ -12,6 +12,7 @@ import torch
 
 from deft.hardware import sent
 from deft.loader import Work
+from deft.loss import nll
 from deft.model.learner import Learner
 from deft.optim.adamw import clip_scale
 from deft.training import randomness
@@ -92,8 +93,17 @@ def mean_share(learner: Learner, batch: Batch, normalizer: float, loss: ModuleTy
 
     The normalizer is in the weights, so that no gradient has to be divided, and rounded, once more.
     """
+    make_kernels(learner, batch, loss)
     share = nll_sum(learner, replace(batch, weights=batch.weights / normalizer), loss)
     return share if normalizer > 0.0 else share * math.nan
+
+
+def make_kernels(learner: Learner, batch: Batch, loss: ModuleType) -> None:
+    """Kernels that will stay are made before a micro-batch takes its memory (`hardware.few_sizes`). Which ones a user's
+    loss needs is not known."""
+    learner.make_kernels(batch)
+    if loss is nll and learner.mode != "whole":
+        nll.make_kernels(learner.head, len(batch.targets))
 
 
 def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:

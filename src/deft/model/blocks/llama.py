@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from deft.hardware import few_sizes
 from deft.model import causal
 from deft.model.causal import Layout
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+
+TRIED = 4096
+"""Sizes of products that are known to have been tried."""
 
 PIECE = 2**17
 """Elements that a thread takes through a row of elementwise operations at a time, so that they stay in its cache."""
@@ -116,6 +121,40 @@ def forward(
     return _Layer.apply(hidden_states[0], form, order, rows, is_thrifty, cos, sin, *weights_of(layer).as_tuple())[None]
 
 
+def make_kernels(layer: Any, form: Form, rows: int, targets: int, documents: tuple[int, ...]) -> None:
+    """Tries the products of a layer, forward and backward, for so many rows, and behind its attention for so many
+    targets, unless they have been tried."""
+    w = weights_of(layer)
+    for weight in (w.query, w.key, w.value, w.output, w.gate, w.up, w.down):
+        _try_products(rows, *weight.shape, weight.dtype)
+    for weight in (w.output, w.gate, w.up, w.down):
+        _try_products(targets, *weight.shape, weight.dtype)
+    groups = len(w.key) // form.head_size
+    for run in causal.layout(documents, groups, w.query.device).runs:
+        _try_attention(run, groups, len(w.query) // len(w.key), form, w.query.dtype)
+
+
+@lru_cache(maxsize=TRIED)
+def _try_products(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """A projection, alone and added to something, and its gradients."""
+    input_MI, weight = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
+    output_MO = functional.linear(input_MI, weight)
+    torch.addmm(output_MO, input_MI, weight.T)
+    torch.mm(output_MO, weight).addmm_(output_MO, weight)
+    _weight_gradient(output_MO, input_MI, True)
+
+
+@lru_cache(maxsize=TRIED)
+def _try_attention(run: tuple[int, int], groups: int, repeat: int, form: Form, dtype: torch.dtype) -> None:
+    """Attention of so many documents of this length."""
+    count, length = run
+    order = causal.layout((length,) * count, groups, torch.device("cpu"))
+    query = torch.zeros(count * length * groups, repeat, form.head_size, dtype=dtype)
+    key = query[:, 0].clone()
+    out, kept = causal.forward(query, key, key, order, form.window)
+    causal.backward(out, query, key, key, kept, order, form.window)
+
+
 def _window(layer: Any) -> int | None:
     if isinstance(layer, MistralDecoderLayer):
         return layer.self_attn.config.sliding_window
@@ -172,6 +211,8 @@ class _Layer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         w = _weights(weights)
+        count = len(input_MH) if rows is None else len(rows)
+        rows = _few_sizes(rows)
         inverse_M1, normed_MH = _size_and_norm(input_MH, w.norm, form.eps)
         raw = (
             functional.linear(normed_MH, w.query, w.query_bias),
@@ -192,16 +233,18 @@ class _Layer(torch.autograd.Function):
             norms = (input_MH, inverse_M1, middle_MH, mlp_inverse_M1)
             ctx.save_for_backward(*norms, cos_MD, sin_MD, *weights, *attention, mixed_MW, *recomputable)
             ctx.form, ctx.order, ctx.rows = form, order, rows
-        return output_MH
+        return output_MH[:count]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        form, order, rows = ctx.form, ctx.order, ctx.rows
+        form, order, rows, count = ctx.form, ctx.order, ctx.rows, len(grad_MH)
         input_MH, inverse_M1, middle_MH, mlp_inverse_M1, cos_MD, sin_MD, *rest = ctx.saved_tensors
-        count = len(Weights.__slots__)
-        w, needs = _weights(rest[:count]), _weights(ctx.needs_input_grad[-count:])
-        query, key, value, mixed_MW, *recomputable = rest[count:]
+        fields = len(Weights.__slots__)
+        w, needs = _weights(rest[:fields]), _weights(ctx.needs_input_grad[-fields:])
+        query, key, value, mixed_MW, *recomputable = rest[fields:]
+        if rows is not None:
+            grad_MH, rows = functional.pad(grad_MH, (0, 0, 0, len(rows) - count)), rows[:count]
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights.__slots__)
 
         normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
@@ -233,15 +276,22 @@ class _Layer(torch.autograd.Function):
         return d_input_MH, *[None] * 6, *grads.values()
 
 
+def _few_sizes(rows: Tensor | None) -> Tensor | None:
+    """The rows and their last one again and again, so that products of them are of few sizes."""
+    if rows is None or len(rows) == 0:
+        return rows
+    return torch.cat([rows, rows[-1:].expand(few_sizes(len(rows)) - len(rows))])
+
+
 def _at(rows: Tensor | None, tensor_MX: Tensor) -> Tensor:
     return tensor_MX if rows is None else tensor_MX.index_select(0, rows)
 
 
 def _spread(rows: Tensor | None, grad_KX: Tensor, count: int) -> Tensor:
-    """The gradient of all `count` rows from that of those which `_at` chose."""
+    """The gradient of all `count` rows from that of those which `_at` chose, the first of grad_KX."""
     if rows is None:
         return grad_KX
-    return grad_KX.new_zeros(count, grad_KX.shape[1]).index_copy_(0, rows, grad_KX)
+    return grad_KX.new_zeros(count, grad_KX.shape[1]).index_copy_(0, rows, grad_KX[: len(rows)])
 
 
 def _gated(gate_MI: Tensor, up_MI: Tensor) -> Tensor:
