@@ -36,12 +36,17 @@ KEPT_LENGTH = 1024
 what is kept grows with the tokens, not with their square."""
 
 
+TOGETHER = 512
+"""Tokens of documents that are one batch, where it is more than one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How rows of (token, key head) are put in order so that documents of nearly equal length are one batch.
 
-    Documents are padded at their end to few different lengths: an unseen shape costs each matrix product 0.6 ms. That
-    is exact: no token sees a later one, and what padding computes is thrown away and gets no gradient.
+    Documents are padded at their end to few different lengths, and so many of them are a batch that there are few
+    different ones: an unseen shape costs each matrix product 0.6 ms, and memory for its kernel. That is exact: no token
+    sees a later one, and what padding computes is thrown away and gets no gradient.
 
     runs    (documents, padded length), by length
     forth   int64 [P]: which of the M * G rows comes next, by run, document, key head, token
@@ -98,16 +103,17 @@ def layout(documents: tuple[int, ...], groups: int, device: torch.device) -> Lay
 
     >>> made = layout((16, 9, 16), 1, torch.device("cpu"))
     >>> made.runs, made.forth[16:27].tolist(), made.pads.tolist()
-    (((3, 16),), [16, 17, 18, 19, 20, 21, 22, 23, 24, 24, 24], [25, 26, 27, 28, 29, 30, 31])
+    (((2, 16), (1, 16)), [16, 17, 18, 19, 20, 21, 22, 23, 24, 24, 24], [25, 26, 27, 28, 29, 30, 31])
     """
-    runs: dict[int, list[tuple[int, int]]] = {}
+    alike: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in documents:
-        runs.setdefault(_padded(length), []).append((start, length))
+        alike.setdefault(_padded(length), []).append((start, length))
         start += length
+    runs = [(padded, run) for padded in sorted(alike) for run in _batched(alike[padded], padded)]
     parts, are_pads = [], []
-    for padded in sorted(runs):
-        starts_N, lengths_N = torch.tensor(runs[padded]).unbind(1)
+    for padded, run in runs:
+        starts_N, lengths_N = torch.tensor(run).unbind(1)
         places_T = torch.arange(padded)
         tokens_NT = starts_N[:, None] + torch.minimum(places_T, lengths_N[:, None] - 1)
         parts.append((tokens_NT[:, None] * groups + torch.arange(groups)[:, None]).flatten())
@@ -115,8 +121,21 @@ def layout(documents: tuple[int, ...], groups: int, device: torch.device) -> Lay
     forth, is_pad = torch.cat(parts), torch.cat(are_pads)
     back = torch.empty(start * groups, dtype=torch.int64)
     back[forth[~is_pad]] = torch.arange(len(forth))[~is_pad]
-    sizes = tuple((len(runs[padded]), padded) for padded in sorted(runs))
+    sizes = tuple((len(run), padded) for padded, run in runs)
     return Layout(sizes, forth.to(device), back.to(device), is_pad.nonzero()[:, 0].to(device), groups)
+
+
+def _batched(documents: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
+    """Documents of a length a power of two at a time, of at most TOGETHER tokens where it is more than one.
+
+    >>> [len(run) for run in _batched([(0, 0)] * 7, 32)], [len(run) for run in _batched([(0, 0)] * 4, 192)]
+    ([4, 2, 1], [2, 2])
+    """
+    while documents:
+        most = max(1, min(len(documents), TOGETHER // length))
+        count = 1 << (most.bit_length() - 1)
+        yield documents[:count]
+        documents = documents[count:]
 
 
 def _padded(length: int) -> int:

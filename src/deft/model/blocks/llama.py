@@ -125,23 +125,37 @@ def make_kernels(layer: Any, form: Form, rows: int, targets: int, documents: tup
     """Tries the products of a layer, forward and backward, for so many rows, and behind its attention for so many
     targets, unless they have been tried."""
     w = weights_of(layer)
-    for weight in (w.query, w.key, w.value, w.output, w.gate, w.up, w.down):
-        _try_products(rows, *weight.shape, weight.dtype)
-    for weight in (w.output, w.gate, w.up, w.down):
-        _try_products(targets, *weight.shape, weight.dtype)
+    inner = ((w.output, 2, False), (w.gate, None, False), (w.up, None, True), (w.down, 2, False))
+    biases = (None if bias is None else 1 for bias in (w.query_bias, w.key_bias, w.value_bias))
+    outer = zip((w.query, w.key, w.value), biases, (False, True, True), strict=True)
+    for count, projections in ((rows, (*outer, *inner)), (targets, inner)):
+        for weight, dimensions, is_gradient_added in projections:
+            _try_products(count, *weight.shape, weight.dtype, dimensions, is_gradient_added)
     groups = len(w.key) // form.head_size
     for run in causal.layout(documents, groups, w.query.device).runs:
         _try_attention(run, groups, len(w.query) // len(w.key), form, w.query.dtype)
 
 
 @lru_cache(maxsize=TRIED)
-def _try_products(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    """A projection, alone and added to something, and its gradients."""
+def _try_products(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, dimensions: int | None, is_gradient_added: bool
+) -> None:
+    """A projection and its gradients.
+
+    dimensions         of what the projection is added to: 1 of a bias, 2 of a residual stream
+    is_gradient_added  whether the gradient of its input is added to that of another projection
+    """
     input_MI, weight = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
-    output_MO = functional.linear(input_MI, weight)
-    torch.addmm(output_MO, input_MI, weight.T)
-    torch.mm(output_MO, weight).addmm_(output_MO, weight)
+    output_MO = torch.zeros(rows, outputs, dtype=dtype)
+    if dimensions is None:
+        output_MO = functional.linear(input_MI, weight)
+    else:
+        output_MO = torch.addmm(output_MO if dimensions == 2 else output_MO[0], input_MI, weight.T)
     _weight_gradient(output_MO, input_MI, True)
+    if is_gradient_added:
+        input_MI.addmm_(output_MO, weight)
+    else:
+        torch.mm(output_MO, weight)
 
 
 @lru_cache(maxsize=TRIED)
