@@ -287,3 +287,7 @@ def test_a_micro_batch_needs_no_product_that_was_not_tried_before(name: str, che
     assert len(needed.sizes) > 20
     assert needed.sizes <= tried.sizes
     assert not again.sizes
+    rows = {left[0] for kind, _, left, *_ in needed.sizes if kind == "gemm"}
+    assert len(batch.tokens) + learner.padding(batch) == 640
+    assert 640 in rows
+    assert rows.isdisjoint({len(batch.tokens), len(batch.rows)})
