@@ -86,8 +86,7 @@ def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path, worth_it: No
     monkeypatch.setattr(compiling, "is_sound", lambda learner: False)
     theirs, plain, unsaid = run(tmp_path / "plain", model)
     assert "compiled" not in unsaid.replace(str(tmp_path), "")
-    assert all(line["padded_tokens"] == 0 for line in plain)
-    assert any(line["padded_tokens"] > 0 for line in metrics)
+    assert sum(line["padded_tokens"] for line in metrics) > 2 * sum(line["padded_tokens"] for line in plain) > 0
     assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
     same = load_file(theirs / "final" / "model.safetensors")
     for name, weight in load_file(ours / "final" / "model.safetensors").items():
@@ -108,11 +107,14 @@ def test_where_no_compiler_works_a_run_goes_on_without(
         raise RuntimeError("no C compiler here\nand more")
 
     monkeypatch.setattr(compiling, "compile_for", partial(own, backend=broken))
-    _, metrics, said = run(tmp_path / "run", write_llama(tmp_path / "model"))
+    model = write_llama(tmp_path / "model")
+    _, metrics, said = run(tmp_path / "run", model)
     assert said.count("layers are not compiled, and steps take longer (") == 1
     assert "no C compiler here" in said
     assert len(metrics) > 4
-    assert all(line["padded_tokens"] == 0 for line in metrics)
+    monkeypatch.setattr(compiling, "is_sound", lambda learner: False)
+    _, plain, _ = run(tmp_path / "plain", model)
+    assert [line["padded_tokens"] for line in metrics] == [line["padded_tokens"] for line in plain]
 
 
 def test_memory_that_does_not_suffice_is_no_reason_to_go_on() -> None:

@@ -92,9 +92,10 @@ class Learner:
 
     def padding(self, batch: Batch) -> int:
         """The tokens that a micro-batch is filled up with for its gradient."""
-        tokens = len(batch.tokens)
-        room = few_sizes(tokens) if self._has_blocks else self._room(batch)
-        return 0 if room is None else room - tokens
+        tokens, room = len(batch.tokens), self._room(batch)
+        if room is None:
+            room = few_sizes(tokens) if self._has_blocks else tokens
+        return room - tokens
 
     def _room(self, batch: Batch) -> int | None:
         return None if self.compiled is None else self.compiled.room(len(batch.tokens))
