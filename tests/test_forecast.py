@@ -182,12 +182,12 @@ def test_what_is_in_the_cache_is_not_fetched_again() -> None:
     assert (small.moved, large.moved) == (1200 + 400, 1200)
 
 
-def test_kernels_are_made_once_for_each_number_of_tokens() -> None:
-    def sizes(*lengths: int) -> int:
-        return forecast._count(planned(list(lengths), budget=10, per_step=1)).sizes
+def test_kernels_are_made_for_each_new_size() -> None:
+    def changes(*lengths: int) -> float:
+        return forecast._count(planned(list(lengths), budget=10, per_step=1)).changed
 
-    assert sizes(10, 9, 8, 7) == 1, "all are filled up to 16 tokens"
-    assert sizes(10, 30, 50, 30, 10) == 3
+    assert changes(10, 9, 8, 7) == 1 / 4, "all are filled up to 16 tokens"
+    assert changes(10, 30, 50, 30) == 1.0
 
 
 def test_gradients_of_steps_of_several_micro_batches_are_summed() -> None:

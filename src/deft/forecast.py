@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -180,7 +181,7 @@ def _seconds(fit: Fit, counts: Counts, rates: Rates) -> float:
     parts += one.parameters * (fit.planned.steps / rates.updated + counts.sums / rates.summed)
     besides = counts.micro_batches * one.parameters * together["parameter"]
     unseen = sum(share * each.unseen_seconds(rates) for each, share in fit.samples)
-    return together["parts"] * parts + besides + counts.sizes * unseen / counts.micro_batches
+    return together["parts"] * parts + besides + counts.changed * unseen
 
 
 def _beside(traced: Trace) -> int:
@@ -303,13 +304,13 @@ def _chosen(planned: Loader) -> Iterator[tuple[Batch, float]]:
 class Counts:
     """Of a whole plan, as far as `largest` looks.
 
-    sizes  different ones of micro-batches: products of each are new once
-    sums   how many times gradients of a micro-batch go into sums: a step of one needs none
+    changed  the share of micro-batches that are of another size than the one before
+    sums     how many times gradients of a micro-batch go into sums: a step of one needs none
     """
 
     tokens: float
     micro_batches: float
-    sizes: int
+    changed: float
     sums: float
 
 
@@ -317,10 +318,10 @@ def _count(planned: Loader) -> Counts:
     steps = _looked_at(planned)
     by_step = [_sizes(planned, step) for step in steps]
     sizes = [size for each in by_step for size in each]
-    different = len({hardware.few_sizes(size) for size in sizes})
+    changes = sum(before != after for before, after in pairwise([0, *map(hardware.few_sizes, sizes)]))
     sums = sum(len(each) for each in by_step if len(each) > 1)
     share = planned.steps / len(steps)
-    return Counts(sum(sizes) * share, len(sizes) * share, different, sums * share)
+    return Counts(sum(sizes) * share, len(sizes) * share, changes / len(sizes), sums * share)
 
 
 def _looked_at(planned: Loader) -> range:
