@@ -1,11 +1,13 @@
 """Where the time of a training step goes: the parts of deft's own step, beside the rate of this machine's products.
 
     python benchmarks/time_split.py [40m] [--workload generated] [--tokens 2048] [--steps 8] [--threads 2] [--cpu-time]
-                                    [--vocabulary 64000] [--precision bf16] [--out FILE]
+                                    [--rate-once] [--vocabulary 64000] [--precision bf16] [--out FILE]
 
 Micro-batches of random weights' rows, one optimizer step each; the median of all but the first two counts. The rate of
 products is measured before and after each step, since that of a busy machine changes within seconds. --cpu-time
 counts the seconds that the process computed and not those that it waited for busy neighbours: for one thread only.
+--rate-once measures the rate behind the last step alone: time and memory of each step, which the result has as well,
+are then those of a run, whose first steps make the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -85,21 +87,27 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.config()), dtype=dtype)
     learner, note = selftest.choose(model.eval())
     optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-4)
-    rates, done = [machine.gemm_rate(shape, dtype)], []
+    rates, done, resident = [] if options.rate_once else [machine.gemm_rate(shape, dtype)], [], []
     for batch, needed in micro_batches(shape, options.workload, options.tokens, options.steps):
         parts = step(learner, optimizer, batch, clock)
         peak = machine.peak_bytes()
-        rates.append(machine.gemm_rate(shape, dtype))
-        share = needed / sum(parts) / (sum(rates[-2:]) / 2)
-        done.append((parts, len(batch.tokens), len(batch.rows), share))
+        resident.append(machine.resident_bytes())
+        done.append((parts, len(batch.tokens), len(batch.rows), needed))
+        if not options.rate_once:
+            rates.append(machine.gemm_rate(shape, dtype))
+    rates = rates or [machine.gemm_rate(shape, dtype)] * (len(done) + 1)
+    around = [mean(pair) for pair in pairwise(rates)]
+    shares = [needed / sum(parts) / rate for (parts, _, _, needed), rate in zip(done, around, strict=True)]
     counted = done[2:] or done[-1:]
     return {
         "note": note,
         "gemm_gflops": [round(each / 1e9) for each in rates],
         "tokens_per_second": round(median(tokens / sum(parts) for parts, tokens, _, _ in counted)),
-        "share_of_gemm": round(median(share for _, _, _, share in counted), 3),
-        "shares": [round(share, 3) for _, _, _, share in counted],
+        "share_of_gemm": round(median(shares[2:] or shares[-1:]), 3),
+        "shares": [round(share, 3) for share in shares],
         "seconds": {name: round(median(each[0][i] for each in counted), 4) for i, name in enumerate(PARTS)},
+        "step_seconds": [round(sum(parts), 3) for parts, _, _, _ in done],
+        "resident_mib": [round(size / 2**20) for size in resident],
         "step_tokens": [tokens for _, tokens, _, _ in done],
         "step_targets": [targets for _, _, targets, _ in done],
         "peak_mib": round(peak / 2**20),
@@ -115,12 +123,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--rate-once", action="store_true")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
     parser.add_argument("--precision", default="bf16", choices=DTYPES)
     parser.add_argument("--out", type=Path, help="a JSON file, which gets one more measurement")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts waiting threads as well: only with --threads 1")
+    hardware.bound_kernel_caches(sizes=1)
     hardware.keep_freed_memory()
     machine.pin(options.threads)
     torch.set_num_threads(options.threads)

@@ -32,7 +32,7 @@ from deft.model.blocks import llama
 from deft.model.checkpointing import Checkpointing
 from deft.model.learner import Learner
 from deft.training import step
-from deft.types import Batch
+from deft.types import Batch, Head
 
 WITH_BLOCKS = ["llama", "llama_tied", "qwen2", "qwen3", "mistral"]
 
@@ -291,3 +291,22 @@ def test_a_micro_batch_needs_no_product_that_was_not_tried_before(name: str, che
     assert len(batch.tokens) + learner.padding(batch) == 640
     assert 640 in rows
     assert rows.isdisjoint({len(batch.tokens), len(batch.rows)})
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("targets", [300, 5000])
+def test_the_loss_needs_no_product_that_was_not_tried_before(targets: int, has_bias: bool) -> None:
+    """Few blocks are summed in bf16, many in fp32."""
+    nll._try_products.cache_clear()
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=rng).bfloat16().requires_grad_()
+        for size in ((targets, 16), (90_000, 16), (90_000,))
+    )
+    head = Head(weight, bias if has_bias else None, 1.0, None)
+    with _Watch() as tried:
+        nll.make_kernels(head, targets)
+    with _Watch() as needed:
+        nll.loss(hidden, head, torch.arange(targets), torch.ones(targets)).backward()
+    assert len(needed.sizes) >= 3
+    assert needed.sizes <= tried.sizes

@@ -69,8 +69,17 @@ def pin(threads: int) -> list[int]:
 
 def peak_bytes() -> int:
     """The most resident memory of this process so far."""
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process now."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) * 1024
 
 
 def gemm_rate(shape: Shape, dtype: torch.dtype, device: str = "cpu", rows: int = PROBE_ROWS) -> float:

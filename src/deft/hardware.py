@@ -19,6 +19,9 @@ from deft.errors import InputError, MemoryShort
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 """A micro-batch's tokens where nothing is said."""
 
+TRIED = 4096
+"""Sizes of products that are known to have been tried (`few_sizes`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -69,8 +72,9 @@ def few_sizes(rows: int) -> int:
 
     Each new size costs 2.7 ms, and its kernel stays, in the midst of tensors that come and go: memory that is free
     falls to pieces. Products that are tried out before a micro-batch have their kernels in one place. Without both, the
-    first eight steps of a 40 M model take 1.29 s on average and 28 steps 2,030 MiB, with them 1.18 s and 1,590 MiB
-    (3,100 tokens each, Intel Xeon with AMX, torch 2.13); later ones 1.07 and 0.93 s.
+    first eight steps of a 40 M model take 1.40 s on average, the last 14 of 28 take 1.21 s, and the process ends with
+    2,890 MiB; with both 1.33 s, 1.05 s and 1,560 MiB (Intel Xeon with AMX, torch 2.13; benchmarks/time_split.py 40m
+    --workload gsm8k --tokens 3100 --steps 28 --rate-once).
 
     >>> few_sizes(0), few_sizes(30), few_sizes(1000), few_sizes(2500)
     (0, 32, 1008, 2560)

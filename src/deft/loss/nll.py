@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional
 
-from deft.hardware import few_sizes, keeps_kernels
+from deft.hardware import TRIED, few_sizes, keeps_kernels
 from deft.types import Head
 
 CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
@@ -68,17 +68,17 @@ def loss_and_statistics(
 def make_kernels(head: Head, targets: int) -> None:
     """Tries the products that the loss of so many targets needs, unless they have been tried: before a micro-batch has
     taken its memory (`hardware.few_sizes`)."""
-    weight = head.weight
+    weight, has_bias = head.weight, head.bias is not None
     if keeps_kernels(weight):
         blocks = _blocks(few_sizes(targets), len(weight) * 2, weight.device, is_narrow=True)
         for rows in dict.fromkeys(block.stop - block.start for block in blocks):
-            _try_products(rows, *weight.shape, weight.dtype, _dtype_of_sums(blocks, weight.dtype))
+            _try_products(rows, *weight.shape, weight.dtype, _dtype_of_sums(blocks, weight.dtype), has_bias)
 
 
-@lru_cache(maxsize=4096)
-def _try_products(rows: int, vocabulary: int, size: int, dtype: torch.dtype, sums: torch.dtype) -> None:
+@lru_cache(maxsize=TRIED)
+def _try_products(rows: int, vocabulary: int, size: int, dtype: torch.dtype, sums: torch.dtype, has_bias: bool) -> None:
     hidden_BH, weight_VH = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocabulary, size, dtype=dtype)
-    logits_BV = _project(hidden_BH, weight_VH, None, None)
+    logits_BV = _project(hidden_BH, weight_VH, weight_VH[:, 0].contiguous() if has_bias else None, None)
     torch.mm(logits_BV, weight_VH, out=hidden_BH)
     total_VH = weight_VH.to(sums)
     for is_first in (True, False):

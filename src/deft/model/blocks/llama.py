@@ -26,14 +26,11 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from deft.hardware import few_sizes
+from deft.hardware import TRIED, few_sizes
 from deft.model import causal
 from deft.model.causal import Layout
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-
-TRIED = 4096
-"""Sizes of products that are known to have been tried."""
 
 PIECE = 2**17
 """Elements that a thread takes through a row of elementwise operations at a time, so that they stay in its cache."""
