@@ -130,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts waiting threads as well: only with --threads 1")
-    hardware.bound_kernel_caches(sizes=1)
+    hardware.bound_kernel_caches(hardware.kept_kernels(0, SHAPES[options.shape].parameters))
     hardware.keep_freed_memory()
     machine.pin(options.threads)
     torch.set_num_threads(options.threads)

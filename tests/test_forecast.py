@@ -520,23 +520,30 @@ def test_the_memory_is_what_the_process_may_use() -> None:
 
 
 def test_kernels_of_one_micro_batch_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bounds(sizes: int, **given: str) -> list[str | None]:
+    def bounds(kernels: int, **given: str) -> list[str | None]:
         names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
         with monkeypatch.context() as patch:
             patch.setattr(hardware.os, "environ", dict(given))
-            hardware.bound_kernel_caches(sizes)
+            hardware.bound_kernel_caches(kernels)
             return [hardware.os.environ.get(name) for name in names]
 
-    assert bounds(0) == bounds(160) == ["256", "256"]
-    assert bounds(200) == ["300", "300"]
-    assert bounds(200, LRU_CACHE_CAPACITY="9") == ["9", "300"]
+    assert bounds(64) == ["64", "64"]
+    assert bounds(300, LRU_CACHE_CAPACITY="9") == ["9", "300"]
+    assert [hardware.kept_kernels(sizes, 10**8) for sizes in (0, 160, 200)] == [256, 256, 300]
+    assert [hardware.kept_kernels(sizes, 10**9) for sizes in (0, 42, 200)] == [64, 64, 300]
 
 
-def test_a_run_keeps_the_kernels_of_its_largest_micro_batch(base: Base, tmp_path: Path) -> None:
+def test_a_run_keeps_the_kernels_of_its_largest_micro_batch(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "a" * n, "completion": "b"}) + "\n" for n in (1, 9, 30, 90)))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(hardware, "kept_kernels", lambda *numbers: asked.append(numbers) or 7)
     given = config.make(config.nested({"model": base.path, "data__train": str(rows), "precision": "fp32"}))
     prepared = prepare.prepare(given, Caller())
     batch = forecast.largest(prepared.loader)[0]
     traced = trace(AutoConfig.from_pretrained(base.path), batch, nll, prepared.checked.machine, is_alone=True)
-    assert prepared.sizes == sum(traced.sizes.values()) > 10
+    assert asked == [(sum(traced.sizes.values()), traced.parameters)]
+    assert asked[0][0] > 10
+    assert prepared.kernels == 7

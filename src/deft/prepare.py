@@ -15,6 +15,7 @@ from deft import (
     dataset,
     fits,
     forecast,
+    hardware,
     ledger,
     loader,
     manifest,
@@ -28,7 +29,7 @@ from deft.config import Config
 from deft.dataset import Dataset
 from deft.encoding.rows import RowEncoder
 from deft.errors import InputError, Problem, Problems
-from deft.forecast import Fit, Forecast
+from deft.forecast import Fit, Forecast, Trace
 from deft.loader import Loader
 from deft.model import load as models
 from deft.model.checkpointing import Checkpointing
@@ -48,7 +49,7 @@ class Prepared:
 
     config     resolved
     expected   None where the architecture has to be seen running
-    sizes      of matrix products in the largest micro-batch
+    kernels    of matrix products that are kept on CPUs
     batchings  what cuts steps, and from which step on
     found      the checkpoint that the run goes on from
     """
@@ -60,7 +61,7 @@ class Prepared:
     loader: Loader
     checkpointing: Checkpointing
     expected: Forecast | None
-    sizes: int
+    kernels: int
     rows: Rows
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
@@ -96,7 +97,7 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         loader=fit.planned,
         checkpointing=fit.checkpointing,
         expected=expected,
-        sizes=0 if fit.traced is None else sum(fit.traced.sizes.values()),
+        kernels=_kernels(fit.traced),
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,
@@ -105,6 +106,12 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     if found is not None:
         _compare(prepared, found, caller)
     return prepared
+
+
+def _kernels(traced: Trace | None) -> int:
+    if traced is None:
+        return hardware.kept_kernels(0, 0)
+    return hardware.kept_kernels(sum(traced.sizes.values()), traced.parameters)
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:

@@ -97,7 +97,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
-        hardware.bound_kernel_caches(prepared.sizes)
+        hardware.bound_kernel_caches(prepared.kernels)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
             state = _load(prepared, caller)
