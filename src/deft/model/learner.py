@@ -72,7 +72,7 @@ class Learner:
 
     def _trimmed(self, batch: Batch) -> tuple[Tensor, Head]:
         """The same where the last layer is a block, and so the body one that takes embeddings for their tokens."""
-        batch = fill(batch, few_sizes(len(batch.tokens)))
+        batch = _filled(batch)
         head, embedding = self.head, self.model.get_input_embeddings()
         arguments: dict[str, Any] = {"target_rows": batch.rows}
         if lookup.fits(embedding):
@@ -87,7 +87,7 @@ class Learner:
         """Tries the products that the body will need for this micro-batch's gradient, while memory is free
         (`hardware.few_sizes`)."""
         if self._has_blocks:
-            filled = fill(batch, few_sizes(len(batch.tokens)))
+            filled = _filled(batch)
             faster.make_kernels(self.model, len(filled.tokens), few_sizes(len(batch.rows)), filled.documents)
 
     def padding(self, batch: Batch) -> int:
@@ -109,6 +109,10 @@ class Learner:
         assert self.mode == "whole", "where the head is understood, logits are never whole"
         with checkpointed(self.model, self.checkpointing):
             return whole_logits(self.model, batch)
+
+
+def _filled(batch: Batch) -> Batch:
+    return fill(batch, few_sizes(len(batch.tokens)))
 
 
 def packed_hidden(model: PreTrainedModel, batch: Batch, **arguments: Any) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 
 from deft.hardware import sent
 from deft.loader import Work
-from deft.loss import nll
 from deft.model.learner import Learner
 from deft.optim.adamw import clip_scale
 from deft.training import randomness
@@ -99,11 +98,11 @@ def mean_share(learner: Learner, batch: Batch, normalizer: float, loss: ModuleTy
 
 
 def make_kernels(learner: Learner, batch: Batch, loss: ModuleType) -> None:
-    """Kernels that will stay are made before a micro-batch takes its memory (`hardware.few_sizes`). Which ones a user's
-    loss needs is not known."""
+    """Kernels that will stay are made before a micro-batch takes its memory (`hardware.few_sizes`), those of the loss
+    where it has a `make_kernels` of its own."""
     learner.make_kernels(batch)
-    if loss is nll and learner.mode != "whole":
-        nll.make_kernels(learner.head, len(batch.targets))
+    if hasattr(loss, "make_kernels") and learner.mode != "whole":
+        loss.make_kernels(learner.head, len(batch.targets))
 
 
 def nll_sum(learner: Learner, batch: Batch, loss: ModuleType) -> torch.Tensor:
