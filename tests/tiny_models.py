@@ -9,8 +9,10 @@ from tiny_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def write_llama(folder: Path, chat_template: str | None = None, dtype: torch.dtype = torch.float32) -> Path:
-    """Two layers, hidden size 32, tied embeddings, 128 positions; the byte-level tokenizer with BOS and EOS."""
+def write_llama(
+    folder: Path, chat_template: str | None = None, dtype: torch.dtype = torch.float32, positions: int = 128
+) -> Path:
+    """Two layers, hidden size 32, tied embeddings; the byte-level tokenizer with BOS and EOS."""
     torch.manual_seed(0)
     tokenizer = byte_level(puts_bos=True)
     config = LlamaConfig(
@@ -20,7 +22,7 @@ def write_llama(folder: Path, chat_template: str | None = None, dtype: torch.dty
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
