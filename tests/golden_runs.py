@@ -78,7 +78,7 @@ RUNS: Mapping[str, tuple[str, str, list[str]]] = {
     "dialogue-fp32": ("llama", "dialogue", ["precision=fp32", "microbatch_tokens=96"]),
     "dialogue-bf16": ("neox", "dialogue", ["precision=bf16", "dropout=config"]),
     "chat-fp32": ("llama", "chat", ["precision=fp32", "dropout=config", "data.eval=0.1", "evaluate.every=4"]),
-    "chat-bf16": ("llama", "chat", ["precision=bf16", "microbatch_tokens=128", "max_length=128", "optimizer.weight_decay=0.1"]),
+    "chat-bf16": ("llama", "chat", ["precision=bf16", "max_length=128", "optimizer.weight_decay=0.1"]),
     "tools-fp32": ("neox", "tools", ["precision=fp32", "microbatch_tokens=512", "loss.normalize=examples"]),
     "tools-bf16": ("llama", "tools", ["precision=bf16", "loss.normalize=examples", "batch.tokens=800"]),
 }
@@ -106,7 +106,7 @@ def main() -> int:
 def _compare(here: Path, base: Path, name: str) -> list[str]:
     """Runs `name` with both versions; a line for each file that differs."""
     outputs = [_train(here, source, name, here / f"{name}-{key}") for key, source in (("old", base), ("new", HERE))]
-    old, new = ({key: value for key, value in _results(output)} for output in outputs)
+    old, new = (dict(_results(output)) for output in outputs)
     found = [f"{name}: {key} differs" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     print(f"{name}: {len(old)} results, {len(found)} differ", flush=True)
     return found
@@ -142,7 +142,7 @@ def _train(here: Path, source: Path, name: str, output: Path) -> Path:
 
 
 def _results(output: Path) -> Iterator[tuple[str, Any]]:
-    """What is compared: the lines without clock and memory, and a digest of each file of final/ but the card and the list of digests."""
+    """The lines without clock and memory, and a digest of each file of final/ but the card and the list of digests."""
     for name in WRITTEN:
         lines = (output / name).read_text().splitlines() if (output / name).exists() else []
         for number, line in enumerate(map(json.loads, lines), 1):
