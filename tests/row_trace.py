@@ -66,10 +66,11 @@ class Trace:
 
 def trace(name: str) -> dict[str, Any]:
     """The counts of one row, by module."""
-    import deft
-    from deft import __file__ as package
     from tiny_models import write_llama
     from tiny_tokenizers import CHATML
+
+    import deft
+    from deft import __file__ as package
 
     found = Trace(Path(package).parent)
     with tempfile.TemporaryDirectory() as folder:
