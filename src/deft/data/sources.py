@@ -71,6 +71,8 @@ def read(path: str, *, subset: str | None = None, split: str | None = None) -> I
 
 def chunks(path: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Chunk]:
     """What `read` reads, in chunks."""
+    if subset is not None and not is_on_the_hub(path):
+        raise InputError(f"{path}: subset {subset!r} is for data sets of the Hub, and this is none; leave it out")
     if path == STDIN:
         return _not_empty(_stream(_stdin(), PIPED, ".json"), PIPED)
     if is_on_the_hub(path):
