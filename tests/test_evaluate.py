@@ -10,8 +10,10 @@ import torch
 from test_generate import PROMPTS, model_of, tokenizer_of
 
 from deft import generate as generation
-from deft.errors import InputError, Problems
-from deft.evaluate import Prompt, parse_prompts, sample, settings
+from deft.errors import InputError, Problems, UserCodeError
+from deft.evaluate import sample, settings
+from deft.prompts import Prompt
+from deft.prompts import load as parse_prompts
 
 
 def lengths(samples: list[str], prompts: list[str], outputs: list[str], **_: Any) -> dict[str, list[float]]:
@@ -144,10 +146,27 @@ def test_what_metric_fn_returns_is_checked(returned: Any, said: str) -> None:
         )
 
 
-def test_what_metric_fn_raises_is_passed_on() -> None:
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(ZeroDivisionError("by nought"), "ZeroDivisionError: by nought"), (SystemExit(3), "SystemExit: 3")],
+)
+def test_what_metric_fn_raises_is_named_as_the_user_s_with_its_traceback(raised: BaseException, said: str) -> None:
+    def inner() -> None:
+        raise raised
+
+    def metric(**lists: Any) -> dict[str, list[float]]:
+        inner()
+        return {}
+
     tokenizer = tokenizer_of("bytes")
-    with pytest.raises(ZeroDivisionError):
-        sample(model_of(tokenizer), tokenizer, prompts_of("A"), {"max_new_tokens": 1}, metric_fn=lambda **_: 1 / 0)
+    with pytest.raises(UserCodeError) as error:
+        sample(model_of(tokenizer), tokenizer, prompts_of("A"), {"max_new_tokens": 1}, metric_fn=metric)
+    first, *frames = str(error.value).splitlines()
+    assert first == f"metric_fn raised {said}"
+    places = [line for line in frames if line.startswith("  File")]
+    assert [line.rpartition(" in ")[2] for line in places] == ["metric", "inner"], "the user's frames, and no other"
+    assert error.value.exit_code == 2
+    assert error.value.__cause__ is raised
 
 
 def test_sampling_draws_no_random_number_of_training() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import reference_loss as reference
 import torch
 import transformers
 from architectures import (
@@ -28,7 +29,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deft.errors import InputError
-from deft.loss import reference
 from deft.model import attention, causal, selftest
 from deft.model.learner import Learner
 from deft.types import Batch

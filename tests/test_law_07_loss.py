@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import importlib
 import math
-import pkgutil
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import pytest
+import reference_loss as reference
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import deft.loss
-from deft.loss import nll, reference
+from deft import losses, registry
+from deft.errors import InputError
+from deft.loss import nll
+from deft.losses import OwnLoss
 from deft.types import Head
 
-NAMES = sorted(module.name for module in pkgutil.iter_modules(deft.loss.__path__))
+NAMES = registry.names(deft.loss)
+LOSSES = {name: importlib.import_module(f"deft.loss.{name}") for name in NAMES} | {
+    "reference": reference,
+    "a user's own": OwnLoss("reference_loss:loss_from_logits", reference.loss_from_logits),
+}
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -31,9 +38,9 @@ HEADS = {
 Case = tuple[Tensor, Head, Tensor, Tensor]
 
 
-@pytest.fixture(params=NAMES)
-def room(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(f"deft.loss.{request.param}")
+@pytest.fixture(params=LOSSES)
+def room(request: pytest.FixtureRequest) -> Any:
+    return LOSSES[request.param]
 
 
 @pytest.fixture
@@ -76,7 +83,7 @@ def leaves_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, Head]:
     )
 
 
-def run(room: ModuleType, case: Case, dtype: torch.dtype, grad_output: float = 1.0) -> list[Tensor]:
+def run(room: Any, case: Case, dtype: torch.dtype, grad_output: float = 1.0) -> list[Tensor]:
     """[loss, d_hidden, d_weight, d_bias if there is one], from the case's values cast to dtype."""
     hidden_KH, head = leaves_of(case, dtype)
     loss = room.loss(hidden_KH, head, case[2], case[3])
@@ -103,8 +110,10 @@ def relative_errors(ours: list[Tensor], oracle: list[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, oracle, strict=True)]
 
 
-def test_the_folder_holds_the_reference_and_the_default() -> None:
-    assert {"nll", "reference"} <= set(NAMES)
+def test_the_folder_holds_the_default_and_not_the_reference() -> None:
+    assert "nll" in NAMES
+    with pytest.raises(InputError, match=r"loss\.name: 'reference' is not there; there is nll"):
+        losses.load("reference")
 
 
 def test_the_reference_is_a_weighted_sum_of_cross_entropies() -> None:
@@ -118,7 +127,7 @@ def test_the_reference_is_a_weighted_sum_of_cross_entropies() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_in_fp64_it_is_the_reference(room: ModuleType, head: str) -> None:
+def test_in_fp64_it_is_the_reference(room: Any, head: str) -> None:
     case = make_case(**HEADS[head])
     ours = run(room, case, torch.float64, grad_output=0.7)
     assert max(relative_errors(ours, run(reference, case, torch.float64, grad_output=0.7))) < 1e-13
@@ -126,19 +135,19 @@ def test_in_fp64_it_is_the_reference(room: ModuleType, head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.usefixtures("tiny_blocks")
-def test_chunks_change_nothing(room: ModuleType, head: str) -> None:
+def test_chunks_change_nothing(room: Any, head: str) -> None:
     case = make_case(targets=7, **HEADS[head])
     assert max(relative_errors(run(room, case, torch.float64), run(reference, case, torch.float64))) < 1e-13
 
 
 @pytest.mark.parametrize("rows", [255, 256, 257, 512, 513])
-def test_rows_on_a_chunk_boundary_count_once(room: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_on_a_chunk_boundary_count_once(room: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nll, "CPU_BLOCK", 1)
     case = make_case(targets=rows, vocabulary=19)
     assert max(relative_errors(run(room, case, torch.float64), run(reference, case, torch.float64))) < 1e-13
 
 
-def test_rows_that_fill_up_a_block_add_nothing_even_where_tokens_are_impossible(room: ModuleType) -> None:
+def test_rows_that_fill_up_a_block_add_nothing_even_where_tokens_are_impossible(room: Any) -> None:
     case = make_case(targets=17, vocabulary=19, bias=True)
     assert case[1].bias is not None
     impossible = sorted(set(range(19)) - set(case[2].tolist()))
@@ -153,7 +162,7 @@ def test_rows_that_fill_up_a_block_add_nothing_even_where_tokens_are_impossible(
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("vocabulary", [127, 251])
 def test_low_precision_costs_no_more_than_hugging_face(
-    room: ModuleType, head: str, vocabulary: int, dtype: torch.dtype
+    room: Any, head: str, vocabulary: int, dtype: torch.dtype
 ) -> None:
     case = make_case(targets=300, vocabulary=vocabulary, dtype=dtype, **HEADS[head])
     oracle = run(reference, case, torch.float64)
@@ -210,7 +219,7 @@ def test_accuracy_and_entropy_come_with_the_loss(head: str, is_trained: bool) ->
     assert float(found_entropy) == pytest.approx(float(entropy.detach()), rel=1e-12)
 
 
-def test_zero_weight_gives_zero_gradient(room: ModuleType) -> None:
+def test_zero_weight_gives_zero_gradient(room: Any) -> None:
     hidden_KH, head, targets_K, weights_K = make_case(**HEADS["all"])
     weights_K[::3] = 0.0
     gradient_KH = run(room, (hidden_KH, head, targets_K, weights_K), torch.float32)[1]
@@ -221,7 +230,7 @@ def test_zero_weight_gives_zero_gradient(room: ModuleType) -> None:
     assert not any(tensor.any() for tensor in ours)
 
 
-def test_it_is_linear_in_the_weights(room: ModuleType) -> None:
+def test_it_is_linear_in_the_weights(room: Any) -> None:
     hidden_KH, head, targets_K, weights_K = make_case(**HEADS["all"])
     one, other = weights_K.double(), weights_K.flip(0).double()
     parts = [run(room, (hidden_KH, head, targets_K, w), torch.float64) for w in (one, other)]
@@ -230,7 +239,7 @@ def test_it_is_linear_in_the_weights(room: ModuleType) -> None:
     assert max(relative_errors(whole, expected)) < 1e-13
 
 
-def test_no_targets_give_zero_with_gradients_attached(room: ModuleType) -> None:
+def test_no_targets_give_zero_with_gradients_attached(room: Any) -> None:
     loss, *gradients = run(room, make_case(targets=0, **HEADS["all"]), torch.float32)
     assert loss == 0
     assert [tuple(g.shape) for g in gradients] == [(0, 33), (251, 33), (251,)]
@@ -238,7 +247,7 @@ def test_no_targets_give_zero_with_gradients_attached(room: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unmoved(room: ModuleType, frozen: str) -> None:
+def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unmoved(room: Any, frozen: str) -> None:
     case = make_case(**HEADS["all"])
     expected = dict(zip(("hidden", "weight", "bias"), run(room, case, torch.float64)[1:], strict=True))
     hidden_KH, head = leaves_of(case, torch.float64)
@@ -259,7 +268,7 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     assert sums == [(251, 33)]
 
 
-def test_without_gradients_only_the_value_is_computed(room: ModuleType) -> None:
+def test_without_gradients_only_the_value_is_computed(room: Any) -> None:
     case = make_case()
     hidden_KH, head = leaves_of(case, torch.float64)
     with torch.no_grad():
@@ -268,11 +277,11 @@ def test_without_gradients_only_the_value_is_computed(room: ModuleType) -> None:
     assert float(loss) == pytest.approx(float(run(room, case, torch.float64)[0]), rel=1e-14)
 
 
-def test_tied_weights_add_up(room: ModuleType) -> None:
+def test_tied_weights_add_up(room: Any) -> None:
     _, head, targets_K, weights_K = make_case()
     inputs_K = targets_K.roll(1)
 
-    def gradient_of(module: ModuleType) -> Tensor:
+    def gradient_of(module: Any) -> Tensor:
         weight = head.weight.clone().requires_grad_()
         module.loss(functional.embedding(inputs_K, weight), Head(weight), targets_K, weights_K).backward()
         assert weight.grad is not None
@@ -291,7 +300,7 @@ def test_a_second_backward_is_refused_not_wrong(factor: float) -> None:
         torch.autograd.grad(factor * loss, [hidden_KH, head.weight])
 
 
-def test_hidden_states_may_differ_in_dtype_from_the_weight(room: ModuleType) -> None:
+def test_hidden_states_may_differ_in_dtype_from_the_weight(room: Any) -> None:
     case = make_case(dtype=torch.bfloat16, **HEADS["all"])
     hidden_KH, head = leaves_of(case, torch.float32)
     room.loss(hidden_KH.bfloat16(), head, case[2], case[3]).backward()
@@ -303,7 +312,7 @@ def test_hidden_states_may_differ_in_dtype_from_the_weight(room: ModuleType) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("tiny_blocks")
-def test_from_logits_it_is_the_reference_and_leaves_them_alone(room: ModuleType, dtype: torch.dtype) -> None:
+def test_from_logits_it_is_the_reference_and_leaves_them_alone(room: Any, dtype: torch.dtype) -> None:
     hidden_KH, head, targets_K, weights_K = make_case(targets=7)
     logits_KV = (hidden_KH @ head.weight.T).to(dtype).requires_grad_()
     before = logits_KV.detach().clone()
@@ -321,7 +330,7 @@ def test_from_logits_it_is_the_reference_and_leaves_them_alone(room: ModuleType,
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
-def test_large_logits_stay_finite(room: ModuleType, shift: float) -> None:
+def test_large_logits_stay_finite(room: Any, shift: float) -> None:
     logits_KV = torch.tensor([[shift, 0.0, shift]]).requires_grad_()
     loss = room.loss_from_logits(logits_KV, torch.tensor([0]), torch.ones(1))
     loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def train(folder: Path, output: str, stop: int | None = None, **more: Any) -> st
         for record in steps(*given, **named):
             yield record
             if record.step == stop:
+                patch.setattr(run, "_save", lambda *given, **named: None)
                 raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -226,6 +228,18 @@ def test_what_cannot_be_gone_on_from_is_refused(resume: str, message: str, folde
     train(folder, "cut", stop=3)
     with pytest.raises(InputError, match=message):
         train(folder, "cut", resume=resume)
+
+
+def test_rows_that_are_not_trained_may_change_and_it_is_said(folder: Path) -> None:
+    data = folder / "train.jsonl"
+    good, bad = data.read_text(), json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n"
+    data.write_text(good + bad)
+    train(folder, "cut", stop=3, data__allow_refused=1)
+    assert "since step" not in train(folder, "cut", stop=5, data__allow_refused=1)
+    data.write_text(good)
+    said = train(folder, "cut", data__allow_refused=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("since step")]
+    assert re.match(r"since step 4: ledger \w{12} -> \w{12} applies: the same rows are trained", line)
 
 
 def test_fewer_epochs_than_are_done_are_refused(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deft import config as configuration
+from deft.errors import user_code
 from deft.reading import Caller
 from deft.run import Run
 from deft.run import train as run_config
@@ -22,8 +23,8 @@ def train(
     model: str | Path,
     data: Any = None,
     *,
-    samples: Sequence[Any] | None = None,
-    eval_prompts: Sequence[Any] | None = None,
+    samples: Iterable[Any] | None = None,
+    eval_prompts: str | Path | Iterable[Any] | None = None,
     metric_fn: MetricFn | None = None,
     stop_sequences: Sequence[str] = (),
     **settings: Any,
@@ -34,23 +35,33 @@ def train(
                   `batch` (examples of a step) are short for three of them
     samples       trlx's: strings, or [prompt, output, prompt, output, ...]; any other shape that deft reads as well
     eval_prompts  answered before training, every `evaluate__every` steps and at the end: strings, lists of messages,
-                  or {"prompt": ..., more}; `more` goes to `metric_fn` as lists
+                  or {"prompt": ..., more}, or a file of them; `more` goes to `metric_fn` as lists
     metric_fn     (samples, prompts, outputs, **more) -> {name: [one number per sample]}
 
-    Raises DeftError for whatever a user can mend.
+    Raises DeftError for whatever a user can mend, UserCodeError where a function or an iterable of theirs raises.
     """
     if (data is None) == (samples is None):
         raise configuration.InputError("deft.train: give data or samples, one of the two")
+    if isinstance(samples, str | Path):
+        raise configuration.InputError("deft.train: samples are a list of rows; name a file with data=")
     values = configuration.nested({SHORT.get(key, key): value for key, value in settings.items()})
     values["model"] = str(model)
     values["data"] = _merged(values.get("data"), "samples" if data is None else data)
     evaluation = dict(values.get("evaluate", {}))
     if eval_prompts is not None:
-        evaluation["prompts"] = tuple(eval_prompts)
+        evaluation["prompts"] = _listed(eval_prompts, "eval_prompts")
     if stop_sequences:
         evaluation["stop_sequences"] = tuple(stop_sequences)
     values["evaluate"] = evaluation
-    return run_config(configuration.make(values), Caller(samples=samples, metric_fn=metric_fn))
+    return run_config(configuration.make(values), Caller(samples=_listed(samples, "samples"), metric_fn=metric_fn))
+
+
+def _listed(values: Any, name: str) -> Any:
+    """The values of an iterable, which may be the user's own; a file's name, and None, as they are."""
+    if values is None or isinstance(values, str | Path):
+        return values
+    with user_code(name):
+        return tuple(values)
 
 
 def _merged(settings: Any, data: Any) -> Any:

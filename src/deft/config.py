@@ -118,17 +118,19 @@ class Loss(Room):
 
 
 class Evaluate(Room):
-    """Every so many steps and at the end: held-out loss, and answers to `prompts`. `prompts` is a file or a list."""
+    """Every so many steps and at the end: held-out loss, and answers to `prompts`, a list or the name of a file."""
 
     every: int | None = Field(None, ge=1)
-    prompts: tuple[Any, ...] = ()
+    prompts: str | tuple[Any, ...] = ()
     generate: dict[str, Any] = {}
     stop_sequences: tuple[str, ...] = ()
 
     @field_validator("prompts", mode="before")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
-        return () if value is None else value
+        if not isinstance(value, str | Path | list | tuple | None):
+            raise ValueError("name a file, or give a list of prompts")
+        return str(value) if isinstance(value, Path) else value or ()
 
 
 class Checkpoint(Room):

@@ -29,7 +29,7 @@ from deft.data.shapes import Survey
 from deft.encoding.pieces import Coder
 from deft.encoding.raw import Side
 from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
-from deft.errors import InputError, Problem, Problems
+from deft.errors import InputError, Problem, Problems, user_code
 from deft.fates import Contents, Setting, settle
 from deft.files import Staging
 from deft.ledger import SourceLedger
@@ -424,7 +424,9 @@ def encode(
     rules = Rules(reasoning, learn_reasoning, learn_tool_calls)
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
     way = Way(processes=1)
-    ((named, survey),) = understand([Named("rows", rows=tuple(rows))], way)
+    with user_code("rows"):
+        held_rows = tuple(rows)
+    ((named, survey),) = understand([Named("rows", rows=held_rows)], way)
     done = store(named, survey, encoder(held, chosen, policy), way)
     count = len(done.columns["example_parts"])
     lost = [(done.origin(row), done.reason(row)) for row in (done.counts("row_examples") == 0).nonzero()[0].tolist()]

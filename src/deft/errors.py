@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,50 @@ class DeftError(Exception):
 
 
 class InputError(DeftError):
-    """Wrong input or configuration, found before training."""
+    """Wrong input or configuration."""
 
     exit_code = 2
+
+
+class UserCodeError(InputError):
+    """A function of the user's raised: which, what, and the traceback from its first line on.
+
+    It has the exit code of wrong input, as it is mended in what the user gave: 70 would send them to look for a bug in
+    deft, and 75 would have the run started again, to end in the same way.
+
+    brief  one line: the error, and the line of code that raised it
+    """
+
+    def __init__(self, text: str, brief: str) -> None:
+        super().__init__(text)
+        self.brief = brief
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserCodeError, (str(self), self.brief)
+
+
+@contextmanager
+def user_code(name: str) -> Iterator[None]:
+    """Whatever the body raises is an error of the user's function `name`: UserCodeError.
+
+    The body is one call. `sys.exit` in it is an error like any other; Ctrl-C and signals pass.
+
+    >>> try:
+    ...     with user_code("metric_fn"):
+    ...         int("one")
+    ... except UserCodeError as error:
+    ...     print(error)
+    metric_fn raised ValueError: invalid literal for int() with base 10: 'one'
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        ours = 2  # frames: this one, and the one that calls the user's
+        frames = [each for each in traceback.extract_tb(error.__traceback__)[ours:] if "importlib" not in each.filename]
+        what = f"{name} raised {''.join(traceback.format_exception_only(error)).strip()}"
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        text = "\n".join([what, *traceback.format_list(frames)])
+        raise UserCodeError(text.rstrip(), " ".join(what.split()) + place) from error
 
 
 class DamagedError(DeftError):

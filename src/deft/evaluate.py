@@ -14,8 +14,8 @@ import torch
 
 from deft import generate as generation
 from deft import tokenizer as tokenizers
-from deft.errors import InputError, Problem, Problems
-from deft.generate import Messages
+from deft.errors import InputError, user_code
+from deft.prompts import Prompt
 from deft.tokenizer import Tokenizer
 
 MetricFn: TypeAlias = Callable[..., Mapping[str, Sequence[float]]]
@@ -39,16 +39,6 @@ LISTS = frozenset(
     }
 )
 """Settings for which transformers itself expects a list: never swept."""
-
-RESERVED = frozenset({"samples", "prompts", "outputs"})
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt, text or messages, and what `metric_fn` is told about it."""
-
-    prompt: str | Messages
-    metadata: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +69,6 @@ class Samples:
 
     rows: tuple[Sample, ...]
     means: Mapping[str, float]
-
-
-def parse_prompts(prompts: Sequence[Any], where: str = "eval_prompts") -> tuple[Prompt, ...]:
-    """Prompts from strings, lists of messages, or objects with "prompt" (either of the two) and metadata.
-
-    Raises Problems that name every bad one.
-
-    >>> parse_prompts(["Hi", {"prompt": "2+2=", "answer": 4}])
-    (Prompt(prompt='Hi', metadata={}), Prompt(prompt='2+2=', metadata={'answer': 4}))
-    """
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
-        raise InputError(f"{where}: {type(prompts).__name__} is not a list of prompts; put it in a list")
-    problems = [problem for index, value in enumerate(prompts) for problem in _problems(f"{where}[{index}]", value)]
-    if problems:
-        raise Problems(f"{where}: {len(problems)} cannot be used", problems)
-    return tuple(_parse(value) for value in prompts)
 
 
 def settings(generate: Mapping[str, Any]) -> tuple[Setting, ...]:
@@ -132,8 +106,8 @@ def sample(
 ) -> Samples:
     """Answers to all prompts under each setting, and the metrics of each answer.
 
-    Random numbers are drawn from a copy of torch's state, so that sampling does not change training. What `metric_fn`
-    raises is passed on. Raises InputError where its result is not one number per sample and name.
+    Random numbers are drawn from a copy of torch's state, so that sampling does not change training. Raises
+    UserCodeError where `metric_fn` raises, InputError where its result is not one number per sample and name.
     """
     held = tokenizers.wrap(tokenizer)
     if not prompts:
@@ -174,7 +148,8 @@ def _measure(
     names = dict.fromkeys(name for prompt in prompts for name in prompt.metadata)
     metadata = {name: [prompt.metadata.get(name) for prompt in prompts] for name in names}
     samples = [text + output for text, output in zip(texts, outputs, strict=True)]
-    result = metric_fn(samples=samples, prompts=list(texts), outputs=list(outputs), **metadata)
+    with user_code("metric_fn"):
+        result = metric_fn(samples=samples, prompts=list(texts), outputs=list(outputs), **metadata)
     if not isinstance(result, Mapping):
         raise InputError(f"metric_fn: returned {type(result).__name__}; it must return {{name: [a number per sample]}}")
     return {str(name): _numbers(str(name), values, len(samples)) for name, values in result.items()}
@@ -195,47 +170,3 @@ def _number(name: str, index: int, value: Any) -> float:
     if not isinstance(plain, int | float):
         raise InputError(f"metric_fn: {name!r}[{index}] is {plain!r}, not a number")
     return float(plain)
-
-
-def _parse(value: Any) -> Prompt:
-    if isinstance(value, Mapping):
-        return Prompt(value["prompt"], {key: item for key, item in value.items() if key != "prompt"})
-    return Prompt(value, {})
-
-
-def _problems(where: str, value: Any) -> list[Problem]:
-    if not isinstance(value, Mapping):
-        return _prompt_problems(where, value)
-    if "prompt" not in value:
-        fix = "put the messages of one prompt in a list" if "role" in value else 'give {"prompt": ..., metadata}'
-        return [Problem(where, f"no 'prompt' among its keys ({', '.join(map(str, value))})", fix)]
-    taken = [
-        Problem(f"{where}.{key}", "metric_fn is given its own argument of this name", "rename it")
-        for key in sorted(RESERVED & value.keys())
-    ]
-    unnamed = [
-        Problem(where, f"the key {key!r} is not a string", "name it") for key in value if not isinstance(key, str)
-    ]
-    return _prompt_problems(f"{where}.prompt", value["prompt"]) + taken + unnamed
-
-
-def _prompt_problems(where: str, prompt: Any) -> list[Problem]:
-    if isinstance(prompt, str):
-        return []
-    if not isinstance(prompt, Sequence):
-        return [Problem(where, f"{type(prompt).__name__} is not a prompt", "give a string or a list of messages")]
-    if not prompt:
-        return [Problem(where, "no messages", "give at least one")]
-    return [
-        problem for index, message in enumerate(prompt) for problem in _message_problems(f"{where}[{index}]", message)
-    ]
-
-
-def _message_problems(where: str, message: Any) -> list[Problem]:
-    if not isinstance(message, Mapping):
-        return [Problem(where, f"{message!r} is not a message", 'give {"role": ..., "content": ...}')]
-    if not isinstance(message.get("role"), str):
-        return [Problem(f"{where}.role", "missing or not a string", 'give "user", "system" or "assistant"')]
-    if "content" not in message and "tool_calls" not in message:
-        return [Problem(f"{where}.content", "missing", "give the message's text")]
-    return []

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deft.errors import InputError, MemoryShort
+from deft.errors import InputError, MemoryShort, UserCodeError
 
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 """A micro-batch's tokens where nothing is said."""
@@ -156,13 +156,13 @@ def sent(tensor: Tensor, to: torch.device) -> Tensor:
 
 @contextmanager
 def within_memory(what: Callable[[], str]) -> Iterator[None]:
-    """Raises MemoryShort where the body runs out of memory, the device's or the machine's.
+    """Raises MemoryShort where the body runs out of memory, the device's or the machine's, in a user's function too.
 
     what  says what does not fit, and what would
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, UserCodeError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryShort(f"out of memory: {what()}") from error
@@ -180,4 +180,6 @@ def memory_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python found the device's or the machine's memory full; on the CPU torch has no type for it."""
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        return is_out_of_memory(error.__cause__)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

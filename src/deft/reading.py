@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +18,10 @@ from deft import (
     dataset,
     evaluate,
     hardware,
+    losses,
+    optim,
     preflight,
+    prompts,
     registry,
 )
 from deft import tokenizer as edge
@@ -28,11 +30,12 @@ from deft.config import Config
 from deft.data.shapes import Survey
 from deft.dataset import Advance, Named, Way
 from deft.encoding.rows import Policy, RowEncoder
-from deft.evaluate import MetricFn, Prompt
+from deft.evaluate import MetricFn
 from deft.hardware import Machine
 from deft.logs import console as display
 from deft.model import load as models
 from deft.model.load import Base
+from deft.prompts import Prompt
 from deft.redact import redacted
 from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
@@ -82,7 +85,7 @@ class Checked(Reading):
     """What is known once nothing in the input is wrong."""
 
     base: Base
-    loss: ModuleType
+    loss: Any
     machine: Machine
     prompts: tuple[Prompt, ...]
     folder: Path
@@ -90,20 +93,21 @@ class Checked(Reading):
 
 def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
+    (base, tokenizer), loss, _, machine, asked, _, folder, *rows = preflight.collect(
         [
             lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
-            lambda: registry.load("loss", config.loss.name, "loss.name"),
+            lambda: losses.load(config.loss.name),
+            lambda: registry.load(optim, config.optimizer.name, "optimizer.name"),
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
-            lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
+            lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
             lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
             *(partial(_read, sources, caller) for sources in _sources(config, caller)),
         ]
     )
     reading = _reading(config, base, tokenizer, *rows)
-    prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
-    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
+    asked = tuple(_as_user(prompt) for prompt in asked) if reading.is_chat else asked
+    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=asked, folder=folder)
 
 
 def read(config: Config, caller: Caller) -> Reading:

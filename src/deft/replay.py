@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deft import config as configuration
-from deft import hardware, registry
+from deft import hardware, losses
 from deft.errors import InputError, NumbersError
 from deft.loader import Work
 from deft.model import load as models
@@ -27,7 +27,7 @@ def run(path: str, console: Console | None = None) -> None:
     state, _ = assemble(config, models.inspect(config.model), machine)
     badstep.put_weights(folder, state.learner.model)
     randomness.restore(random_states, machine.device)
-    diagnosis = badstep.examine(state.learner, work, registry.load("loss", config.loss.name, "loss.name"))
+    diagnosis = badstep.examine(state.learner, work, losses.load(config.loss.name))
     for line in described(work, diagnosis):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if not diagnosis.is_finite:

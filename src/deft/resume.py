@@ -230,6 +230,9 @@ def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -
     ]
     if before.held_out != now.held_out:
         told.append("the held-out rows are others than before: their losses do not compare")
+    if before.ledger != now.ledger:
+        changed = f"ledger {before.ledger[:12]} -> {now.ledger[:12]}"
+        told.append(f"{changed} applies: the same rows are trained, but not all that ledger.json says is as before")
     if before.processes != now.processes:
         told.append(f"processes {before.processes} -> {now.processes} applies")
     told += [

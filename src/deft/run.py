@@ -22,7 +22,9 @@ from deft import (
     hardware,
     lock,
     manifest,
+    optim,
     preflight,
+    registry,
     resume,
 )
 from deft import config as configuration
@@ -38,7 +40,6 @@ from deft.model import load as models
 from deft.model import selftest, towers
 from deft.model.load import Base
 from deft.model.outline import outline
-from deft.optim.adamw import AdamW
 from deft.prepare import Prepared, prepare
 from deft.reading import Caller
 from deft.redact import redacted
@@ -191,7 +192,7 @@ def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, 
     torch.manual_seed(config.seed)
     model = models.load(base, device=machine.device, dtype=_loaded_dtype(base, machine))
     learner, note = selftest.choose(model)
-    optimizer = AdamW(
+    optimizer = registry.load(optim, config.optimizer.name, "optimizer.name").make(
         towers.trained_parameters(model),
         dtype=machine.dtype,
         lr=config.optimizer.lr,
@@ -251,6 +252,9 @@ def _train(
 ) -> tuple[list[Mapping[str, Any]], DiskError | None]:
     """The loop. What happens between two steps is written here, as statements.
 
+    Whatever ends it, the steps that are done are saved first. `pending` are the random numbers before an evaluation
+    that is due and not done, None where there is none.
+
     Returns the metrics, with those of `earlier` starts, and what was wrong with the last save.
 
     loading  seconds that the model took to load
@@ -263,13 +267,13 @@ def _train(
         factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
     )
     lines = list(earlier)
-    is_evaluated, random = _is_evaluated(prepared), random_state()
+    pending = None if _is_evaluated(prepared) else random_state()
     with saver, display.steps(caller.console, planned.steps) as shown:
         try:
-            if not is_evaluated:
+            if pending is not None:
                 with caller.signals.at_once():
                     _evaluate(prepared, state, logs, caller)
-                is_evaluated = True
+                pending = None
             for record in train_steps(
                 state,
                 planned,
@@ -280,28 +284,30 @@ def _train(
             ):
                 if not record.is_finite:
                     _skip_or_stop(prepared, state, record, caller)
+                is_due, loss = saver.is_due(record.step, planned.steps), None
+                if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
+                    pending = random_state()
                 logs.metrics.write(asdict(record))
                 lines.append(asdict(record))
                 shown.show(record)
                 if len(lines) == len(earlier) + 1:
                     seconds = time.perf_counter() - caller.began
                     caller.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
-                is_due, loss = saver.is_due(record.step, planned.steps), None
-                if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
-                    is_evaluated, random = False, random_state()
+                if pending is not None:
                     with caller.signals.at_once():
                         loss = _evaluate(prepared, state, logs, caller)
-                    is_evaluated = True
+                    pending = None
                 if is_due:
-                    saver.begin(_checkpoint(prepared, state, is_evaluated, loss), logs.flush)
+                    saver.begin(_checkpoint(prepared, state, True, loss), logs.flush)
                 caller.signals.check()
-        except Preempted as stop:
-            if not is_evaluated:  # the next start evaluates
-                set_random_state(random)
-            unsaved = _save(prepared, state, saver, logs, is_evaluated)
-            raise unsaved or Preempted(stop.number, state.step or None) from None
-        except NumbersError:
-            _save(prepared, state, saver, logs, is_evaluated)
+        except BaseException as error:
+            if pending is not None:  # the next start evaluates
+                set_random_state(pending)
+            unsaved = _save(prepared, state, saver, logs, is_evaluated=pending is None)
+            if isinstance(error, Preempted):
+                raise unsaved or Preempted(error.number, saver.newest or None) from None
+            saved = f"saved step {saver.newest}, run it again to go on" if saver.newest else "no step is saved"
+            caller.say(str(unsaved or saved))
             raise
         unsaved = saver.finish()
     logs.flush()
@@ -315,10 +321,13 @@ def _is_evaluated(prepared: Prepared) -> bool:
 
 def _save(prepared: Prepared, state: TrainState, saver: Saver, logs: Logs, is_evaluated: bool) -> DiskError | None:
     """Saves the steps that are done, unless they are saved; what was wrong with that."""
-    unsaved = saver.finish()
-    if state.step and (unsaved or saver.newest != state.step):
-        saver.begin(_checkpoint(prepared, state, is_evaluated, None), logs.flush)
+    try:
         unsaved = saver.finish()
+        if state.step and not state.is_torn and (unsaved or saver.newest != state.step):
+            saver.begin(_checkpoint(prepared, state, is_evaluated, None), logs.flush)
+            unsaved = saver.finish()
+    except Exception as error:  # What ended the run may have taken the device with it; it is what the user must see.
+        return DiskError(f"step {state.step} could not be saved ({type(error).__name__}: {error})")
     return unsaved
 
 

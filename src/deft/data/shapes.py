@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from importlib import import_module
 from itertools import groupby
 from typing import Any
 
 from deft import registry
+from deft.data import formats
 from deft.data.choices import Choices
 from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, kind_of, shortened, weight_of
-from deft.errors import InputError, Problem, Problems
+from deft.errors import Problem, Problems, UserCodeError, user_code
 from deft.types import Conversation, Origin, Row
 
 Convert = Callable[[Row, Choices], Sequence[Conversation]]
@@ -115,15 +115,15 @@ def names() -> list[str]:
     >>> "messages" in names()
     True
     """
-    return registry.names("data.formats")
+    return registry.names(formats)
 
 
 @cache
 def load(name: str) -> Format:
     """The format; InputError lists what there is for an unknown name, or says why a user's own is not found."""
-    if ":" in name:
+    if registry.is_own(name):
         return _own(name)
-    module = registry.load("data.formats", name, "data.format")
+    module = registry.load(formats, name, "data.format")
     keys = tuple(frozenset(known) for known in module.KEYS)
     options = frozenset(module.OPTIONS) if hasattr(module, "OPTIONS") else frozenset()
     if hasattr(module, "left_out"):
@@ -251,9 +251,9 @@ class Reader:
         return self._converted(index, row, form)
 
     def _found(self, row: Row) -> Format | None:
-        formats = _formats(_keys(row.value))
-        self.tally.met(row.origin, formats)
-        return formats[0] if len(formats) == 1 else None
+        readers = _formats(_keys(row.value))
+        self.tally.met(row.origin, readers)
+        return readers[0] if len(readers) == 1 else None
 
     def _converted(self, index: int, row: Row, form: Format) -> Outcome:
         try:
@@ -300,16 +300,16 @@ class Tally:
     def cannot_be_read(self, problem: Problem) -> None:
         self.unread += [problem][: NAMED - len(self.unread)]
 
-    def met(self, origin: Origin, formats: Sequence[Format]) -> None:
-        """A row that so many formats read."""
-        if len(formats) > 1:
-            what = f"reads as {' and as '.join(form.name for form in formats)}"
+    def met(self, origin: Origin, readers: Sequence[Format]) -> None:
+        """A row that these formats read."""
+        if len(readers) > 1:
+            what = f"reads as {' and as '.join(form.name for form in readers)}"
             self.ambiguous_rows += 1
             self.ambiguous += [Problem(str(origin), what, "keep one of them, or say data.format")]
             del self.ambiguous[NAMED:]
-        if len(formats) == 1:
-            self.counts[formats[0].name] += 1
-            origins = self.seen.setdefault(formats[0].name, [])
+        if len(readers) == 1:
+            self.counts[readers[0].name] += 1
+            origins = self.seen.setdefault(readers[0].name, [])
             if len(origins) < NAMED:
                 origins.append(origin)
 
@@ -458,26 +458,20 @@ def _formats(keys: frozenset[str]) -> tuple[Format, ...]:
 
 def _own(name: str) -> Format:
     """A user's function as a format."""
-    module, _, function = name.partition(":")
-    try:
-        found = import_module(module)
-    except ImportError as error:
-        raise InputError(f"data.format: {name!r} cannot be imported ({error}); is it on PYTHONPATH?") from error
-    convert = getattr(found, function, None)
-    if not callable(convert):
-        raise InputError(f"data.format: {module} has no function {function!r}; name it as pkg.mod:fn")
-    return Format(name, (), lambda row, choices: _by_user(row, choices, convert, name))
+    function = registry.own(name, "data.format")
+    return Format(name, (), lambda row, choices: _by_user(row, choices, function, name))
 
 
 def _by_user(row: Row, choices: Choices, function: Callable[[Any], Any], name: str) -> Sequence[Conversation]:
     try:
-        value = function(row.value)
-    except Exception as error:  # the user's own code: whatever it raises refuses the row, by name
-        raise RowError("", f"{name} raised {type(error).__name__}: {shortened(str(error), 200)}", "mend it") from error
+        with user_code(name):
+            value = function(row.value)
+    except UserCodeError as error:  # it refuses the row, by name
+        raise RowError("", shortened(error.brief, 300), "mend it") from error
     if value is None:
         raise LeftOut(f"{name} gave None")
-    formats = _formats(_keys(value))
-    if len(formats) != 1:
-        readings = " and as ".join(form.name for form in formats) or "no shape that deft knows"
+    readers = _formats(_keys(value))
+    if len(readers) != 1:
+        readings = " and as ".join(form.name for form in readers) or "no shape that deft knows"
         raise RowError("", f"{name} gave {described(value)}, which reads as {readings}", "mend it")
-    return formats[0].convert(replace(row, value=value), choices)
+    return readers[0].convert(replace(row, value=value), choices)

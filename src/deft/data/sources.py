@@ -71,6 +71,8 @@ def read(path: str, *, subset: str | None = None, split: str | None = None) -> I
 
 def chunks(path: str, *, subset: str | None = None, split: str | None = None) -> Iterator[Chunk]:
     """What `read` reads, in chunks."""
+    if subset is not None and not is_on_the_hub(path):
+        raise InputError(f"{path}: subset {subset!r} is for data sets of the Hub, and this is none; leave it out")
     if path == STDIN:
         return _not_empty(_stream(_stdin(), PIPED, ".json"), PIPED)
     if is_on_the_hub(path):
@@ -124,13 +126,13 @@ def _is_glob(path: str) -> bool:
 
 def _is_data(file: Path) -> bool:
     is_hidden = any(part.startswith((".", "_")) for part in file.parts)
-    return not is_hidden and file.name not in _HUGGING_FACE_NOTES and _suffix(file.name) in SUFFIXES
+    return not is_hidden and file.name not in _HUGGING_FACE_NOTES and kind(file.name) in SUFFIXES
 
 
-def _suffix(name: str) -> str:
+def kind(name: str) -> str:
     """What a name says its rows are in, compression aside.
 
-    >>> _suffix("a.jsonl.gz"), _suffix("A.JSON")
+    >>> kind("a.jsonl.gz"), kind("A.JSON")
     ('.jsonl', '.json')
     """
     place = Path(name.lower())
@@ -153,15 +155,15 @@ def _file(path: str) -> Iterator[Chunk]:
     try:
         with Path(path).open("rb") as raw:
             head = raw.peek(_HEAD)
-            kind = next((kind for mark, kind in _TABLE_MARKS.items() if head.startswith(mark)), _suffix(path))
-            if kind not in TABLES:
-                yield from _stream(raw, path, kind)
+            found = next((kind for mark, kind in _TABLE_MARKS.items() if head.startswith(mark)), kind(path))
+            if found not in TABLES:
+                yield from _stream(raw, path, found)
                 return
         _refuse_what_is_no_data(head, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if head:
-        yield from of(TABLES[kind](path), path)
+        yield from of(TABLES[found](path), path)
 
 
 def _stream(raw: io.BufferedReader, source: str, kind: str) -> Iterator[Chunk]:

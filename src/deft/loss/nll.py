@@ -1,6 +1,6 @@
 """Weighted negative log-likelihood, fast: head and loss in row chunks, gradients in the forward pass.
 
-Equal to `reference.py` (law 7), without a [K, V] tensor of all logits: a block of rows is projected, turned in place
+Equal to the reference (law 7), without a [K, V] tensor of all logits: a block of rows is projected, turned in place
 into the gradient of its logits, a few rows at a time in fp32, and spent on the gradients of hidden states, weight and
 bias. Three matrix products in all, the least there is without keeping logits. The idea is Liger's fused linear
 cross-entropy (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py).

@@ -173,6 +173,10 @@ class AdamW:
             mine.copy_(state[key])
 
 
+make = AdamW
+"""What `optimizer.name: adamw` is."""
+
+
 class _Masters(Mapping[str, Tensor]):
     """The masters of an optimizer by name; none is held."""
 

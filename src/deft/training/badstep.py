@@ -84,14 +84,16 @@ def examine(learner: Learner, work: Work, loss: ModuleType) -> Diagnosis:
     learner = replace(learner, compiled=None)  # Whoever listens to parts of a layer has it compiled again.
     before = randomness.snapshot(learner.device)
     measure = partial(_measure, learner, loss, work.normalizer)
-    wholes = [measure(index, None, batch) for index, batch in enumerate(work.batches)]
-    alone = [
-        measure(whole.part.microbatch, row, document)
-        for whole, rows, batch in zip(wholes, work.origins, work.batches, strict=True)
-        if not whole.part.is_finite
-        for row, document in zip(rows, documents(batch), strict=True)
-    ]
-    randomness.restore(before, learner.device)
+    try:
+        wholes = [measure(index, None, batch) for index, batch in enumerate(work.batches)]
+        alone = [
+            measure(whole.part.microbatch, row, document)
+            for whole, rows, batch in zip(wholes, work.origins, work.batches, strict=True)
+            if not whole.part.is_finite
+            for row, document in zip(rows, documents(batch), strict=True)
+        ]
+    finally:
+        randomness.restore(before, learner.device)
     bad = next((measured for measured in wholes if not measured.part.is_finite), None)
     return Diagnosis(
         parts=tuple(measured.part for measured in wholes + alone),

@@ -19,12 +19,25 @@ from deft.optim.adamw import AdamW
 
 @dataclass
 class TrainState:
-    """step counts the optimizer steps that are done, skipped those among them that changed nothing."""
+    """What training changes.
+
+    step     optimizer steps that are done
+    skipped  those among them that changed nothing
+    is_torn  an update was broken off: some weights have had it, some not, and nothing can be saved
+    """
 
     learner: Learner
     optimizer: AdamW
     step: int = 0
     skipped: int = 0
+    is_torn: bool = False
+
+    def update(self, factor: float, scale: Tensor | None) -> None:
+        """One optimizer step with the gradients that are collected."""
+        self.is_torn = True
+        self.optimizer.step(factor, scale)
+        self.step += 1
+        self.is_torn = False
 
     def skip(self) -> None:
         """Goes past a step that cannot be done."""

@@ -53,8 +53,7 @@ def take(
         _undo(state, before)
         raise
     if numbers.are_finite:
-        state.optimizer.step(factor, clip_scale(norm, clip))
-        state.step += 1
+        state.update(factor, clip_scale(norm, clip))
     else:
         _undo(state, before)
     return numbers

@@ -1,4 +1,4 @@
-"""The definition of the loss: plain torch, the logits whole. Slow on purpose; `nll.py` is held to it by law 7.
+"""The definition of the loss: plain torch, the logits whole. Each module of `loss` is held to it by law 7.
 
 Shape suffixes: K targets, H hidden size, V vocabulary.
 """

@@ -1,0 +1,66 @@
+"""`loss.name` -> what computes it: a module of the folder `loss`, or a user's own function of the logits.
+
+Shape suffixes: K targets, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deft import loss, registry
+from deft.errors import InputError, user_code
+from deft.types import Head
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def load(name: str) -> Any:
+    """What computes the loss of that name. InputError for a name that is not there."""
+    if registry.is_own(name):
+        return OwnLoss(name, registry.own(name, "loss.name"))
+    return registry.load(loss, name, "loss.name")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLoss:
+    """A user's function (logits_KV, targets_K, weights_K) -> scalar, with the interface of the modules in `loss`.
+
+    The scalar is a sum over the targets, linear in weights_K; means and normalizers are in the weights. logits_KV are
+    final, in fp32 (fp64 where the model is), and whole: unlike deft's own loss, this one needs memory for all of them.
+
+    >>> own = OwnLoss("my:loss", lambda logits_KV, targets_K, weights_K: (weights_K * logits_KV.logsumexp(1)).sum())
+    >>> float(own.loss(torch.zeros(2, 3), Head(torch.ones(1, 3)), torch.tensor([0, 0]), torch.tensor([1.0, 0.5])))
+    0.0
+    """
+
+    name: str
+    function: Function
+
+    def loss(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+        """From hidden states, through the head."""
+        bias = None if head.bias is None else head.bias.to(hidden_KH.dtype)
+        logits_KV = head.scale * _wide(functional.linear(hidden_KH, head.weight.to(hidden_KH.dtype), bias))
+        if head.softcap is not None:
+            logits_KV = head.softcap * torch.tanh(logits_KV / head.softcap)
+        return self.loss_from_logits(logits_KV, targets_K, weights_K)
+
+    def loss_from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+        """From final logits. InputError where the function gives no scalar, or one without a gradient."""
+        with user_code(self.name):
+            total = self.function(_wide(logits_KV), targets_K, weights_K)
+        if not isinstance(total, Tensor) or total.ndim != 0:
+            shape = f"a tensor of shape {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+            raise InputError(f"loss.name: {self.name} gave {shape}; it must give the sum over all targets, a scalar")
+        if logits_KV.requires_grad and not total.requires_grad:
+            raise InputError(f"loss.name: {self.name} gave a number without a gradient; compute it from the logits")
+        return total
+
+
+def _wide(logits_KV: Tensor) -> Tensor:
+    return logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
