@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import Any
 
 from deft import registry
+from deft.data import formats
 from deft.data.choices import Choices
 from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, kind_of, shortened, weight_of
@@ -26,6 +27,7 @@ from deft.types import Conversation, Origin, Row
 Convert = Callable[[Row, Choices], Sequence[Conversation]]
 LeftOutHook = Callable[[Sequence[Row], Choices], Mapping[int, str]]
 
+ROOM = formats.__name__.partition(".")[2]
 NAMED = 1000
 """So many rows of each wrong shape are kept for the error that names them."""
 
@@ -115,7 +117,7 @@ def names() -> list[str]:
     >>> "messages" in names()
     True
     """
-    return registry.names("data.formats")
+    return registry.names(ROOM)
 
 
 @cache
@@ -123,7 +125,7 @@ def load(name: str) -> Format:
     """The format; InputError lists what there is for an unknown name, or says why a user's own is not found."""
     if ":" in name:
         return _own(name)
-    module = registry.load("data.formats", name, "data.format")
+    module = registry.load(ROOM, name, "data.format")
     keys = tuple(frozenset(known) for known in module.KEYS)
     options = frozenset(module.OPTIONS) if hasattr(module, "OPTIONS") else frozenset()
     if hasattr(module, "left_out"):

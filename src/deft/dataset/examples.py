@@ -1,37 +1,36 @@
-"""Chunks of rows -> blocks: read, encoded, looked at and laid out as arrays; what other processes do for `dataset`."""
+"""Chunks of rows -> encoded chunks: read, encoded, checked and laid out as Arrow arrays. Worker processes run this."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from deft import tokenizer as edge
 from deft.data import shapes, split
 from deft.data.choices import Choices
-from deft.data.chunks import Chunk
 from deft.data.shapes import Outcome
+from deft.dataset import data_warnings
+from deft.dataset.source import Item
+from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage
 from deft.encoding.pieces import Coder
 from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
 from deft.errors import DeftError, Problem
-from deft.fates import BIT
 from deft.render.chat import ChatRenderer
 from deft.render.stop import Marks
 from deft.render.template import Template
-from deft.store import COLUMNS, FATES, Block, Stage
-from deft.symptoms import Examiner
 from deft.types import Conversation, Encoded, Fate, Origin
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a process needs to make blocks of a source.
+    """What a process needs to encode the rows of a source.
 
     hf     the Hugging Face tokenizer
     now    the moment that the template calls now
@@ -54,8 +53,8 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
-    """A row with its last conversation's fate, and what its own weight multiplies the weights of each example by."""
+class FatedRow:
+    """A row with its last conversation's fate. scales: what multiplies the weights of each of its examples."""
 
     row: EncodedRow
     stage: Stage
@@ -63,17 +62,13 @@ class Coded:
     scales: tuple[float, ...] = ()
 
 
-Item = tuple[Chunk, Mapping[Origin, str]]
-"""Rows, and which of them are left out because of others."""
-
-
-def maker(recipe: Recipe) -> Callable[[Item], Block]:
-    """What makes blocks of chunks; the same chunk always gives the same block, whatever came before it."""
+def maker(recipe: Recipe) -> Callable[[Item], EncodedChunk]:
+    """What encodes chunks; the same chunk always gives the same bytes, whatever came before it."""
     row_encoder = recipe.encoder()
 
-    def make(item: Item) -> Block:
+    def make(item: Item) -> EncodedChunk:
         found = outcomes(recipe.source, recipe.shape, recipe.choices, item)
-        return block(row_encoder, item[0].source, encoded(row_encoder, found), Examiner(row_encoder))
+        return laid_out(row_encoder, item[0].source, encoded(row_encoder, found))
 
     return make
 
@@ -88,7 +83,7 @@ def outcomes(source: str, shape: str, choices: Choices, item: Item) -> list[Outc
     ]
 
 
-def encoded(row_encoder: RowEncoder, found: Sequence[Outcome]) -> list[Coded]:
+def encoded(row_encoder: RowEncoder, found: Sequence[Outcome]) -> list[FatedRow]:
     """Each row under one fate."""
     conversations = [each for outcome in found for each in outcome.conversations]
     rows = iter(_encoded_many(row_encoder, conversations))
@@ -110,15 +105,15 @@ def _encoded_many(row_encoder: RowEncoder, conversations: Sequence[Conversation]
         raise
 
 
-def _coded(outcome: Outcome, rows: Sequence[EncodedRow]) -> Coded:
+def _coded(outcome: Outcome, rows: Sequence[EncodedRow]) -> FatedRow:
     if outcome.refused:
-        return Coded(_lost(outcome.origin, Fate.REFUSED, _why(outcome.refused)), Stage.UNREAD)
+        return FatedRow(_lost(outcome.origin, Fate.REFUSED, _why(outcome.refused)), Stage.UNREAD)
     if outcome.left_out:
-        return Coded(_lost(outcome.origin, Fate.LEFT_OUT, outcome.left_out), Stage.LEFT_OUT)
+        return FatedRow(_lost(outcome.origin, Fate.LEFT_OUT, outcome.left_out), Stage.LEFT_OUT)
     weighed = [_weighed(row) for row in rows]
     scales = tuple(row.conversation.weight for row in weighed for _ in row.examples)
     row = weighed[0] if len(weighed) == 1 else _as_one(weighed)
-    return Coded(row, Stage.ENCODED, split.digest(outcome.conversations), scales if row.examples else ())
+    return FatedRow(row, Stage.ENCODED, split.digest(outcome.conversations), scales if row.examples else ())
 
 
 def _lost(origin: Origin, fate: Fate, reason: str) -> EncodedRow:
@@ -153,42 +148,68 @@ def _as_one(rows: Sequence[EncodedRow]) -> EncodedRow:
     )
 
 
-def block(row_encoder: RowEncoder, source: str, coded: Sequence[Coded], examiner: Examiner) -> Block:
-    """Rows of one file, laid out."""
-    rows = [each.row for each in coded]
-    looks = [examiner.look(row) for row in rows]
-    examples = [example for row in rows for example in row.examples]
-    parts = [part for example in examples for part in example]
-    notes = Counter(row.notes for row in rows if row.notes)
-    codes = {note: code for code, note in enumerate(notes)} | {(): -1}
-    scales = [scale for each in coded for scale in each.scales]
-    tails = [(number, *tail) for number, look in enumerate(looks) for tail in look.tails]
-    reasons = [(number, row.reason.encode("utf-8")) for number, row in enumerate(rows) if row.reason]
-    found: dict[str, Any] = {
+def laid_out(row_encoder: RowEncoder, file: str, fated: Sequence[FatedRow]) -> EncodedChunk:
+    """Rows of one file in the form of SCHEMA."""
+    rows = [each.row for each in fated]
+    checks = data_warnings.check(row_encoder, rows)
+    found = {
+        "file": [file] * len(rows),
         "line": [row.conversation.origin.line for row in rows],
         "item": [row.conversation.origin.item for row in rows],
-        "stage": [each.stage for each in coded],
+        "stage": [each.stage for each in fated],
         "fate": [FATES.index(row.fate) for row in rows],
-        "digest": [each.digest for each in coded],
-        "symptoms": [sum(BIT[name] for name in look.symptoms) for look in looks],
-        "notes": [codes[row.notes] for row in rows],
-        "row_examples": _ends(len(row.examples) for row in rows),
-        "lost_row": [number for number, _ in reasons],
-        "lost_end": _ends(len(reason) for _, reason in reasons),
-        "reason": np.frombuffer(b"".join(reason for _, reason in reasons), np.uint8),
-        "example_parts": _ends(len(example) for example in examples),
-        "example_digest": [_digest(example, scale) for example, scale in zip(examples, scales, strict=True)],
-        "part_tokens": _ends(len(part.tokens) for part in parts),
-        "part_scale": [scale for example, scale in zip(examples, scales, strict=True) for _ in example],
-        "tokens": np.concatenate([[], *(part.tokens for part in parts)]),
-        "tail_row": [row for row, _, _ in tails],
-        "tail_part": [part for _, part, _ in tails],
-        "tail_token": [token for _, _, token in tails],
-        **_runs(parts),
+        "reason": [row.reason for row in rows],
+        "digest": [each.digest for each in fated],
+        "warnings": [check.bits for check in checks],
+        "fallbacks": ["\n".join(row.notes) or None for row in rows],
+        "tails": [[{"text": text, "token": token} for text, token in check.tails] for check in checks],
     }
-    found["file"] = np.zeros(len(rows))
-    columns = {name: np.asarray(found[name], COLUMNS[name]) for name in COLUMNS}
-    return Block(source, columns, tuple(notes), row_encoder.renderer.stop_marks())
+    columns = [pa.array(values, SCHEMA.field(name).type) for name, values in found.items()]
+    batch = pa.RecordBatch.from_arrays([*columns, _examples(fated)], schema=SCHEMA)
+    return EncodedChunk(batch, row_encoder.renderer.stop_marks())
+
+
+def _examples(fated: Sequence[FatedRow]) -> pa.ListArray:
+    """The column `examples`."""
+    scales = [scale for each in fated for scale in each.scales]
+    examples = [example for each in fated for example in each.row.examples]
+    parts = [part for example in examples for part in example]
+    kind = SCHEMA.field("examples").type
+    digests = np.array([_digest(*each) for each in zip(examples, scales, strict=True)], np.uint64)
+    lists = _lists(
+        [len(example) for example in examples], _parts(parts, kind.value_type.field("parts").type.value_type)
+    )
+    structs = _struct(kind.value_type, digests, np.array(scales, np.float64), lists)
+    return _lists([len(each.row.examples) for each in fated], structs)
+
+
+def _parts(parts: Sequence[Encoded], kind: pa.StructType) -> pa.StructArray:
+    lengths = [len(part.tokens) for part in parts]
+    tokens = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)], dtype=np.int32)
+    weights = np.concatenate([np.zeros(0, np.float32), *(part.weights for part in parts)])
+    ends = np.cumsum(np.array(lengths, np.int64))
+    is_first = np.zeros(len(weights), bool)
+    is_first[ends - lengths] = True
+    starts = np.flatnonzero(is_first | np.concatenate([[True], weights[1:] != weights[:-1]])[: len(weights)])
+    runs = _struct(
+        kind.field("runs").type.value_type,
+        np.diff(starts, append=len(weights)).astype(np.int32),
+        weights[starts].astype(np.float32),
+    )
+    # The first token of a text is predicted by nothing.
+    targets = np.diff(np.concatenate([[0], np.cumsum((weights > 0) & ~is_first)])[ends], prepend=0)
+    run_counts = np.diff(np.searchsorted(starts, ends), prepend=0)
+    return _struct(kind, _lists(lengths, tokens), _lists(run_counts.tolist(), runs), targets.astype(np.int32))
+
+
+def _lists(lengths: Iterable[int], values: Any) -> pa.ListArray:
+    offsets = pa.array(accumulate(lengths, initial=0), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values if isinstance(values, pa.Array) else pa.array(values))
+
+
+def _struct(kind: pa.StructType, *fields: Any) -> pa.StructArray:
+    arrays = [each if isinstance(each, pa.Array) else pa.array(each) for each in fields]
+    return pa.StructArray.from_arrays(arrays, fields=list(kind))
 
 
 def _digest(example: Example, scale: float) -> int:
@@ -198,23 +219,3 @@ def _digest(example: Example, scale: float) -> int:
         found.update(part.tokens.astype("<i4", copy=False).tobytes())
         found.update(part.weights.astype("<f4", copy=False).tobytes())
     return int.from_bytes(found.digest(), "little")
-
-
-def _ends(counts: Any) -> np.ndarray:
-    return np.cumsum(np.fromiter(counts, np.int64))
-
-
-def _runs(parts: Sequence[Encoded]) -> dict[str, np.ndarray]:
-    """The weights of all parts as runs, and the targets of each: the first token of a part is predicted by nothing."""
-    weights = np.concatenate([np.zeros(0, np.float32), *(part.weights for part in parts)])
-    ends = _ends(len(part.tokens) for part in parts)
-    first = np.zeros(len(weights), bool)
-    first[ends - np.diff(ends, prepend=0)] = True
-    begins = np.flatnonzero(first | np.concatenate([[True], weights[1:] != weights[:-1]])[: len(weights)])
-    learnt = np.concatenate([[0], np.cumsum((weights > 0) & ~first)])
-    return {
-        "part_runs": np.searchsorted(begins, ends),
-        "part_targets": np.diff(learnt[ends], prepend=0),
-        "run_length": np.diff(begins, append=len(weights)),
-        "run_weight": weights[begins],
-    }
