@@ -62,7 +62,7 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
     began = time.perf_counter()
     from deft import loader
     from deft import tokenizer as edge
-    from deft.dataset import build
+    from deft.dataset import build, examples
     from deft.dataset.cache import Cache
     from deft.dataset.source import SourceSpec
     from deft.dataset.survey import Execution, understand
@@ -72,7 +72,7 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
 
     held = edge.load(str(TOKENIZER))
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)
-    encoder = build.encoder(held, chosen, Policy(max_length=512))
+    encoder = examples.encoder(held, chosen, Policy(max_length=512))
     execution = Execution(Cache(Path(cache), print), PROCESSES)
     loaded, before = time.perf_counter(), peak()
     understood = understand([SourceSpec(path)], execution)

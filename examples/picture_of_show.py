@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from deft import tokenizer as edge
-from deft.dataset import build
+from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
 from deft.encoding.rows import Policy
@@ -90,7 +90,7 @@ def picture() -> str:
     """The rows as an SVG that fetches nothing."""
     held = edge.wrap(tokenizer())
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)
-    encoder = build.encoder(held, chosen, Policy(2048))
+    encoder = examples.encoder(held, chosen, Policy(2048))
     sources = [SourceSpec("chats.jsonl", rows=tuple(CHATS)), SourceSpec("dialogues.jsonl", rows=tuple(DIALOGUES))]
     shown = rows.show(understand(sources), [], encoder, 0.0, 0, Wanted(10))
     console = Console(

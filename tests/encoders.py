@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deft import tokenizer as edge
 from deft.data.shapes import Survey
-from deft.dataset import build
+from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
 from deft.encoding.rows import Policy, RowEncoder
@@ -24,7 +24,7 @@ def row_encoder(
 ) -> RowEncoder:
     """ChatML over the byte-level tokenizer (EOS is </s>) unless something else is named."""
     held = edge.wrap(tokenizer or byte_level())
-    return build.encoder(
+    return examples.encoder(
         held, Chosen(template, "a test's template", True), Policy(**{"max_length": 256, **policy}), stop_ids
     )
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deft.data import shapes, sources
 from deft.data.choices import Choices
-from deft.dataset import build
+from deft.dataset import examples
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.errors import DeftError
 from deft.render.chat import Rules
@@ -76,7 +76,7 @@ def tokenizer(corpus: Path, name: str = "qwen2.5", marks_of: str = "") -> PreTra
 
 
 def row_encoder(template: str, made: Any, **policy: Any) -> RowEncoder:
-    return build.encoder(Tokenizer(made), Chosen(template, "", False), Policy(LENGTH, **policy))
+    return examples.encoder(Tokenizer(made), Chosen(template, "", False), Policy(LENGTH, **policy))
 
 
 def as_openai(conversation: Conversation) -> Row:

@@ -15,7 +15,7 @@ from bad_inputs import CASES, Case
 from tiny_tokenizers import CHATML, byte_level
 
 from deft.data import shapes, sources
-from deft.dataset import build
+from deft.dataset import build, examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
 from deft.encoding.rows import Policy, RowEncoder
@@ -31,7 +31,7 @@ MUTATIONS = int(os.environ.get("DEFT_MUTATIONS", "400"))
 def row_encoder() -> RowEncoder:
     tokenizer = wrap(byte_level()).with_template(CHATML)
     chosen = choose("auto", tokenizer.chat_template, tokenizer.puts_bos)
-    return build.encoder(tokenizer, chosen, Policy(max_length=512))
+    return examples.encoder(tokenizer, chosen, Policy(max_length=512))
 
 
 def test_there_are_eighty_kinds_and_each_has_its_own_name() -> None:

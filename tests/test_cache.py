@@ -6,9 +6,12 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from deft import check, config, files, prepare, workers
 from deft.data import shapes, sources
 from deft.data.choices import Choices
 from deft.data.readers import jsonl
-from deft.dataset import build, cache, store, survey
+from deft.dataset import build, cache, examples, store, survey
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
@@ -92,7 +95,7 @@ def test_one_process_and_three_write_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(workers, "HERE", 2)
     monkeypatch.setattr(survey, "COUNTED_HERE", 2)
-    monkeypatch.setattr(store, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(store, "GROUP_BYTES", 2_000)
     start, used = workers._Pool.__init__, []
 
     def start_and_wait(self: Any, *arguments: Any) -> None:
@@ -217,16 +220,72 @@ def test_another_reading_has_another_digest(train: Path, tmp_path: Path, changed
     assert len(keys(train, tmp_path / "cache", **changed)) == 2
 
 
-def test_other_content_and_other_code_have_another_digest(
-    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_content_has_another_digest_and_another_time_has_not(train: Path, tmp_path: Path) -> None:
     keys(train, tmp_path / "cache")
     os.utime(train, (0, 0))
-    assert keys(train, tmp_path / "cache") == set(), "not when it was written"
+    assert keys(train, tmp_path / "cache") == set()
     train.write_bytes(train.read_bytes().replace(b"very", b"vary", 1))
     assert len(keys(train, tmp_path / "cache")) == 2
-    monkeypatch.setattr(cache, "code", lambda: "another")
-    assert len(keys(train, tmp_path / "cache")) == 2
+
+
+def test_each_file_that_can_change_a_token_changes_the_key_and_no_other_does(tmp_path: Path) -> None:
+    """Tried on a copy of the package, beside the modules that a process has imported that encoded rows."""
+    package = shutil.copytree(
+        Path(cache.__file__).parents[1], tmp_path / "deft", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    script = [sys.executable, "-c", CHANGE_EACH_FILE]
+    said = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout)
+    executed, changing = set(found["executed"]), set(found["changing"])
+    assert {"ascii_words.py", "tokenizer.py", "encoding/rows.py", "render/template.py"} <= executed
+    assert {"data/formats/messages.py", "data/readers/tables.py"} <= executed
+    assert executed <= changing, sorted(executed - changing)
+    assert changing <= executed | {"data/formats/__init__.py"}, sorted(changing - executed)
+    others = {file.relative_to(package).as_posix() for file in package.rglob("*.py")} - changing
+    assert {"workers.py", "logs/console.py", "dataset/splits.py", "dataset/cache.py", "run.py"} <= others
+
+
+CHANGE_EACH_FILE = """
+import json, sys
+from pathlib import Path
+from deft.data import shapes
+from deft.dataset import examples
+from deft.dataset.source import SourceSpec, items
+from deft.encoding.rows import Policy
+from deft.render.choose import Chosen
+from deft.tokenizer import wrap
+from tiny_tokenizers import CHATML, byte_level
+
+encoder = examples.encoder(wrap(byte_level()), Chosen(CHATML, "", True), Policy(256))
+chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <|im_end|>"}]
+rows = SourceSpec("rows", rows=({"messages": chat}, {"messages": [*chat, *chat]}))
+(item,) = items(rows, ())
+assert shapes.understand(item[0].read(), "rows").shape == "messages"
+chunk = examples.maker(examples.Recipe.of(encoder, rows, "messages"))(item)
+assert chunk.batch.column("examples").value_lengths().to_pylist() == [1, 1], chunk.batch.column("reason")
+places = (Path(module.__file__) for name, module in sys.modules.items() if name.startswith("deft."))
+executed = [place for place in places if place.name != "__init__.py"]
+from deft.dataset import cache
+
+package, key, changing = Path(cache.__file__).parents[1], cache.code(examples), []
+for file in sorted(package.rglob("*.py")):
+    text = file.read_bytes()
+    file.write_bytes(text + b"# changed")
+    cache.code.cache_clear()
+    changing += [file] if cache.code(examples) != key else []
+    file.write_bytes(text)
+names = {"executed": executed, "changing": changing}
+print(json.dumps({name: [file.relative_to(package).as_posix() for file in files] for name, files in names.items()}))
+"""
+
+
+def test_another_version_of_a_library_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = cache.code.__wrapped__(examples)
+    for library in ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "version", lambda name, library=library: "0" if name == library else version(name))
+            assert cache.code.__wrapped__(examples) != key, library
 
 
 def test_files_of_a_folder_and_a_user_s_own_format_are_in_the_digest(
@@ -308,8 +367,9 @@ def in_a_child(work: Any) -> int:
 
 
 def test_a_killed_build_is_never_used_and_its_debris_goes(
-    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
+    monkeypatch.setattr(store, "GROUP_BYTES", 2_000)
     whole = content(encoded(train, tmp_path / "whole"))
     reference = folders(tmp_path / "whole")
     counting = Dying(10**9)

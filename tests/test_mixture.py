@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from tiny_tokenizers import CHATML, byte_level
 
 import deft
 from deft import config
-from deft.data import mixture
+from deft.data import mixture, shapes, sources
 from deft.data.choices import Control
 from deft.data.split import digest
-from deft.dataset import build
+from deft.dataset import build, examples
 from deft.dataset.build import Dataset
+from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
-from deft.dataset.survey import understand
+from deft.dataset.splits import ContentIndex, SplitRule, assign_splits
+from deft.dataset.store import Store
+from deft.dataset.survey import Execution, understand
 from deft.encoding.rows import Policy, RowEncoder
 from deft.errors import Problems
 from deft.reading import source_spec
@@ -32,7 +37,7 @@ from deft.types import Conversation, Message, Origin, ToolCall
 @pytest.fixture(scope="module")
 def row_encoder() -> RowEncoder:
     tokenizer = wrap(byte_level()).with_template(CHATML)
-    return build.encoder(tokenizer, choose("auto", CHATML, False), Policy(max_length=512))
+    return examples.encoder(tokenizer, choose("auto", CHATML, False), Policy(max_length=512))
 
 
 def pairs(count: int, name: str = "p") -> tuple[dict[str, Any], ...]:
@@ -100,6 +105,37 @@ def test_a_row_that_is_evaluated_is_never_trained(row_encoder: RowEncoder) -> No
     assert ledger.fates["held_out"] == 2
     assert ledger.lost[0] == ("train:1", "held_out", "stands in the evaluation data too: eval:2")
     assert {example[0].origin.source for example in data.held_out} == {"eval"}
+
+
+def store_of(way_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_encoder: RowEncoder) -> Store:
+    """The same 40 rows, read from a file, from memory or from standard input, or mapped from the cache."""
+    lines = "".join(json.dumps(row) + "\n" for row in pairs(40))
+    (tmp_path / "rows.jsonl").write_text(lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(lines.encode()))))
+    rows = {"samples": SourceSpec("samples", rows=pairs(40)), "stdin": SourceSpec("-")}
+    spec = rows.get(way_in, SourceSpec(str(tmp_path / "rows.jsonl")))
+    execution = Execution(Cache(tmp_path / "cache") if way_in == "cache" else None)
+    for _ in range(2 if way_in == "cache" else 1):
+        ((source, survey),) = understand([spec], execution)
+        found = build.store(source, survey, row_encoder, execution)
+    return found
+
+
+WAYS_IN = ("file", "samples", "stdin", "cache")
+
+
+@pytest.mark.parametrize("way_in", WAYS_IN)
+def test_a_row_has_one_digest_whichever_way_it_comes_in(
+    row_encoder: RowEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_in: str
+) -> None:
+    store = store_of(way_in, tmp_path, monkeypatch, row_encoder)
+    read = shapes.understand(sources.from_values(pairs(40)), "rows")
+    assert store.column("digest").dtype == np.uint64
+    assert store.column("digest").tolist() == [digest(row) for row in read.rows()]
+    for other in WAYS_IN:
+        evaluated = ContentIndex.of([store_of(other, tmp_path, monkeypatch, row_encoder)])
+        split = assign_splits(store, SplitRule(), evaluated, np.zeros(40, bool))
+        assert len(split.train().index) == 0, f"{way_in} is trained, and {other} evaluates it"
 
 
 def test_a_share_holds_out_all_copies_of_a_row_and_all_conversations_of_one(row_encoder: RowEncoder) -> None:

@@ -24,7 +24,7 @@ from deft import tokenizer as edge
 from deft.config import Config, Source
 from deft.data.choices import Choices
 from deft.data.shapes import Survey
-from deft.dataset import build, cache, survey
+from deft.dataset import cache, examples, survey
 from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Advance, Execution
@@ -72,7 +72,7 @@ class Reading:
     held_out: list[tuple[SourceSpec, Survey]]
 
     def encoder(self) -> RowEncoder:
-        return build.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
+        return examples.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,13 @@ from deft.dataset.source import SourceSpec, items
 from deft.dataset.splits import ContentIndex, SplitRows, SplitRule, assign_splits
 from deft.dataset.store import EncodedChunk, Examples, Selection, Store
 from deft.dataset.survey import NOT_KEPT, Execution
-from deft.encoding.pieces import Coder
 from deft.encoding.raw import Side
 from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
 from deft.errors import InputError
 from deft.files import Staging
-from deft.render.chat import ChatRenderer, Reasoning, Rules
-from deft.render.choose import Chosen, choose
+from deft.render.chat import Reasoning, Rules
+from deft.render.choose import choose
 from deft.render.policy import TrainOn
-from deft.render.template import Template
-from deft.tokenizer import Tokenizer
 from deft.types import Encoded, Origin
 
 Surveyed = tuple[SourceSpec, Survey]
@@ -53,12 +50,6 @@ class Dataset:
     held_out: Examples
     ledgers: tuple[SourceLedger, ...]
     marks: frozenset[str]
-
-
-def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequence[int] = ()) -> RowEncoder:
-    """What turns conversations into tokens; `stop_ids` are those of the model's generation_config."""
-    template = Template(chosen.source, tokenizer.template_tokens, policy.template_kwargs)
-    return RowEncoder(ChatRenderer(template, tokenizer.marks(stop_ids), policy.rules), Coder(tokenizer), policy)
 
 
 def encode_sources(
@@ -125,17 +116,7 @@ def _write(staging: Staging, source: SourceSpec, found: Survey, chunks: Iterable
 
 
 def _chunks(source: SourceSpec, found: Survey, row_encoder: RowEncoder, execution: Execution) -> Iterator[EncodedChunk]:
-    template = row_encoder.renderer.template
-    recipe = Recipe(
-        row_encoder.tokenizer.hf,
-        template.source,
-        template.now,
-        row_encoder.renderer.marks,
-        row_encoder.policy,
-        source.path,
-        found.shape,
-        source.choices,
-    )
+    recipe = Recipe.of(row_encoder, source, found.shape)
     for chunk in workers.ordered(examples.maker, recipe, items(source, found.left_out), execution.processes):
         execution.advance(chunk.batch.num_rows)
         yield chunk
@@ -197,7 +178,7 @@ def encode(
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
     alone = Execution(processes=1)
     ((source, found),) = survey.understand([SourceSpec("rows", rows=tuple(rows))], alone)
-    done = store(source, found, encoder(held, chosen, policy), alone)
+    done = store(source, found, examples.encoder(held, chosen, policy), alone)
     every = Examples((Selection(done, 1.0, np.arange(done.examples)),))
     lost = [row for group in done.groups for row in (group.rows.start + group.lost_rows()).tolist()]
     refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row in lost)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,23 @@ from deft.data import shapes, split
 from deft.data.choices import Choices
 from deft.data.shapes import Outcome
 from deft.dataset import data_warnings
-from deft.dataset.source import Item
+from deft.dataset.source import Item, SourceSpec
 from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage
 from deft.encoding.pieces import Coder
 from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
 from deft.errors import DeftError, Problem
 from deft.render.chat import ChatRenderer
+from deft.render.choose import Chosen
 from deft.render.stop import Marks
 from deft.render.template import Template
+from deft.tokenizer import Tokenizer
 from deft.types import Conversation, Encoded, Fate, Origin
+
+
+def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequence[int] = ()) -> RowEncoder:
+    """What turns conversations into tokens; `stop_ids` are those of the model's generation_config."""
+    template = Template(chosen.source, tokenizer.template_tokens, policy.template_kwargs)
+    return RowEncoder(ChatRenderer(template, tokenizer.marks(stop_ids), policy.rules), Coder(tokenizer), policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,20 @@ class Recipe:
     source: str
     shape: str
     choices: Choices
+
+    @classmethod
+    def of(cls, row_encoder: RowEncoder, source: SourceSpec, shape: str) -> Recipe:
+        template = row_encoder.renderer.template
+        return cls(
+            row_encoder.tokenizer.hf,
+            template.source,
+            template.now,
+            row_encoder.renderer.marks,
+            row_encoder.policy,
+            source.path,
+            shape,
+            source.choices,
+        )
 
     def encoder(self) -> RowEncoder:
         tokenizer = edge.wrap(self.hf)
@@ -184,10 +206,10 @@ def _examples(fated: Sequence[FatedRow]) -> pa.ListArray:
 
 
 def _parts(parts: Sequence[Encoded], kind: pa.StructType) -> pa.StructArray:
-    lengths = [len(part.tokens) for part in parts]
+    lengths = np.array([len(part.tokens) for part in parts], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)], dtype=np.int32)
     weights = np.concatenate([np.zeros(0, np.float32), *(part.weights for part in parts)])
-    ends = np.cumsum(np.array(lengths, np.int64))
+    ends = np.cumsum(lengths)
     is_first = np.zeros(len(weights), bool)
     is_first[ends - lengths] = True
     starts = np.flatnonzero(is_first | np.concatenate([[True], weights[1:] != weights[:-1]])[: len(weights)])
@@ -199,12 +221,13 @@ def _parts(parts: Sequence[Encoded], kind: pa.StructType) -> pa.StructArray:
     # The first token of a text is predicted by nothing.
     targets = np.diff(np.concatenate([[0], np.cumsum((weights > 0) & ~is_first)])[ends], prepend=0)
     run_counts = np.diff(np.searchsorted(starts, ends), prepend=0)
-    return _struct(kind, _lists(lengths, tokens), _lists(run_counts.tolist(), runs), targets.astype(np.int32))
+    return _struct(kind, _lists(lengths, tokens), _lists(run_counts, runs), targets.astype(np.int32))
 
 
-def _lists(lengths: Iterable[int], values: Any) -> pa.ListArray:
-    offsets = pa.array(accumulate(lengths, initial=0), pa.int32())
-    return pa.ListArray.from_arrays(offsets, values if isinstance(values, pa.Array) else pa.array(values))
+def _lists(lengths: Sequence[int] | np.ndarray, values: Any) -> pa.ListArray:
+    """Values as lists with these lengths, int32."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)], dtype=np.int32, casting="unsafe")
+    return pa.ListArray.from_arrays(pa.array(offsets), values if isinstance(values, pa.Array) else pa.array(values))
 
 
 def _struct(kind: pa.StructType, *fields: Any) -> pa.StructArray:
