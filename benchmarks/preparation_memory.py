@@ -60,22 +60,24 @@ def write(path: Path, rows: int, words: int, last: str = "") -> Path:
 def prepare(path: str, cache: str) -> dict[str, Any]:
     """The data half of a run from the file to the plan."""
     began = time.perf_counter()
-    from deft import dataset, loader
+    from deft import loader
     from deft import tokenizer as edge
-    from deft.cache import Cache
-    from deft.dataset import Named, Way
+    from deft.dataset import build, examples
+    from deft.dataset.cache import Cache
+    from deft.dataset.source import SourceSpec
+    from deft.dataset.survey import Execution, understand
     from deft.encoding.rows import Policy
     from deft.plan.order import Batching
     from deft.render.choose import choose
 
     held = edge.load(str(TOKENIZER))
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)
-    encoder = dataset.encoder(held, chosen, Policy(max_length=512))
-    way = Way(Cache(Path(cache), print), PROCESSES)
+    encoder = examples.encoder(held, chosen, Policy(max_length=512))
+    execution = Execution(Cache(Path(cache), print), PROCESSES)
     loaded, before = time.perf_counter(), peak()
-    understood = dataset.understand([Named(path)], way)
+    understood = understand([SourceSpec(path)], execution)
     read = time.perf_counter()
-    data = dataset.encode_sources(understood, encoder, share=0.01, way=way)
+    data = build.encode_sources(understood, encoder, share=0.01, execution=execution)
     encoded = time.perf_counter()
     planned = loader.make(data.train, Batching(32, None), epochs=3, seed=0, microbatch_tokens=4096)
     done = time.perf_counter()
@@ -97,12 +99,12 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
 
 def refuse(path: str, cache: str) -> dict[str, Any]:
     """Reads a file whose last row is bad."""
-    from deft import dataset
-    from deft.cache import Cache
-    from deft.dataset import Named, Way
+    from deft.dataset.cache import Cache
+    from deft.dataset.source import SourceSpec
+    from deft.dataset.survey import Execution, understand
 
     began = time.perf_counter()
-    ((_, survey),) = dataset.understand([Named(path)], Way(Cache(Path(cache)), PROCESSES))
+    ((_, survey),) = understand([SourceSpec(path)], Execution(Cache(Path(cache)), PROCESSES))
     seconds = time.perf_counter() - began
     gigabytes = os.path.getsize(path) / 1e9
     return {
@@ -159,13 +161,13 @@ def resident(pid: int) -> float:
 
 
 def killed(path: Path, folder: Path) -> dict[str, Any]:
-    """Builds that are killed when random shares of the ids are written, beside one that was not."""
+    """Builds that are killed when random shares of the rows are written, beside one that was not."""
     draw, found, cache, whole = random.Random(0), [], folder / "killed", folder / "some"
-    ids = max(each.stat().st_size for each in whole.glob("*/tokens.bin"))
+    size = max(each.stat().st_size for each in whole.glob("*/rows.arrow"))
     for _ in range(KILLS):
         share, earlier = draw.uniform(0.0, 1.0), set(cache.glob(".*.deft-*"))
         child = start("prepare", path, cache, subprocess.DEVNULL)
-        while child.poll() is None and written(cache, earlier) < share * ids:
+        while child.poll() is None and written(cache, earlier) < share * size:
             time.sleep(0.005)
         helpers = [pid for pid in tree(child.pid) if pid != child.pid]
         child.kill()
@@ -188,8 +190,8 @@ def killed(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def written(cache: Path, earlier: set[Path]) -> int:
-    """The bytes of ids in a folder that is being written; `earlier` ones were left by others."""
-    found = [each for each in cache.glob(".*.deft-*/tokens.bin") if each.parent not in earlier]
+    """The bytes of rows in a folder that is being written; `earlier` ones were left by others."""
+    found = [each for each in cache.glob(".*.deft-*/rows.arrow") if each.parent not in earlier]
     return max((each.stat().st_size for each in found if each.exists()), default=-1)
 
 

@@ -118,14 +118,14 @@ def deft_arm(folder: Path) -> Figures:
 
 
 def deft_encoder() -> Any:
-    from deft import dataset
     from deft import tokenizer as edge
+    from deft.dataset import examples
     from deft.encoding.rows import Policy
     from deft.render.choose import choose
 
     held = edge.load(str(CORPUS / "tokenizers" / TOKENIZER))
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)
-    return dataset.encoder(held, chosen, Policy(max_length=MAX_LENGTH))
+    return examples.encoder(held, chosen, Policy(max_length=MAX_LENGTH))
 
 
 _HELD: list[Any] = []

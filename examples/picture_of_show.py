@@ -20,9 +20,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from deft import dataset
 from deft import tokenizer as edge
-from deft.dataset import Named
+from deft.dataset import examples
+from deft.dataset.source import SourceSpec
+from deft.dataset.survey import understand
 from deft.encoding.rows import Policy
 from deft.render.choose import choose
 from deft.show import rows, terminal
@@ -89,9 +90,9 @@ def picture() -> str:
     """The rows as an SVG that fetches nothing."""
     held = edge.wrap(tokenizer())
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)
-    encoder = dataset.encoder(held, chosen, Policy(2048))
-    sources = [Named("chats.jsonl", rows=tuple(CHATS)), Named("dialogues.jsonl", rows=tuple(DIALOGUES))]
-    shown = rows.show(dataset.understand(sources), [], encoder, 0.0, 0, Wanted(10))
+    encoder = examples.encoder(held, chosen, Policy(2048))
+    sources = [SourceSpec("chats.jsonl", rows=tuple(CHATS)), SourceSpec("dialogues.jsonl", rows=tuple(DIALOGUES))]
+    shown = rows.show(understand(sources), [], encoder, 0.0, 0, Wanted(10))
     console = Console(
         record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor", no_color=False
     )

@@ -7,10 +7,11 @@ from typing import Any
 from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
-from deft import dataset
 from deft import tokenizer as edge
 from deft.data.shapes import Survey
-from deft.dataset import Named
+from deft.dataset import examples
+from deft.dataset.source import SourceSpec
+from deft.dataset.survey import understand
 from deft.encoding.rows import Policy, RowEncoder
 from deft.render.choose import Chosen
 
@@ -23,13 +24,13 @@ def row_encoder(
 ) -> RowEncoder:
     """ChatML over the byte-level tokenizer (EOS is </s>) unless something else is named."""
     held = edge.wrap(tokenizer or byte_level())
-    return dataset.encoder(
+    return examples.encoder(
         held, Chosen(template, "a test's template", True), Policy(**{"max_length": 256, **policy}), stop_ids
     )
 
 
-def source(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> tuple[Named, Survey]:
-    (found,) = dataset.understand([Named(name, rows=rows, **settings)])
+def source(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> tuple[SourceSpec, Survey]:
+    (found,) = understand([SourceSpec(name, rows=rows, **settings)])
     return found
 
 

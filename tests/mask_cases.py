@@ -16,9 +16,9 @@ import numpy as np
 from mask_oracle import Call, Judge, Row, runs, shaped
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deft import dataset
 from deft.data import shapes, sources
 from deft.data.choices import Choices
+from deft.dataset import examples
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.errors import DeftError
 from deft.render.chat import Rules
@@ -76,7 +76,7 @@ def tokenizer(corpus: Path, name: str = "qwen2.5", marks_of: str = "") -> PreTra
 
 
 def row_encoder(template: str, made: Any, **policy: Any) -> RowEncoder:
-    return dataset.encoder(Tokenizer(made), Chosen(template, "", False), Policy(LENGTH, **policy))
+    return examples.encoder(Tokenizer(made), Chosen(template, "", False), Policy(LENGTH, **policy))
 
 
 def as_openai(conversation: Conversation) -> Row:

@@ -14,8 +14,10 @@ import pytest
 from bad_inputs import CASES, Case
 from tiny_tokenizers import CHATML, byte_level
 
-from deft import dataset
 from deft.data import shapes, sources
+from deft.dataset import build, examples
+from deft.dataset.source import SourceSpec
+from deft.dataset.survey import understand
 from deft.encoding.rows import Policy, RowEncoder
 from deft.errors import DeftError, Problem, Problems
 from deft.render.choose import choose
@@ -29,7 +31,7 @@ MUTATIONS = int(os.environ.get("DEFT_MUTATIONS", "400"))
 def row_encoder() -> RowEncoder:
     tokenizer = wrap(byte_level()).with_template(CHATML)
     chosen = choose("auto", tokenizer.chat_template, tokenizer.puts_bos)
-    return dataset.encoder(tokenizer, chosen, Policy(max_length=512))
+    return examples.encoder(tokenizer, chosen, Policy(max_length=512))
 
 
 def test_there_are_eighty_kinds_and_each_has_its_own_name() -> None:
@@ -43,7 +45,7 @@ def test_there_are_eighty_kinds_and_each_has_its_own_name() -> None:
 def refusals(path: str) -> list[Problem]:
     """What reading a file complains about; an error about the whole of it is one Problem."""
     try:
-        return list(dataset.understand([dataset.Named(path)])[0][1].refused)
+        return list(understand([SourceSpec(path)])[0][1].refused)
     except Problems as error:
         return list(error.problems)
 
@@ -62,9 +64,9 @@ def test_a_bad_file_is_treated_as_specified(case: Case, tmp_path: Path, row_enco
         assert problem.fix or "; " in problem.what, f"no fix: {problem}"
         return
     assert found == []
-    (ledger,) = dataset.encode_sources(dataset.understand([dataset.Named(str(path))]), row_encoder).ledgers
+    (ledger,) = build.encode_sources(understand([SourceSpec(str(path))]), row_encoder).ledgers
     reported = {fate for fate, count in ledger.fates.items() if count and fate != "trained"}
-    reported |= {seen.name for seen in ledger.symptoms if seen.name != "encoded_apart"}
+    reported |= {seen.name for seen in ledger.warnings if seen.name != "encoded_apart"}
     assert reported == ({case.report} if case.report else set())
     assert ledger.fates["trained"] >= 1
 

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,18 @@ from encoders import chat, row_encoder, source
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML, byte_level
 
-from deft import cache, check, config, dataset, files, prepare, store, workers
-from deft.cache import Cache
+from deft import check, config, files, prepare, workers
 from deft.data import shapes, sources
 from deft.data.choices import Choices
 from deft.data.readers import jsonl
-from deft.dataset import Dataset, Named, Way
+from deft.dataset import build, cache, examples, store, survey
+from deft.dataset.build import Dataset
+from deft.dataset.cache import Cache
+from deft.dataset.source import SourceSpec
+from deft.dataset.survey import Execution, glance, understand
 from deft.errors import InputError, Problems
 from deft.files import Disk
 from deft.reading import Caller
-from deft.store import COLUMNS
 
 ROWS = [chat(f"What is {n}?", "It is " + "very " * (n % 7) + "big.", weight=0.5 + n % 2) for n in range(60)]
 ROWS += [ROWS[3], {"messages": [{"role": "user", "content": "Hi"}]}, chat("Hi", "long " * 90), chat("Hi", "", weight=0)]
@@ -51,9 +56,9 @@ def written(path: Path, rows: Iterable[Any]) -> Path:
 
 def encoded(path: Path, root: Path | None, processes: int = 1, encoder: Any = None, **more: Any) -> Dataset:
     said: list[str] = more.pop("said", [])
-    way = Way(Cache(root, said.append) if root else None, processes)
-    understood = dataset.understand([Named(str(path), **more)], way)
-    return dataset.encode_sources(understood, encoder or row_encoder(), share=0.1, way=way)
+    execution = Execution(Cache(root, said.append) if root else None, processes)
+    understood = understand([SourceSpec(str(path), **more)], execution)
+    return build.encode_sources(understood, encoder or row_encoder(), share=0.1, execution=execution)
 
 
 def content(data: Dataset) -> list[Any]:
@@ -85,32 +90,20 @@ def test_from_the_cache_comes_what_memory_gives_and_nothing_is_done_again(
     assert content(encoded(train, tmp_path / "cache")) == first
 
 
-def test_rows_are_known_once_they_were_read(train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, source = Cache(tmp_path / "cache"), Named(str(train))
-    assert not dataset.is_known(source, kept)
-    encoded(train, tmp_path / "cache")
-    assert dataset.is_known(source, kept)
-    assert not dataset.is_known(Named("rows", rows=(1,)), kept)
-    written(train, ROWS[:9])
-    assert not dataset.is_known(source, kept)
-    written(train, ROWS)
-    monkeypatch.setattr(dataset, "LOOKED_AT_BYTES", 10)
-    assert not dataset.is_known(source, kept)
-
-
 def test_one_process_and_three_write_the_same_bytes(
     train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
     monkeypatch.setattr(workers, "HERE", 2)
-    monkeypatch.setattr(dataset, "COUNTED_HERE", 2)
-    begin, used = workers.Helpers.begin, []
+    monkeypatch.setattr(survey, "COUNTED_HERE", 2)
+    monkeypatch.setattr(store, "GROUP_BYTES", 2_000)
+    start, used = workers._Pool.__init__, []
 
-    def begin_and_wait(self: Any, *arguments: Any) -> None:
-        begin(self, *arguments)
-        used.append(len(self._processes))
-        self.are_ready.wait()
+    def start_and_wait(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        used.append(len(self._workers))
+        self.is_ready.wait()
 
-    monkeypatch.setattr(workers.Helpers, "begin", begin_and_wait)
+    monkeypatch.setattr(workers._Pool, "__init__", start_and_wait)
     for processes in (1, 3):
         encoded(train, tmp_path / str(processes), processes)
     assert used == [3, 3], "one that reads, one that encodes"
@@ -122,7 +115,7 @@ def test_where_a_file_is_cut_and_how_much_is_looked_at_together_changes_nothing(
     train: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = content(encoded(train, None))
-    monkeypatch.setattr(store, "SLAB", 7)
+    monkeypatch.setattr(store, "GROUP_BYTES", 7)
     assert content(encoded(train, None)) == whole
     for size in (40, 333, 5000):
         monkeypatch.setattr(jsonl, "FIRST_BYTES", size)
@@ -156,7 +149,7 @@ def test_lazy_examples_say_the_same_as_the_examples_themselves(train: Path) -> N
     assert [example[0].origin for example in examples[2:9:3]] == [example[0].origin for example in every[2:9:3]]
     limit = int(np.median([int(part.tokens.max()) for example in every for part in example]))
     past = {part.origin: int(part.tokens.max()) for example in every for part in example if part.tokens.max() >= limit}
-    assert examples.past(limit) == past
+    assert examples.out_of_vocabulary(limit) == past
     with pytest.raises(IndexError):
         examples[len(examples)]
 
@@ -176,11 +169,13 @@ def test_weights_and_symptoms_survive_the_disk_to_the_bit(tmp_path: Path) -> Non
 
 
 def test_rows_in_memory_and_from_a_pipe_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    way = Way(Cache(tmp_path / "cache"))
+    execution = Execution(Cache(tmp_path / "cache"))
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(lines))))
-    piped = dataset.encode_sources(dataset.understand([Named("-")], way), row_encoder(), way=way)
-    held = dataset.encode_sources(dataset.understand([Named("rows", rows=tuple(ROWS))], way), row_encoder(), way=way)
+    piped = build.encode_sources(understand([SourceSpec("-")], execution), row_encoder(), execution=execution)
+    held = build.encode_sources(
+        understand([SourceSpec("rows", rows=tuple(ROWS))], execution), row_encoder(), execution=execution
+    )
     assert piped.ledgers[0].fates == held.ledgers[0].fates
     assert piped.train[0][0].origin.source == "stdin"
     assert not (tmp_path / "cache").exists()
@@ -225,16 +220,72 @@ def test_another_reading_has_another_digest(train: Path, tmp_path: Path, changed
     assert len(keys(train, tmp_path / "cache", **changed)) == 2
 
 
-def test_other_content_and_other_code_have_another_digest(
-    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_content_has_another_digest_and_another_time_has_not(train: Path, tmp_path: Path) -> None:
     keys(train, tmp_path / "cache")
     os.utime(train, (0, 0))
-    assert keys(train, tmp_path / "cache") == set(), "not when it was written"
+    assert keys(train, tmp_path / "cache") == set()
     train.write_bytes(train.read_bytes().replace(b"very", b"vary", 1))
     assert len(keys(train, tmp_path / "cache")) == 2
-    monkeypatch.setattr(cache, "code", lambda: "another")
-    assert len(keys(train, tmp_path / "cache")) == 2
+
+
+def test_each_file_that_can_change_a_token_changes_the_key_and_no_other_does(tmp_path: Path) -> None:
+    """Tried on a copy of the package, beside the modules that a process has imported that encoded rows."""
+    package = shutil.copytree(
+        Path(cache.__file__).parents[1], tmp_path / "deft", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    script = [sys.executable, "-c", CHANGE_EACH_FILE]
+    said = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout)
+    executed, changing = set(found["executed"]), set(found["changing"])
+    assert {"ascii_words.py", "tokenizer.py", "encoding/rows.py", "render/template.py"} <= executed
+    assert {"data/formats/messages.py", "data/readers/tables.py"} <= executed
+    assert executed <= changing, sorted(executed - changing)
+    assert changing <= executed | {"data/formats/__init__.py"}, sorted(changing - executed)
+    others = {file.relative_to(package).as_posix() for file in package.rglob("*.py")} - changing
+    assert {"workers.py", "logs/console.py", "dataset/splits.py", "dataset/cache.py", "run.py"} <= others
+
+
+CHANGE_EACH_FILE = """
+import json, sys
+from pathlib import Path
+from deft.data import shapes
+from deft.dataset import examples
+from deft.dataset.source import SourceSpec, items
+from deft.encoding.rows import Policy
+from deft.render.choose import Chosen
+from deft.tokenizer import wrap
+from tiny_tokenizers import CHATML, byte_level
+
+encoder = examples.encoder(wrap(byte_level()), Chosen(CHATML, "", True), Policy(256))
+chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <|im_end|>"}]
+rows = SourceSpec("rows", rows=({"messages": chat}, {"messages": [*chat, *chat]}))
+(item,) = items(rows, ())
+assert shapes.understand(item[0].read(), "rows").shape == "messages"
+chunk = examples.maker(examples.Recipe.of(encoder, rows, "messages"))(item)
+assert chunk.batch.column("examples").value_lengths().to_pylist() == [1, 1], chunk.batch.column("reason")
+places = (Path(module.__file__) for name, module in sys.modules.items() if name.startswith("deft."))
+executed = [place for place in places if place.name != "__init__.py"]
+from deft.dataset import cache
+
+package, key, changing = Path(cache.__file__).parents[1], cache.code(examples), []
+for file in sorted(package.rglob("*.py")):
+    text = file.read_bytes()
+    file.write_bytes(text + b"# changed")
+    cache.code.cache_clear()
+    changing += [file] if cache.code(examples) != key else []
+    file.write_bytes(text)
+names = {"executed": executed, "changing": changing}
+print(json.dumps({name: [file.relative_to(package).as_posix() for file in files] for name, files in names.items()}))
+"""
+
+
+def test_another_version_of_a_library_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = cache.code.__wrapped__(examples)
+    for library in ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "version", lambda name, library=library: "0" if name == library else version(name))
+            assert cache.code.__wrapped__(examples) != key, library
 
 
 def test_files_of_a_folder_and_a_user_s_own_format_are_in_the_digest(
@@ -243,8 +294,8 @@ def test_files_of_a_folder_and_a_user_s_own_format_are_in_the_digest(
     (tmp_path / "rows").mkdir()
     for name in "ab":
         written(tmp_path / "rows" / f"{name}.jsonl", ROWS[:2])
-    ((_, survey),) = dataset.understand([Named(str(tmp_path / "rows"))], Way(Cache(tmp_path / "cache")))
-    assert [Path(name).name for name in survey.content] == ["a.jsonl", "b.jsonl"]
+    ((_, found),) = understand([SourceSpec(str(tmp_path / "rows"))], Execution(Cache(tmp_path / "cache")))
+    assert [Path(name).name for name in found.content] == ["a.jsonl", "b.jsonl"]
     (tmp_path / "own_format.py").write_text("def fn(row): return row\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     own = {"format": "own_format:fn"}
@@ -255,11 +306,11 @@ def test_files_of_a_folder_and_a_user_s_own_format_are_in_the_digest(
 
 
 def test_a_file_that_changes_while_it_is_encoded_is_not_kept(train: Path, tmp_path: Path) -> None:
-    way = Way(Cache(tmp_path / "cache"))
-    understood = dataset.understand([Named(str(train))], way)
+    execution = Execution(Cache(tmp_path / "cache"))
+    understood = understand([SourceSpec(str(train))], execution)
     written(train, ROWS[:9])
     with pytest.raises(InputError, match=r"train\.jsonl: changed while it was read"):
-        dataset.encode_sources(understood, row_encoder(), way=way)
+        build.encode_sources(understood, row_encoder(), execution=execution)
     assert len(folders(tmp_path / "cache")) == 1
 
 
@@ -271,7 +322,7 @@ def test_what_is_damaged_is_noticed_said_and_made_again(train: Path, tmp_path: P
     root, draw = tmp_path / "cache", random.Random(harm)
     whole = content(encoded(train, root))
     paths = [path for folder in root.iterdir() if folder.is_dir() for path in sorted(folder.iterdir())]
-    assert {path.name for path in paths} == {f"{name}.bin" for name in COLUMNS} | {files.MANIFEST, "survey.json"}
+    assert {path.name for path in paths} == {store.ROWS, files.MANIFEST, "survey.json"}
     for path in paths:
         data = bytearray(path.read_bytes())
         if harm == "delete":
@@ -316,8 +367,9 @@ def in_a_child(work: Any) -> int:
 
 
 def test_a_killed_build_is_never_used_and_its_debris_goes(
-    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
 ) -> None:
+    monkeypatch.setattr(store, "GROUP_BYTES", 2_000)
     whole = content(encoded(train, tmp_path / "whole"))
     reference = folders(tmp_path / "whole")
     counting = Dying(10**9)
@@ -414,24 +466,24 @@ def test_rows_that_cannot_be_read_stop_a_large_run_before_any_is_encoded(
     path = written(tmp_path / "rows.jsonl", [*ROWS, *[bad] * 30])
     monkeypatch.setattr(prepare, "SOON_ENCODED", 50)
     made = config.make({"model": str(model), "data": {"train": str(path)}})
-    encode = dataset.encode_sources
-    monkeypatch.setattr(dataset, "encode_sources", None)
+    encode = build.encode_sources
+    monkeypatch.setattr(build, "encode_sources", None)
     with pytest.raises(Problems, match="32 of 94 rows cannot be read, and none was encoded") as raised:
         prepare.prepare(made, Caller(console=check.Console(quiet=True)))
     assert "rows.jsonl:62: messages: no assistant message" in str(raised.value)
     assert "... and 12 more" in str(raised.value)
-    monkeypatch.setattr(dataset, "encode_sources", encode)
+    monkeypatch.setattr(build, "encode_sources", encode)
     allowed = made.model_copy(update={"data": made.data.model_copy(update={"allow_refused": 32})})
     assert prepare.prepare(allowed, Caller(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
 
 
 def test_more_bad_rows_than_are_kept_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "NAMED", 5)
-    ((_, survey),) = dataset.understand([Named("a", rows=(ROWS[0], *[{"messages": []}] * 9))])
-    assert (len(survey.refused), survey.refused_rows, survey.rows) == (5, 9, 10)
+    ((_, found),) = understand([SourceSpec("a", rows=(ROWS[0], *[{"messages": []}] * 9))])
+    assert (len(found.refused), found.refused_rows, found.rows) == (5, 9, 10)
     mixed = ({"question": "a", "answer": "b", "messages": []},) * 9
     with pytest.raises(Problems) as raised:
-        dataset.understand([Named("a", rows=mixed)])
+        understand([SourceSpec("a", rows=mixed)])
     assert len(raised.value.problems) + raised.value.more == 10
 
 
@@ -440,9 +492,9 @@ def test_the_beginning_is_enough_to_show_a_large_file(
 ) -> None:
     with train.open("a") as file:
         file.write("broken\n" * 3)
-    ((named, survey),) = dataset.glance([Named(str(train))])
-    assert not survey.is_whole
-    assert survey.rows < 60
-    assert dataset.understand([named])[0][1].rows == len(ROWS) + 3
+    ((spec, found),) = glance([SourceSpec(str(train))])
+    assert not found.is_whole
+    assert found.rows < 60
+    assert understand([spec])[0][1].rows == len(ROWS) + 3
     assert next(sources.chunks(str(train))).last < (10, 0)
     assert source(*ROWS[:2])[1].is_whole

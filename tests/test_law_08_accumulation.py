@@ -11,7 +11,7 @@ import torch
 from tiny_models import write_llama
 
 from deft import loader
-from deft.dataset import encode
+from deft.dataset.build import encode
 from deft.encoding.rows import Example
 from deft.loss import nll
 from deft.model import load as models

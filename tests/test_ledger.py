@@ -12,11 +12,11 @@ from encoders import chat, row_encoder, source
 from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
-from deft import dataset, ledger
 from deft.data import shapes, sources
+from deft.dataset import build, data_warnings, ledger
+from deft.dataset.data_warnings import WARNINGS
+from deft.dataset.ledger import SourceLedger
 from deft.encoding.rows import RowEncoder
-from deft.ledger import SourceLedger
-from deft.symptoms import SYMPTOMS, Examiner
 from deft.types import Fate
 
 WITHOUT_SYSTEM = CHATML.replace(
@@ -31,7 +31,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def account(encoder: RowEncoder, *rows: Any, **settings: Any) -> SourceLedger:
-    return dataset.encode_sources([source(*rows)], encoder, **settings).ledgers[0]
+    return build.encode_sources([source(*rows)], encoder, **settings).ledgers[0]
 
 
 def without_eos() -> PreTrainedTokenizerFast:
@@ -65,7 +65,7 @@ def test_fates_that_do_not_add_up_are_our_own_bug() -> None:
 
 def test_it_counts_what_the_rows_hold() -> None:
     encoder = row_encoder()
-    data = dataset.encode_sources([source(chat("Hi", "Hello"), chat("What?", "the cat sat on the mat " * 4))], encoder)
+    data = build.encode_sources([source(chat("Hi", "Hello"), chat("What?", "the cat sat on the mat " * 4))], encoder)
     (found,), lengths = data.ledgers, [len(example[0].tokens) for example in data.train]
     assert (found.examples, found.tokens, found.longest) == (2, sum(lengths), max(lengths))
     assert found.target_tokens == sum(int((example[0].weights > 0).sum()) for example in data.train)
@@ -161,9 +161,9 @@ def test_a_symptom_is_seen_where_it_is_and_only_there(name: str) -> None:
     (ill, ill_row), (well, well_row) = CASES[name]
     found = account(ill, ill_row)
     assert found.fates["trained"] == 1, found.lost
-    assert found.count(name) == 1, found.symptoms
+    assert found.count(name) == 1, found.warnings
     healthy = account(well, well_row)
-    assert (healthy.fates["trained"], healthy.count(name)) == (1, 0), (healthy.lost, healthy.symptoms)
+    assert (healthy.fates["trained"], healthy.count(name)) == (1, 0), (healthy.lost, healthy.warnings)
 
 
 def test_tool_calls_that_the_template_drops_in_history_are_seen() -> None:
@@ -179,29 +179,32 @@ def test_tool_calls_that_the_template_drops_in_history_are_seen() -> None:
 
 def test_every_symptom_is_told_and_has_a_case() -> None:
     elsewhere = {"dropped_tool_calls", "duplicate", "in_evaluation"}
-    assert set(CASES) | elsewhere == set(SYMPTOMS)
+    assert set(CASES) | elsewhere == set(WARNINGS)
 
 
 def test_repeated_rows_are_seen_and_so_are_rows_of_the_evaluation_data() -> None:
     a, b, c = (chat("Hi", answer) for answer in "abc")
     evaluated = [source(c, name="eval.jsonl")]
     found = account(row_encoder(), a, b, a, c, held_out=evaluated)
-    assert [(seen.name, seen.first) for seen in found.symptoms] == [
+    assert [(seen.name, seen.first) for seen in found.warnings] == [
         ("duplicate", ("rows.jsonl:3",)),
         ("in_evaluation", ("rows.jsonl:4",)),
     ]
-    assert account(row_encoder(), a, b).symptoms == ()
+    assert account(row_encoder(), a, b).warnings == ()
 
 
-def test_rows_are_looked_at_until_fifty_of_their_kind_are_whole_and_to_the_end_where_one_is_not() -> None:
+def test_rows_are_decoded_until_fifty_of_their_kind_are_whole_and_to_the_end_where_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with_system = {"messages": [{"role": "system", "content": "Rhyme."}, *chat("Hi", "Hello")["messages"]]}
     dropping, keeping = row_encoder(WITHOUT_SYSTEM), row_encoder()
     assert account(dropping, *[with_system] * 60).count("dropped_content") == 60
-    examiner = Examiner(keeping)
     known = shapes.understand(sources.from_values([with_system] * 60), "rows")
-    for row in keeping.encode_many(known.conversations):
-        examiner.look(row)
-    assert list(examiner._whole.values()) == [50]
+    decoded: list[Any] = []
+    dropped = data_warnings._dropped
+    monkeypatch.setattr(data_warnings, "_dropped", lambda *each: decoded.append(each) or dropped(*each))
+    data_warnings.check(keeping, keeping.encode_many(known.conversations))
+    assert len(decoded) == 50
 
 
 def test_a_message_after_the_last_learnt_one_is_not_called_dropped() -> None:

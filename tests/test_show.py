@@ -25,6 +25,7 @@ from tiny_tokenizers import CHATML, byte_level, sentencepiece
 
 import deft
 from deft import tokenizer as edge
+from deft.dataset import build
 from deft.show import page, rows, terminal
 from deft.show.palette import LEARNT, SPECIAL, UNLEARNT, shade
 from deft.show.rows import Shown, Wanted
@@ -163,7 +164,7 @@ def test_held_out_drawn_and_evaluated_rows_have_the_fates_of_training() -> None:
     train = source(*values, times=0.5, loss_weight=0.25)
     evaluated = source(values[3], name="eval.jsonl")
     found = rows.show([train], [evaluated], row_encoder(), 0.0, 0, Wanted(100))
-    data, _ = deft.dataset.encode_sources([train], row_encoder(), held_out=[evaluated]).ledgers
+    data, _ = build.encode_sources([train], row_encoder(), held_out=[evaluated]).ledgers
     fates = {fate.value: sum(row.fate == fate for row in found.rows[:20]) for fate in Fate}
     assert fates == data.fates
     assert fates["left_out"] in (9, 10)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level, sentencepiece
 
-from deft import dataset
 from deft import tokenizer as edge
 from deft.data import shapes, sources
+from deft.dataset import examples
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.render import trace
 from deft.render.chat import ChatRenderer, Rendered
@@ -334,6 +334,6 @@ def test_corpus_chats_are_encoded_as_each_alone(
     found = [each["template"] for each in templates if family in each["name"].lower() and each["renders_plain"]]
     assert found
     for template in found[:2]:
-        encoder = dataset.encoder(qwen, choose("auto", template, False), Policy(max_length=4096))
+        encoder = examples.encoder(qwen, choose("auto", template, False), Policy(max_length=4096))
         for encoded, row in zip(many(encoder, corpus_rows), corpus_rows, strict=True):
             assert_same(encoded, alone(encoder, row))

@@ -18,7 +18,7 @@ from deft.signals import HANDLED
 
 
 def doubling(recipe: int) -> Callable[[Any], Any]:
-    """What helping processes run: it doubles numbers, and does what other items ask for."""
+    """What workers run: it doubles numbers, and does what other items ask for."""
 
     def work(item: Any) -> Any:
         if item == "who":
@@ -40,15 +40,15 @@ def doubling(recipe: int) -> Callable[[Any], Any]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the first item goes to helping processes."""
+    """Two items are enough for workers, and all of them are theirs."""
     monkeypatch.setattr(workers, "HERE", 1)
-    begin = workers.Helpers.begin
+    start = workers._Pool.__init__
 
-    def begin_and_wait(self: Any, *arguments: Any) -> None:
-        begin(self, *arguments)
-        self.are_ready.wait()
+    def start_and_wait(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.is_ready.wait()
 
-    monkeypatch.setattr(workers.Helpers, "begin", begin_and_wait)
+    monkeypatch.setattr(workers._Pool, "__init__", start_and_wait)
 
 
 def done(*items: Any, processes: int = 2) -> list[Any]:
@@ -64,7 +64,7 @@ def test_results_come_in_the_order_of_the_items_from_other_processes() -> None:
 
 def test_few_items_and_one_process_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done("who", processes=1)[1] == (os.getpid(), 5)
-    monkeypatch.setattr(workers, "_start", None)
+    monkeypatch.setattr(workers, "Worker", None)
     assert done() == [2]
     with pytest.raises(TypeError):
         done(1)
@@ -89,60 +89,53 @@ def test_what_goes_wrong_there_is_raised_here(item: str, kind: type[DeftError], 
 
 
 def test_no_process_outlives_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Any] = []
-    start = workers._start
-    monkeypatch.setattr(workers, "_start", lambda modules: started.append(start(modules)) or started[-1])
+    started: list[workers.Worker] = []
+    start = workers.Worker
+    monkeypatch.setattr(workers, "Worker", lambda: started.append(start()) or started[-1])
     given = workers.ordered(doubling, 5, iter([1, *range(40)]), 2)
     assert [next(given) for _ in range(4)] == [2, 0, 2, 4]
     given.close()
-    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert [worker.process.returncode for worker in started] == [-signal.SIGKILL] * 2
 
 
-def test_processes_that_were_started_before_do_all_items_once() -> None:
-    helpers = workers.Helpers(2)
-    assert helpers.are_waiting
-    assert list(workers.ordered(doubling, 5, range(9), 1, helpers)) == [2 * n for n in range(9)]
-    assert not helpers.are_waiting
-    assert list(workers.ordered(doubling, 5, ["who"], 1, helpers)) == [(os.getpid(), 5)]
-    helpers = workers.Helpers(2)
-    found = list(workers.ordered(doubling, 6, ["who"] * 9, 1, helpers))
-    assert os.getpid() not in {pid for pid, _ in found}
-    assert {recipe for _, recipe in found} == {6}
+def test_this_process_works_until_a_worker_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first answers are there although no worker ever gets ready."""
+    monkeypatch.setattr(workers._Pool, "__init__", workers_that_wait)
+    assert list(workers.ordered(doubling, 5, ["who"] * 9, 2)) == [(os.getpid(), 5)] * 9
 
 
-def test_processes_wait_with_what_they_are_to_import_and_can_be_sent_away(capfd: pytest.CaptureFixture[str]) -> None:
-    with workers._start(["no_such_module"]) as child:
-        assert child.wait(10) == 1
-    assert "no_such_module" in capfd.readouterr().err
-    helpers = workers.Helpers(2, ["deft.blocks"])
-    helpers.stop()
-    assert [process.returncode for process in helpers._processes] == [-signal.SIGKILL] * 2
+def workers_that_wait(self: Any, make: Any, recipe: Any, count: int) -> None:
+    self.is_ready, self._workers = threading.Event(), []
+    self._threads = workers.ThreadPoolExecutor(1)
 
 
-def test_a_helping_process_ends_with_its_parent_and_with_no_signal_before() -> None:
-    child = workers._start()
-    assert child.stdin is not None
-    assert child.stdout is not None
-    ask, answers = workers._connections(child)
-    assert workers._asked(child, ask, answers, (doubling, 5)) == (None, None)
+def broken_there(parent: int) -> Callable[[Any], Any]:
+    if os.getpid() != parent:
+        raise InputError("a worker cannot begin")
+    return lambda item: item
+
+
+def test_what_keeps_workers_from_beginning_is_raised_and_nothing_hangs() -> None:
+    with pytest.raises(InputError, match="a worker cannot begin"):
+        list(workers.ordered(broken_there, os.getpid(), range(9), 2))
+
+
+def test_a_worker_ends_with_its_parent_and_with_no_signal_before() -> None:
+    worker = workers.Worker()
+    assert worker.ask((doubling, 5)) is None
     for number in HANDLED:
-        child.send_signal(number)
-    assert workers._asked(child, ask, answers, 4) == (8, None)
-    for pipe in (ask, child.stdin):
-        pipe.close()
-    assert child.wait(10) == 0
+        worker.process.send_signal(number)
+    assert worker.ask(4) == 8
+    worker.pipe.close()
+    assert worker.process.wait(10) == 0
 
 
-def test_a_helping_process_whose_parent_is_killed_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    child = workers._start()
-    assert child.stdin is not None
-    assert child.stdout is not None
-    ask, answers = workers._connections(child)
-    assert workers._asked(child, ask, answers, (doubling, 5)) == (None, None)
-    for pipe in (answers, child.stdout):
-        pipe.close()
-    ask.send(4)
-    assert child.wait(10) == 0
+def test_a_worker_whose_parent_is_killed_while_it_works_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    worker = workers.Worker()
+    assert worker.ask((doubling, 5)) is None
+    worker.pipe.send(4)
+    worker.pipe.close()
+    assert worker.process.wait(10) == 0
     assert capfd.readouterr().err == ""
 
 

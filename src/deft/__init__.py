@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deft.api import train
-    from deft.dataset import encode
+    from deft.dataset.build import encode
 
 __all__ = ["encode", "train"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return train
     if name == "encode":
-        from deft.dataset import encode
+        from deft.dataset.build import encode
 
         return encode
     raise AttributeError(f"module 'deft' has no attribute {name!r}")

@@ -10,16 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deft import calibrate, files, ledger, prepare, reading
+from deft import calibrate, files, prepare, reading
 from deft.config import Config
-from deft.dataset import Dataset
+from deft.dataset import ledger
+from deft.dataset.build import Dataset
+from deft.dataset.data_warnings import Finding
+from deft.dataset.ledger import SourceLedger
 from deft.forecast import Forecast, forecast
-from deft.ledger import SourceLedger
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
 from deft.plan.outlook import Outlook, outlook
 from deft.reading import Caller, Checked
-from deft.symptoms import Finding
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
 

@@ -20,7 +20,6 @@ from deft.redact import redacted
 
 if TYPE_CHECKING:
     from deft.config import Config
-    from deft.workers import Helpers
 
 BEGAN = time.perf_counter()
 """When the command was given."""
@@ -58,11 +57,10 @@ def train(arguments: Overrides = None) -> None:
             from deft import config
 
             made = config.load(files[0] if files else None, overrides)
-            helpers = _helpers(made)
             from deft.reading import Caller
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, began=BEGAN, helpers=helpers))
+        run(made, Caller(signals=handled, began=BEGAN))
 
 
 @app.command()
@@ -175,21 +173,6 @@ def main() -> None:
         from deft import crash
 
         _leave(crash.report(error, _run_folder(sys.argv[2:])), DeftError.exit_code)
-
-
-def _helpers(made: Config) -> Helpers | None:
-    """Processes that encode rows, where some were not read before.
-
-    They import what they need on other cores while this process imports what it needs.
-    7,473 rows then take two of them 3.9 s, and 6.2 s where they are started when the rows are there (two busy cores).
-    """
-    from deft import cache, dataset, workers
-
-    count, kept = workers.available(), cache.Cache(cache.root())
-    with suppress(OSError, DeftError):  # what is wrong with a source is said when all of it is checked
-        if count > 1 and not all(dataset.is_known(dataset.named(each, "train"), kept) for each in made.data.train):
-            return workers.Helpers(count, ["deft.blocks", "transformers.models"])
-    return None
 
 
 @contextmanager

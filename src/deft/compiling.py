@@ -13,7 +13,8 @@ from types import ModuleType
 
 from torch.utils._triton import has_triton
 
-from deft import cache, hardware
+from deft import hardware
+from deft.dataset import cache
 from deft.loader import Loader
 from deft.model import static
 from deft.model.learner import Learner

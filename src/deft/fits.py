@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from deft import cache, hardware, rates, resume
-from deft.cache import Cache
+from deft import hardware, rates, resume
+from deft.dataset import cache
+from deft.dataset.cache import Cache
+from deft.dataset.store import Examples
 from deft.forecast import Fit, Trace
 from deft.hardware import Machine
 from deft.loader import Loader
-from deft.store import Examples
 
 FILE = "fit.json"
 COUNTED = ("products", "carried", "sizes")

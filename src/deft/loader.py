@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from deft.dataset.store import Examples
 from deft.encoding.rows import Example
 from deft.plan.order import Batching, Epoch, plan
 from deft.plan.packs import pack
-from deft.store import Examples
 from deft.types import Batch, Encoded, Origin
 
 Normalize = Literal["tokens", "examples"]

@@ -11,22 +11,20 @@ from typing import NoReturn
 import torch
 
 from deft import (
-    cache,
-    dataset,
     fits,
     forecast,
     hardware,
-    ledger,
     loader,
     manifest,
     rates,
     reading,
     resume,
 )
-from deft.cache import Cache
 from deft.checkpoint import Found
 from deft.config import Config
-from deft.dataset import Dataset
+from deft.dataset import build, cache, ledger
+from deft.dataset.build import Dataset
+from deft.dataset.cache import Cache
 from deft.encoding.rows import RowEncoder
 from deft.errors import InputError, Problem, Problems
 from deft.forecast import Fit, Forecast, Trace
@@ -77,8 +75,6 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     checked = reading.check(config, caller)
     row_encoder = checked.encoder()
     data = encode(config, checked, row_encoder, caller)
-    if caller.helpers:
-        caller.helpers.stop()
     for line in _described(checked, data):
         caller.say(line)
     stop_unless_trainable(config, checked, data)
@@ -124,13 +120,13 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Ca
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
     with reading.progress(caller, "encoding", rows) as advance:
-        return dataset.encode_sources(
+        return build.encode_sources(
             checked.train,
             row_encoder,
             held_out=checked.held_out,
             share=share,
             seed=config.seed,
-            way=reading.way(caller, advance),
+            execution=reading.execution(caller, advance),
         )
 
 
@@ -187,7 +183,7 @@ def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
 def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
     """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
     size = checked.base.vocab_size
-    largest = (data.train + data.held_out).past(size)
+    largest = (data.train + data.held_out).out_of_vocabulary(size)
     if largest:
         text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
         problems = [

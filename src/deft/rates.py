@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from deft import cache, files, hardware
+from deft import files, hardware
+from deft.dataset import cache
 
 if TYPE_CHECKING:
     from deft.optim.adamw import AdamW

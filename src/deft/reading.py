@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deft import (
-    cache,
-    dataset,
     evaluate,
     hardware,
     losses,
@@ -25,10 +23,13 @@ from deft import (
     registry,
 )
 from deft import tokenizer as edge
-from deft.cache import Cache
-from deft.config import Config
+from deft.config import Config, Source
+from deft.data.choices import Choices
 from deft.data.shapes import Survey
-from deft.dataset import Advance, Named, Way
+from deft.dataset import cache, examples, survey
+from deft.dataset.cache import Cache
+from deft.dataset.source import SourceSpec
+from deft.dataset.survey import Advance, Execution
 from deft.encoding.rows import Policy, RowEncoder
 from deft.evaluate import MetricFn
 from deft.hardware import Machine
@@ -41,7 +42,6 @@ from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.signals import Signals
 from deft.tokenizer import Tokenizer
-from deft.workers import Helpers
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ class Caller:
     """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
 
     signals  nothing ends the run unless the caller handles signals
-    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
     began    time.perf_counter() when the run was asked for
     """
 
@@ -57,7 +56,6 @@ class Caller:
     metric_fn: MetricFn | None = None
     console: Console = field(default_factory=display.of_run)
     signals: Signals = field(default_factory=Signals)
-    helpers: Helpers | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def say(self, text: str) -> None:
@@ -73,11 +71,11 @@ class Reading:
     policy: Policy
     is_chat: bool
     stop_ids: tuple[int, ...]
-    train: list[tuple[Named, Survey]]
-    held_out: list[tuple[Named, Survey]]
+    train: list[tuple[SourceSpec, Survey]]
+    held_out: list[tuple[SourceSpec, Survey]]
 
     def encoder(self) -> RowEncoder:
-        return dataset.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
+        return examples.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,15 @@ def read(config: Config, caller: Caller) -> Reading:
     (base, tokenizer), *rows = preflight.collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(dataset.glance, sources, way(caller)) for sources in _sources(config, caller)),
+            *(partial(survey.glance, sources, execution(caller)) for sources in _sources(config, caller)),
         ]
     )
     return _reading(config, base, tokenizer, *rows)
 
 
-def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
+def execution(caller: Caller, advance: Advance = lambda rows: None) -> Execution:
     """Whatever is made of rows is kept in the user's cache."""
-    return Way(Cache(cache.root(), caller.say), helpers=caller.helpers, advance=advance)
+    return Execution(Cache(cache.root(), caller.say), advance=advance)
 
 
 @contextmanager
@@ -134,26 +132,39 @@ def progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
         yield lambda rows: progress.advance(task, rows)
 
 
-def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
+def _read(sources: Sequence[SourceSpec], caller: Caller) -> list[tuple[SourceSpec, Survey]]:
     """Reads sources from beginning to end."""
     with progress(caller, "reading", None) as advance:
-        return dataset.understand(sources, way(caller, advance))
+        return survey.understand(sources, execution(caller, advance))
 
 
-def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
+def _sources(config: Config, caller: Caller) -> tuple[list[SourceSpec], list[SourceSpec]]:
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
-    train_sources = [dataset.named(source, "train") for source in config.data.train]
+    train_sources = [source_spec(source, "train") for source in config.data.train]
     if caller.samples is not None:
-        train_sources = [Named("samples", rows=tuple(caller.samples))]
-    return train_sources, [dataset.named(source, "test") for source in held_out]
+        train_sources = [SourceSpec("samples", rows=tuple(caller.samples))]
+    return train_sources, [source_spec(source, "test") for source in held_out]
+
+
+def source_spec(source: Source, split: str) -> SourceSpec:
+    """A source of the configuration. `split` is read where it names none: train or test."""
+    return SourceSpec(
+        source.path,
+        source.format,
+        subset=source.subset,
+        choices=Choices(source.columns, source.answers, source.control, source.split or split),
+        times=source.times,
+        loss_weight=source.loss_weight,
+        max_rows=source.max_rows,
+    )
 
 
 def _reading(
     config: Config,
     base: Base | None,
     tokenizer: Tokenizer,
-    train: list[tuple[Named, Survey]],
-    held_out: list[tuple[Named, Survey]],
+    train: list[tuple[SourceSpec, Survey]],
+    held_out: list[tuple[SourceSpec, Survey]],
 ) -> Reading:
     chosen, length = preflight.collect(
         [
@@ -189,7 +200,7 @@ def _base_if_any(path: str) -> Base | None:
     return None if is_tokenizer_alone else models.inspect(path, needs_weights=False)
 
 
-def _is_chat(policy: Policy, understood: Sequence[tuple[Named, Survey]]) -> bool:
+def _is_chat(policy: Policy, understood: Sequence[tuple[SourceSpec, Survey]]) -> bool:
     """Whether the training rows go through the chat template."""
     if policy.render != "auto":
         return policy.render == "chat"

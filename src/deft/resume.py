@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from deft.dataset.store import Examples
 from deft.errors import Problem
-from deft.store import Examples
 
 AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""

@@ -10,9 +10,9 @@ from rich.console import Console
 from deft import files
 from deft.config import Config
 from deft.data.shapes import Survey
-from deft.dataset import Named
+from deft.dataset.source import SourceSpec
 from deft.errors import InputError
-from deft.reading import Caller, read, way
+from deft.reading import Caller, execution, read
 from deft.show import page, rows, terminal
 from deft.show.rows import Wanted
 from deft.types import Fate
@@ -40,7 +40,7 @@ def run(
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way(caller))
+    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, execution(caller))
     if html is None:
         terminal.write(console, shown)
         return
@@ -49,9 +49,9 @@ def run(
     console.print(f"{html}: {shown.extent}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _names(sources: Sequence[tuple[Named, Survey]]) -> list[str]:
+def _names(sources: Sequence[tuple[SourceSpec, Survey]]) -> list[str]:
     """What sources and their files are called."""
-    return list(dict.fromkeys(name for named, _ in sources for name in (named.path, *named.files())))
+    return list(dict.fromkeys(name for source, _ in sources for name in (source.path, *source.files())))
 
 
 def _fate(only: str | None) -> Fate | None:

@@ -13,10 +13,10 @@ from itertools import groupby
 from string import Template
 from typing import Any
 
+from deft.dataset.data_warnings import WARNINGS
 from deft.show.palette import FATES, SPECIAL, SPECIAL_ON_LIGHT, Shade, shade
 from deft.show.rows import Shown, ShownRow
 from deft.show.tokens import NEWLINE, PART_OF_CHARACTER, ShownToken, visible
-from deft.symptoms import SYMPTOMS
 from deft.types import Fate
 
 LEGEND_WEIGHTS = 12
@@ -136,7 +136,7 @@ def _row(row: ShownRow, kinds: dict[tuple[int, str, bool], int], grades: Mapping
         "fate": row.fate.value,
         "reason": row.reason,
         "notes": [
-            *([SYMPTOMS[name].level, SYMPTOMS[name].here] for name in row.symptoms),
+            *([WARNINGS[name].level, WARNINGS[name].here] for name in row.warnings),
             *(["note", f"its mask needed a fallback: {how}"] for how in row.fallbacks),
         ],
         "words": row.words,

@@ -8,14 +8,14 @@ from itertools import chain, islice
 
 import numpy as np
 
-from deft import blocks, dataset
 from deft.data.shapes import Outcome, Survey
-from deft.dataset import Named, Way
+from deft.dataset import build, data_warnings, examples
+from deft.dataset.source import SourceSpec, items
+from deft.dataset.splits import ContentIndex, SplitRows, SplitRule, assign_splits
+from deft.dataset.store import FATES, Store
+from deft.dataset.survey import NOT_KEPT, Execution
 from deft.encoding.rows import RowEncoder
-from deft.fates import Contents, Setting, Settled, settle
 from deft.show.tokens import ShownToken, TokenTexts
-from deft.store import FATES, Store
-from deft.symptoms import Examiner, stop_ids
 from deft.types import Encoded, Fate, Origin
 
 GROUP = 32
@@ -32,8 +32,8 @@ class ShownRow:
     """One row and what is learnt of it.
 
     reason     why it is not trained whole
-    symptoms   names of deft.symptoms
-    fallbacks  other ways to hand it to the chat template that its proof needed
+    warnings   names of data_warnings.WARNINGS
+    fallbacks  other template inputs that its proof needed
     texts      the texts that the model is shown: one, several where history is rewritten or a text is long, none
                where nothing is trained; at most SHOWN_TOKENS tokens in all
     words      (role, content) of a row without texts
@@ -44,7 +44,7 @@ class ShownRow:
     shape: str
     fate: Fate
     reason: str = ""
-    symptoms: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     texts: tuple[tuple[ShownToken, ...], ...] = ()
     words: tuple[tuple[str, str], ...] = ()
@@ -87,28 +87,25 @@ class Shown:
 
 
 def show(
-    train: Sequence[tuple[Named, Survey]],
-    held_out: Sequence[tuple[Named, Survey]],
+    train: Sequence[tuple[SourceSpec, Survey]],
+    held_out: Sequence[tuple[SourceSpec, Survey]],
     row_encoder: RowEncoder,
     share: float,
     seed: int,
     wanted: Wanted,
-    way: Way = dataset.NOT_KEPT,
+    execution: Execution = NOT_KEPT,
 ) -> Shown:
     """The wanted rows in the order of their sources; no more rows are encoded than it takes to find them."""
-    viewer = _Viewer(row_encoder, TokenTexts(row_encoder.tokenizer), Examiner(row_encoder), wanted, way)
-    taken = Contents.of([dataset.store(*known, row_encoder, way) for known in held_out])
-    training = (
-        viewer.rows(named, survey, Setting(share, False, named.times, named.loss_weight, seed, number), taken)
-        for number, (named, survey) in enumerate(train)
-    )
-    evaluated = (
-        viewer.rows(named, survey, Setting(is_eval=True, loss_weight=named.loss_weight), Contents.of())
-        for named, survey in held_out
+    viewer = _Viewer(row_encoder, TokenTexts(row_encoder.tokenizer), wanted, execution)
+    evaluated = ContentIndex.of([build.store(*each, row_encoder, execution) for each in held_out])
+    rule, eval_rule = SplitRule(share, seed=seed), SplitRule(is_eval=True)
+    found = chain(
+        *(viewer.rows(*each, rule.of(each[0], number), evaluated) for number, each in enumerate(train)),
+        *(viewer.rows(*each, eval_rule.of(each[0], 0), ContentIndex.of()) for each in held_out),
     )
     rows: list[ShownRow] = []
     looked_at = 0
-    for row in chain.from_iterable(chain(training, evaluated)):
+    for row in found:
         looked_at += 1
         if wanted.only in (None, row.fate):
             rows.append(row)
@@ -124,53 +121,51 @@ class _Viewer:
 
     row_encoder: RowEncoder
     token_texts: TokenTexts
-    examiner: Examiner
     wanted: Wanted
-    way: Way
+    execution: Execution
 
-    def rows(self, named: Named, survey: Survey, setting: Setting, taken: Contents) -> Iterator[ShownRow]:
+    def rows(self, source: SourceSpec, survey: Survey, rule: SplitRule, evaluated: ContentIndex) -> Iterator[ShownRow]:
         """The wanted rows of a source."""
-        if setting.times < 1:
+        if rule.times < 1:
             # A share of the rows is drawn when it is known how many can be trained.
-            settled = self._settled(dataset.store(named, survey, self.row_encoder, self.way), setting, taken)
-            for number, outcome in self._wanted(named, survey):
-                yield self._row(settled, number, outcome, survey.shape)
+            split = self._split(build.store(source, survey, self.row_encoder, self.execution), rule, evaluated)
+            for number, outcome in self._wanted(source, survey):
+                yield self._row(split, number, outcome, survey.shape)
             return
-        found = self._wanted(named, survey)
+        found = self._wanted(source, survey)
         while group := [outcome for _, outcome in islice(found, min(self.wanted.count, GROUP))]:
-            coded = blocks.encoded(self.row_encoder, group)
-            laid_out = blocks.block(self.row_encoder, group[0].origin.source, coded, self.examiner)
-            settled = self._settled(Store.of([laid_out]), setting, taken)
+            fated = examples.encoded(self.row_encoder, group)
+            chunk = examples.laid_out(self.row_encoder, group[0].origin.source, fated)
+            split = self._split(Store.in_memory([chunk]), rule, evaluated)
             for number, outcome in enumerate(group):
-                yield self._row(settled, number, outcome, survey.shape)
+                yield self._row(split, number, outcome, survey.shape)
 
-    def _wanted(self, named: Named, survey: Survey) -> Iterator[tuple[int, Outcome]]:
+    def _wanted(self, source: SourceSpec, survey: Survey) -> Iterator[tuple[int, Outcome]]:
         """The rows that are wanted by their place, and their numbers."""
         number = 0
-        for item in dataset.items(named, survey):
-            for outcome in blocks.outcomes(named.path, survey.shape, named.choices, item):
-                if self.wanted.has(named.path, outcome.origin):
+        for item in items(source, survey.left_out):
+            for outcome in examples.outcomes(source.path, survey.shape, source.choices, item):
+                if self.wanted.has(source.path, outcome.origin):
                     yield number, outcome
                 number += 1
 
-    def _settled(self, store: Store, setting: Setting, taken: Contents) -> Settled:
-        setting = replace(setting, stop_ids=stop_ids(self.row_encoder, store.marks))
-        return settle(store, setting, taken, np.zeros(len(store), bool))
+    def _split(self, store: Store, rule: SplitRule, evaluated: ContentIndex) -> SplitRows:
+        rule = replace(rule, stop_ids=data_warnings.stop_ids(self.row_encoder, store.marks))
+        return assign_splits(store, rule, evaluated, np.zeros(len(store), bool))
 
-    def _row(self, settled: Settled, number: int, outcome: Outcome, shape: str) -> ShownRow:
-        store = settled.store
-        examples = store.examples(number) if settled.kept[number] else range(0)
-        found = [store.example(example, settled.setting.loss_weight) for example in examples]
+    def _row(self, split: SplitRows, number: int, outcome: Outcome, shape: str) -> ShownRow:
+        store = split.store
+        found = store.examples_of(number, split.rule.loss_weight) if split.kept[number] else []
         parts = [part for example in found for part in example]
         texts = tuple(self.token_texts.shown(part) for part in _beginning(parts))
         messages = outcome.conversations[0].messages if outcome.conversations and not texts else ()
         return ShownRow(
             origin=outcome.origin,
             shape=shape,
-            fate=FATES[settled.fate[number]],
-            reason=settled.reason(number),
-            symptoms=tuple(settled.named(number)),
-            fallbacks=store.fallbacks(number) if texts else (),
+            fate=FATES[split.fate[number]],
+            reason=split.reason(number),
+            warnings=tuple(split.warnings_of(number)),
+            fallbacks=tuple((store.value(number, "fallbacks") or "").splitlines()) if texts else (),
             texts=texts,
             words=tuple((message.role, _shortened(message.content)) for message in messages),
             tokens=sum(len(part.tokens) for part in parts),

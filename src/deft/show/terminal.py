@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from deft.dataset.data_warnings import WARNINGS
 from deft.show.palette import FATES, SPECIAL, shade
 from deft.show.rows import Shown, ShownRow
 from deft.show.tokens import PART_OF_CHARACTER, ShownToken, visible
-from deft.symptoms import SYMPTOMS
 
 _Piece = tuple[str, Style]
 
@@ -51,9 +51,9 @@ def _row(row: ShownRow, console: Console) -> Iterator[Text]:
     yield _heading(row)
     if row.reason:
         yield Text(f"  {_one_line(row.reason)}", FATES[row.fate])
-    for name in row.symptoms:
-        style = "yellow" if SYMPTOMS[name].level == "warning" else "bright_black"
-        yield Text(f"  {SYMPTOMS[name].level}: {SYMPTOMS[name].here}", style)
+    for name in row.warnings:
+        style = "yellow" if WARNINGS[name].level == "warning" else "bright_black"
+        yield Text(f"  {WARNINGS[name].level}: {WARNINGS[name].here}", style)
     for how in row.fallbacks:
         yield Text(f"  note: its mask needed a fallback: {_one_line(how)}", "bright_black")
     for role, words in row.words:

@@ -1,12 +1,11 @@
-"""What may be wrong with a row that is trained all the same: symptoms, looked for in its messages and its tokens."""
+"""Warnings about rows that are trained all the same, found in their messages and their tokens."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,16 +15,16 @@ from deft.render import policy
 from deft.types import Conversation, Encoded, Fate, Message
 
 DECODED_ROWS = 50
-"""Rows with the same kinds of messages are decoded to see whether the template shows every field, until so many did."""
+"""Of rows with the same kinds of messages this number is decoded to see whether the template shows every field."""
 
 Level = Literal["note", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
-class Symptom:
+class DataWarning:
     """How much it matters, what it is ({s} and {have} agree with the number of rows), and what to do.
 
-    >>> Symptom("note", "open{s} with BOS twice", "mend it").of(1), Symptom("note", "{have} two", "").of(2)
+    >>> DataWarning("note", "open{s} with BOS twice", "mend it").of(1), DataWarning("note", "{have} two", "").of(2)
     ('1 row opens with BOS twice', '2 rows have two')
     """
 
@@ -34,12 +33,12 @@ class Symptom:
     fix: str
 
     def of(self, rows: int) -> str:
-        """The symptom as a sentence about so many rows."""
+        """The warning as a sentence about a number of rows."""
         return f"1 row {self._of_one}" if rows == 1 else f"{rows} rows {self.what.format(s='', have='have')}"
 
     @property
     def here(self) -> str:
-        """The symptom, said of the row above it, and what to do."""
+        """The warning, said of the row above it, and what to do."""
         return f"{self._of_one}; {self.fix}"
 
     @property
@@ -47,45 +46,45 @@ class Symptom:
         return self.what.format(s="s", have="has")
 
 
-SYMPTOMS: Mapping[str, Symptom] = {
-    "no_stop": Symptom(
+WARNINGS: Mapping[str, DataWarning] = {
+    "no_stop": DataWarning(
         "warning",
         "end{s} without a token that stops the model",
         "give the tokenizer an EOS token, or end the row with an answer",
     ),
-    "double_bos": Symptom("warning", "open{s} with BOS twice", "take one out of the chat template"),
-    "empty_answer": Symptom(
+    "double_bos": DataWarning("warning", "open{s} with BOS twice", "take one out of the chat template"),
+    "empty_answer": DataWarning(
         "warning", "{have} an answer without words: only stopping is learnt there", "fill it in, or remove the row"
     ),
-    "special_tokens_as_text": Symptom(
+    "special_tokens_as_text": DataWarning(
         "note", "{have} special tokens in a message", "they are encoded as text, never as control tokens"
     ),
-    "encoded_apart": Symptom(
+    "encoded_apart": DataWarning(
         "note",
         "{have} prompt and answer encoded apart, as one encoding would merge their edge",
         "inference encodes the prompt alone as well",
     ),
-    "duplicate": Symptom(
+    "duplicate": DataWarning(
         "warning", "say{s} exactly what an earlier row says", "remove repetitions, or leave them if they are meant"
     ),
-    "in_evaluation": Symptom(
+    "in_evaluation": DataWarning(
         "note", "stand{s} in the evaluation data too", "it is not trained, so that both stay apart"
     ),
-    "dropped_content": Symptom(
+    "dropped_content": DataWarning(
         "warning", "{have} a message that the chat template does not show", "choose another with template="
     ),
-    "dropped_reasoning": Symptom(
+    "dropped_reasoning": DataWarning(
         "warning", "{have} reasoning that the chat template does not show", "choose one that shows it with template="
     ),
-    "dropped_tool_calls": Symptom(
+    "dropped_tool_calls": DataWarning(
         "warning",
         "{have} tool calls that the chat template does not show",
         "choose one that knows tools with template=",
     ),
-    "dropped_tools": Symptom(
+    "dropped_tools": DataWarning(
         "warning", "{have} tools that the chat template does not show", "choose one that knows tools with template="
     ),
-    "dropped_name": Symptom(
+    "dropped_name": DataWarning(
         "note", "{have} names that the chat template does not show", "choose another with template= if they matter"
     ),
 }
@@ -110,103 +109,112 @@ class Finding:
         return f"{self.level}: {self.what}{where}; {self.fix}"
 
 
+BIT: Mapping[str, int] = {name: 1 << place for place, name in enumerate(WARNINGS)}
+"""The bit of each warning in a set of them."""
+
 _Signature = tuple[frozenset[tuple[str, bool, bool, bool]], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What is found in a row: names of `SYMPTOMS`, in their order, but for those that other rows decide.
+class RowCheck:
+    """What is found in a row: names of WARNINGS, but for those that other rows decide.
 
     tails  per text whose last learnt token does not always stop the model: its number, and the tokens that would, if
            another row's template ended turns with one of them
     """
 
-    symptoms: tuple[str, ...] = ()
+    warnings: frozenset[str] = frozenset()
     tails: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def bits(self) -> int:
+        return sum(BIT[name] for name in self.warnings)
 
-@dataclass(frozen=True)
-class Examiner:
-    """Names each row's symptoms; `_whole` counts the rows of a kind that were shown whole, before any that was not."""
 
-    row_encoder: RowEncoder
-    _whole: Counter[_Signature] = field(default_factory=Counter, repr=False)
-    _partial: set[_Signature] = field(default_factory=set, repr=False)
+def check(row_encoder: RowEncoder, rows: Iterable[EncodedRow]) -> list[RowCheck]:
+    """What is found in each row; nothing in one that is lost.
 
-    def look(self, row: EncodedRow) -> Look:
-        """What is found in a row; in one that is lost, nothing."""
-        if not row.examples:
-            return Look()
-        found = {*self._of_tokens(row), *self._dropped(row)}
-        if any(_is_empty_answer(message) for message in row.conversation.messages):
-            found.add("empty_answer")
-        return Look(tuple(name for name in SYMPTOMS if name in found), tuple(self._tails(row)))
-
-    def _of_tokens(self, row: EncodedRow) -> Iterator[str]:
-        if row.literal:
-            yield "special_tokens_as_text"
-        if row.apart:
-            yield "encoded_apart"
-        bos = self.row_encoder.tokenizer.bos_id
-        parts = [part for example in row.examples for part in example]
-        if bos is not None and any(part.tokens[:2].tolist() == [bos, bos] for part in parts):
-            yield "double_bos"
-
-    def _tails(self, row: EncodedRow) -> Iterator[tuple[int, int]]:
-        parts = [part for example in row.examples for part in example]
-        # Windows of one long text go on in the next one, and a cut answer must not teach stopping.
-        ends = parts[-1:] if row.conversation.kind == "text" else parts
-        if row.fate != Fate.CUT:
-            for number, part in enumerate(ends):
-                yield from ((number, token) for token in self._last(part))
-
-    def _last(self, part: Encoded) -> list[int]:
-        """The last learnt token, and the one before it if that was white space; none if one of them always stops."""
-        learnt = part.tokens[np.flatnonzero(part.weights > 0)]
-        found: list[int] = []
-        for token in learnt[::-1].tolist():
-            if token in self._always:
-                return []
-            found.append(token)
-            if self._decode([token]).strip():
-                break
-        return found
-
-    @cached_property
-    def _always(self) -> frozenset[int]:
-        return stop_ids(self.row_encoder, ())
-
-    def _dropped(self, row: EncodedRow) -> set[str]:
-        """The fields of a chat of which the row's texts show nothing."""
+    Once DECODED_ROWS rows with the same kinds of messages were shown whole, further ones are not decoded.
+    """
+    shown_whole: dict[_Signature, float] = {}
+    always = stop_ids(row_encoder, ())
+    found = []
+    for row in rows:
         kind = _signature(row.conversation)
-        is_known = self._whole[kind] >= DECODED_ROWS and kind not in self._partial
-        if row.fate == Fate.CUT or is_known or self.row_encoder.is_raw(row.conversation):
-            return set()
-        found = set(self._missing(row, row.conversation))
-        self._whole[kind] += 1
-        if found:
-            self._partial.add(kind)
-        return found
+        dropped: set[str] = set()
+        if shown_whole.setdefault(kind, 0) < DECODED_ROWS and _may_drop(row_encoder, row):
+            dropped = set(_dropped(row_encoder, row))
+            shown_whole[kind] += -math.inf if dropped else 1
+        tails = tuple(_tails(row_encoder, row, always))
+        found.append(RowCheck(frozenset(dropped | {*_of_row(row_encoder, row)}), tails) if row.examples else RowCheck())
+    return found
 
-    def _missing(self, row: EncodedRow, conversation: Conversation) -> Iterator[str]:
-        text = "".join(_squeezed(self._decode(part.tokens.tolist())) for example in row.examples for part in example)
-        weights = policy.weights(conversation.messages, self.row_encoder.train_on(conversation))
-        last = max((index for index, weight in enumerate(weights) if weight > 0), default=-1)
-        # What comes after the last learnt turn stands in no text.
-        for name, value in _fields(conversation.messages[: last + 1], conversation.tools):
-            if not any(form in text for form in self._forms(value)):
-                yield name
 
-    def _forms(self, value: str) -> Iterator[str]:
-        """How a field may stand in a text: as it is, escaped in JSON, or as the tokenizer gives it back."""
-        yield _squeezed(value)
-        yield _squeezed(json.dumps(value, ensure_ascii=False)[1:-1])
-        yield _squeezed(json.dumps(value)[1:-1])
-        yield _squeezed(self._decode(self.row_encoder.tokenizer.literal(value, continues=True)))
+def _of_row(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
+    if row.literal:
+        yield "special_tokens_as_text"
+    if row.apart:
+        yield "encoded_apart"
+    bos = row_encoder.tokenizer.bos_id
+    if bos is not None and any(part.tokens[:2].tolist() == [bos, bos] for part in _parts(row)):
+        yield "double_bos"
+    if any(_is_empty_answer(message) for message in row.conversation.messages):
+        yield "empty_answer"
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.row_encoder.tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+
+def _parts(row: EncodedRow) -> list[Encoded]:
+    return [part for example in row.examples for part in example]
+
+
+def _tails(row_encoder: RowEncoder, row: EncodedRow, always: frozenset[int]) -> Iterator[tuple[int, int]]:
+    # Windows of one long text go on in the next one, and a cut answer must not teach stopping.
+    ends = _parts(row)[-1:] if row.conversation.kind == "text" else _parts(row)
+    if row.fate != Fate.CUT:
+        for number, part in enumerate(ends):
+            yield from ((number, token) for token in _last_learnt(row_encoder, part, always))
+
+
+def _last_learnt(row_encoder: RowEncoder, part: Encoded, always: frozenset[int]) -> list[int]:
+    """The last learnt token, and the one before it if that was white space; none if one of them always stops."""
+    learnt = part.tokens[np.flatnonzero(part.weights > 0)]
+    found: list[int] = []
+    for token in learnt[::-1].tolist():
+        if token in always:
+            return []
+        found.append(token)
+        if _decode(row_encoder, [token]).strip():
+            break
+    return found
+
+
+def _may_drop(row_encoder: RowEncoder, row: EncodedRow) -> bool:
+    """Whether a row is a chat whose texts should show every field."""
+    return bool(row.examples) and row.fate != Fate.CUT and not row_encoder.is_raw(row.conversation)
+
+
+def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
+    """The fields of a chat of which the row's texts show nothing."""
+    text = "".join(_squeezed(_decode(row_encoder, part.tokens.tolist())) for part in _parts(row))
+    messages = row.conversation.messages
+    weights = policy.weights(messages, row_encoder.train_on(row.conversation))
+    last = max((index for index, weight in enumerate(weights) if weight > 0), default=-1)
+    # What comes after the last learnt turn stands in no text.
+    for name, value in _fields(messages[: last + 1], row.conversation.tools):
+        if not any(form in text for form in _forms(row_encoder, value)):
+            yield name
+
+
+def _forms(row_encoder: RowEncoder, value: str) -> Iterator[str]:
+    """How a field may stand in a text: as it is, escaped in JSON, or as the tokenizer gives it back."""
+    yield _squeezed(value)
+    yield _squeezed(json.dumps(value, ensure_ascii=False)[1:-1])
+    yield _squeezed(json.dumps(value)[1:-1])
+    yield _squeezed(_decode(row_encoder, row_encoder.tokenizer.literal(value, continues=True)))
+
+
+def _decode(row_encoder: RowEncoder, ids: list[int]) -> str:
+    text: str = row_encoder.tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    return text
 
 
 def stop_ids(row_encoder: RowEncoder, marks: Iterable[str]) -> frozenset[int]:
@@ -227,7 +235,7 @@ def _signature(conversation: Conversation) -> _Signature:
 
 
 def _fields(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """(symptom if it is dropped, text) of all that a template is handed."""
+    """(warning if it is dropped, text) of all that a template is handed."""
     for message in messages:
         yield "dropped_content", message.content
         yield "dropped_reasoning", message.reasoning

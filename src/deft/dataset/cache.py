@@ -9,26 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache as once
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from deft import files, lock
 from deft.errors import DamagedError, DiskError, InputError
 from deft.files import Staging
-from deft.store import COLUMNS, Block, Joiner, Store
 
-_HERE = Path(__file__).parent
-_CODE = ("types.py", "tokenizer.py", "blocks.py", "store.py", "symptoms.py", "workers.py", "cache.py", "dataset.py")
-_ROOMS = ("data", "render", "encoding")
-_PACKAGES = ("numpy", "jinja2", "tokenizers", "transformers")
-_ALL_PACKAGES = (*_PACKAGES, "torch", "safetensors")
+_IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w.]+))", re.MULTILINE)
+_NAME = re.compile(r"(\w+)(?: as \w+)?(?: *#.*)?")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def root() -> Path:
@@ -49,21 +47,57 @@ def digest(value: Any) -> str:
 
 
 @once
-def code() -> str:
-    """The digest of the code that makes rows into tokens, and of the libraries that it does it with."""
-    names = [_HERE / name for name in _CODE]
-    return _digest_of([*names, *(path for room in _ROOMS for path in (_HERE / room).rglob("*.py"))], _PACKAGES)
+def package() -> str:
+    """The digest of all of deft's code, and of the libraries that it computes with."""
+    return _digest_of(_PACKAGE.rglob("*.py"), ["numpy", "jinja2", "tokenizers", "transformers", "torch", "safetensors"])
 
 
 @once
-def package() -> str:
-    """The digest of all of deft's code, and of the libraries that it computes with."""
-    return _digest_of(_HERE.rglob("*.py"), _ALL_PACKAGES)
+def code(module: ModuleType) -> str:
+    """The digest of a module of deft, of all modules of deft that it imports, and of the libraries that these import.
+
+    Where one of them imports a package, all modules of that count: they may be loaded by name.
+    """
+    waiting, paths, libraries = _files(module.__name__), set[Path](), {"tokenizers"}
+    while waiting:
+        path = waiting.pop()
+        if path not in paths:
+            paths.add(path)
+            imported = [*_imports(path)]
+            waiting += [file for each in imported for file in _files(*each)]
+            libraries |= {name.partition(".")[0] for name, _ in imported} - sys.stdlib_module_names - {"deft"}
+    return _digest_of(paths, libraries)
 
 
-def _digest_of(paths: Iterable[Path], packages: Iterable[str]) -> str:
-    texts = {path.relative_to(_HERE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    return digest([texts, {name: version(name) for name in packages}])
+def _imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The modules that a module imports, and the names that it takes from them."""
+    for module, names, alone in _IMPORT.findall(path.read_text(encoding="utf-8")):
+        yield from ((module or alone, name) for name in _NAME.findall(names) or [""])
+
+
+def _files(module: str, name: str = "") -> list[Path]:
+    """The files that `from module import name` is about; none where they are not deft's."""
+    if module.partition(".")[0] != "deft":
+        return []
+    place = _PACKAGE.joinpath(*module.split(".")[1:])
+    for found in (place / name, place) if name else (place,):
+        if found.with_suffix(".py").is_file():
+            return [found.with_suffix(".py")]
+        if found.is_dir() and found == place / name:
+            return sorted(found.rglob("*.py"))
+    return [place / "__init__.py"]
+
+
+def _digest_of(paths: Iterable[Path], libraries: Iterable[str]) -> str:
+    texts = {path.relative_to(_PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return digest([texts, {name: _version(name) for name in libraries}, sys.version_info[:2]])
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -108,28 +142,6 @@ class Cache:
             yield
         except DiskError as error:
             raise DiskError(f"{error}; the cache is {self.root}, DEFT_CACHE names another folder") from error
-
-
-def write(staging: Staging, blocks: Iterable[Block]) -> None:
-    """The blocks of a source as the files of a store."""
-    joiner = Joiner()
-    with ExitStack() as stack:
-        columns = {name: stack.enter_context(staging.open(f"{name}.bin")) for name in COLUMNS}
-        for block in blocks:
-            for name, column in joiner.add(block).items():
-                columns[name].write(column.data)
-    staging.about.update(joiner.about())
-
-
-def read(folder: Path, about: Mapping[str, Any]) -> Store:
-    """The store that `write` wrote, mapped."""
-    return Store.about({name: _mapped(folder / f"{name}.bin", kind) for name, kind in COLUMNS.items()}, about)
-
-
-def _mapped(path: Path, kind: str) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.zeros(0, kind)
-    return np.asarray(np.memmap(path, kind, mode="r"))
 
 
 def file_digests(paths: Iterable[str]) -> dict[str, str]:

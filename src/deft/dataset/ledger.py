@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from deft.dataset.data_warnings import BIT, WARNINGS, Finding
+from deft.dataset.splits import SplitRows
+from deft.dataset.store import FATES, RowGroup
 from deft.errors import Problem
-from deft.fates import BIT, Settled
-from deft.store import FATES, last
-from deft.symptoms import SYMPTOMS, Finding
 from deft.types import Fate
 
 NAMED_ROWS = 100
-"""So many rows of each fate are named in ledger.json; the counts are of all."""
+"""The rows of each fate that are named in ledger.json; the counts are of all."""
 FIRST_ROWS = 5
-"""So many rows are named beside a symptom, and so many of the longest."""
+"""The rows that are named beside a warning, and as the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class SourceLedger:
     examples      what the batch counts; a long text gives several
     lengths       texts that the model is shown, by tokens: ("17-32", 7); a row that had to be split has several
     longest_rows  (row, tokens of its longest text), the longest first
-    symptoms      what may be wrong with rows that are trained
-    fallbacks     other ways to hand a row to the chat template that its proof needed
+    warnings      what may be wrong with rows that are trained
+    fallbacks     other template inputs that the proof of rows needed
     lost          (row, fate, reason) of the first rows of each fate but trained
     """
 
@@ -55,7 +55,7 @@ class SourceLedger:
     target_tokens: int
     lengths: tuple[tuple[str, int], ...]
     longest_rows: tuple[tuple[str, int], ...]
-    symptoms: tuple[Seen, ...]
+    warnings: tuple[Seen, ...]
     fallbacks: tuple[Seen, ...]
     lost: tuple[tuple[str, str, str], ...]
 
@@ -70,9 +70,9 @@ class SourceLedger:
     def target_share(self) -> float:
         return self.target_tokens / max(1, self.tokens)
 
-    def count(self, symptom: str) -> int:
-        """The rows that have a symptom."""
-        return next((seen.rows for seen in self.symptoms if seen.name == symptom), 0)
+    def count(self, warning: str) -> int:
+        """The rows that have a warning."""
+        return next((seen.rows for seen in self.warnings if seen.name == warning), 0)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -82,18 +82,18 @@ class SourceLedger:
             "longest": self.longest,
             "lengths": dict(self.lengths),
             "longest_rows": [{"row": row, "tokens": tokens} for row, tokens in self.longest_rows],
-            "symptoms": {seen.name: seen.as_json() for seen in self.symptoms},
+            "symptoms": {seen.name: seen.as_json() for seen in self.warnings},
             "fallbacks": {seen.name: seen.as_json() for seen in self.fallbacks},
             "lost": [{"row": row, "fate": fate, "reason": why} for row, fate, why in self.lost],
         }
 
 
-def account(source: str, shape: str, rows: Settled) -> SourceLedger:
+def account(source: str, shape: str, rows: SplitRows) -> SourceLedger:
     """The ledger of a source."""
     fates = np.bincount(rows.fate, minlength=len(FATES))
     counted = _Counted()
-    for slab in rows.store.slabs():
-        counted.add(rows, slab)
+    for group in rows.store.groups:
+        counted.add(group, rows.kept[group.rows])
     return SourceLedger(
         source=source,
         shape=shape,
@@ -104,15 +104,15 @@ def account(source: str, shape: str, rows: Settled) -> SourceLedger:
         target_tokens=counted.targets,
         lengths=histogram(counted.bits),
         longest_rows=tuple((str(rows.store.origin(row)), length) for length, row in counted.longest),
-        symptoms=_seen(rows, {name: np.flatnonzero(rows.symptoms & bit) for name, bit in BIT.items()}),
-        fallbacks=_fallbacks(rows),
+        warnings=_seen(rows, {name: np.flatnonzero(rows.warnings & bit) for name, bit in BIT.items()}),
+        fallbacks=_seen(rows, _fallbacks(rows)),
         lost=tuple(_lost(rows)),
     )
 
 
 @dataclass
 class _Counted:
-    """Adds up rows as they come.
+    """Adds up row groups as they come.
 
     bits     texts by the bits that their tokens less one have
     longest  (tokens of its longest text, row), the longest first, of equal ones the first
@@ -124,37 +124,42 @@ class _Counted:
     bits: np.ndarray = field(default_factory=lambda: np.zeros(64, np.int64))
     longest: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, rows: Settled, slab: slice) -> None:
-        store, kept = rows.store, rows.kept[slab]
-        examples = store.columns["row_examples"][slab]
-        first = store.start("example_parts", store.start("row_examples", slab.start))
-        ends = last(store.columns["example_parts"], examples)
-        counts = np.diff(ends, prepend=first)
-        places = slice(first, int(ends[-1]))
-        is_kept = np.repeat(kept, counts)
-        lengths = store.counts("part_tokens", places)
-        self.examples += int(store.counts("row_examples", slab)[kept].sum())
+    def add(self, group: RowGroup, kept: np.ndarray) -> None:
+        """kept: bool [R], the rows that have examples that are trained or evaluated."""
+        lengths = np.diff(group.token_offsets)
+        starts = group.part_offsets[group.example_offsets]
+        is_kept = np.repeat(kept, np.diff(starts))
+        self.examples += int(np.diff(group.example_offsets)[kept].sum())
         self.tokens += int(lengths[is_kept].sum())
-        self.targets += int(store.columns["part_targets"][places][is_kept].sum(dtype=np.int64))
+        self.targets += int(group.targets[is_kept].sum())
         self.bits += np.bincount(np.searchsorted(_POWERS, lengths[is_kept]), minlength=64)
-        whole = np.flatnonzero(kept & (counts > 0))
-        if len(whole):
-            longest = np.maximum.reduceat(lengths, (ends - counts)[whole] - first)
-            best = np.argsort(-longest, kind="stable")[:FIRST_ROWS]
-            found = [(int(longest[place]), slab.start + int(whole[place])) for place in best]
-            self.longest = sorted([*self.longest, *found], key=lambda each: (-each[0], each[1]))[:FIRST_ROWS]
+        found = np.flatnonzero(kept & (np.diff(starts) > 0))
+        if len(found):
+            with_parts = np.flatnonzero(np.diff(starts) > 0)
+            longest = np.zeros(len(kept), np.int64)
+            longest[with_parts] = np.maximum.reduceat(lengths, starts[with_parts])
+            best = found[np.argsort(-longest[found], kind="stable")[:FIRST_ROWS]]
+            self.longest += [(int(longest[row]), group.rows.start + int(row)) for row in best]
+            self.longest = sorted(self.longest, key=lambda each: (-each[0], each[1]))[:FIRST_ROWS]
 
 
 _POWERS = 2 ** np.arange(62)
 
 
-def _fallbacks(rows: Settled) -> tuple[Seen, ...]:
-    notes, codes = rows.store.notes, rows.store.columns["notes"]
-    having = {note: [code for code, each in enumerate(notes) if note in each] for each in notes for note in each}
-    return _seen(rows, {note: np.flatnonzero(np.isin(codes, found) & rows.kept) for note, found in having.items()})
+def _fallbacks(rows: SplitRows) -> dict[str, np.ndarray]:
+    """The rows that needed each fallback."""
+    found: dict[str, list[np.ndarray]] = {}
+    for group in rows.store.groups:
+        column = group.batch.column("fallbacks")
+        codes = column.indices.fill_null(-1).to_numpy()
+        for code, lines in enumerate(column.dictionary.to_pylist()):
+            places = group.rows.start + np.flatnonzero((codes == code) & rows.kept[group.rows])
+            for line in lines.splitlines():
+                found.setdefault(line, []).append(places)
+    return {line: np.sort(np.concatenate(places)) for line, places in found.items()}
 
 
-def _seen(rows: Settled, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
+def _seen(rows: SplitRows, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
     """What is true of some rows, in the order in which they come."""
     met = sorted((places[0], name) for name, places in found.items() if len(places))
     return tuple(
@@ -163,12 +168,13 @@ def _seen(rows: Settled, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
     )
 
 
-def _lost(rows: Settled) -> Iterator[tuple[str, str, str]]:
+def _lost(rows: SplitRows) -> Iterator[tuple[str, str, str]]:
     """The first rows of each fate but trained, those that were encoded before those that could not be read."""
+    stages = rows.store.column("stage")
     for number, fate in enumerate(FATES):
         if fate != Fate.TRAINED:
             found = np.flatnonzero(rows.fate == number)
-            found = found[np.argsort(rows.store.columns["stage"][found], kind="stable")]
+            found = found[np.argsort(stages[found], kind="stable")]
             yield from (
                 (str(rows.store.origin(row)), fate.value, rows.reason(row)) for row in found[:NAMED_ROWS].tolist()
             )
@@ -188,12 +194,12 @@ def histogram(bits: np.ndarray) -> tuple[tuple[str, int], ...]:
 
 
 def findings(ledgers: Sequence[SourceLedger]) -> list[Finding]:
-    """The symptoms of all sources together, one finding each, in the order of SYMPTOMS; then the fallbacks."""
-    symptoms = _merged([seen for ledger in ledgers for seen in ledger.symptoms])
+    """The warnings of all sources together, one finding each, in the order of WARNINGS; then the fallbacks."""
+    warnings = _merged([seen for ledger in ledgers for seen in ledger.warnings])
     found = [
-        Finding(symptom.level, symptom.of(symptoms[name].rows), symptom.fix, _first(symptoms[name]))
-        for name, symptom in SYMPTOMS.items()
-        if name in symptoms
+        Finding(warning.level, warning.of(warnings[name].rows), warning.fix, _first(warnings[name]))
+        for name, warning in WARNINGS.items()
+        if name in warnings
     ]
     for how, seen in _merged([seen for ledger in ledgers for seen in ledger.fallbacks]).items():
         fix = "proven like the others: the prompt is what the template shows at inference"

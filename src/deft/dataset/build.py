@@ -1,0 +1,187 @@
+"""Sources -> examples and the ledger: the data half from end to end.
+
+A source is read twice: once to know that all of it can be read and what it is (`survey`), once to encode it. What comes
+of either is kept in the cache, where the source's content has a digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, overload
+
+import numpy as np
+
+from deft import tokenizer as edge
+from deft import workers
+from deft.data import sources
+from deft.data.shapes import Survey
+from deft.dataset import cache as caches
+from deft.dataset import data_warnings, examples, ledger, survey
+from deft.dataset import store as stores
+from deft.dataset.examples import Recipe
+from deft.dataset.ledger import SourceLedger
+from deft.dataset.source import SourceSpec, items
+from deft.dataset.splits import ContentIndex, SplitRows, SplitRule, assign_splits
+from deft.dataset.store import EncodedChunk, Examples, Selection, Store
+from deft.dataset.survey import NOT_KEPT, Execution
+from deft.encoding.raw import Side
+from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
+from deft.errors import InputError, user_code
+from deft.files import Staging
+from deft.render.chat import Reasoning, Rules
+from deft.render.choose import choose
+from deft.render.policy import TrainOn
+from deft.types import Encoded, Origin
+
+Surveyed = tuple[SourceSpec, Survey]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What is trained on, what is held out, and what became of every row.
+
+    train  has an example as often as it is learnt in an epoch
+    marks  what ended learnt turns of chats
+    """
+
+    train: Examples
+    held_out: Examples
+    ledgers: tuple[SourceLedger, ...]
+    marks: frozenset[str]
+
+
+def encode_sources(
+    train: Sequence[Surveyed],
+    row_encoder: RowEncoder,
+    *,
+    held_out: Sequence[Surveyed] = (),
+    share: float = 0.0,
+    seed: int = 0,
+    execution: Execution = NOT_KEPT,
+) -> Dataset:
+    """Encodes sources, and the ledgers of all.
+
+    held_out  sources of their own for evaluation: a row of theirs is not trained, wherever it stands
+    share     of the training rows by content hash that is held out
+    seed      draws the rows of sources with `times`
+    """
+    every, identity = [*train, *held_out], _identity(row_encoder)
+    found = [store(*each, row_encoder, execution, identity) for each in every]
+    marks = frozenset(mark for each in found for mark in each.marks)
+    stop_ids = data_warnings.stop_ids(row_encoder, marks)
+    training, evaluated = ContentIndex.of(found[: len(train)]), ContentIndex.of(found[len(train) :])
+    split = [
+        *_split(train, training, evaluated, SplitRule(share, seed=seed, stop_ids=stop_ids)),
+        *_split(held_out, evaluated, ContentIndex.of(), SplitRule(is_eval=True, seed=seed, stop_ids=stop_ids)),
+    ]
+    return Dataset(
+        Examples(tuple(each.train() for each in split)),
+        Examples(tuple(each.held_out() for each in split)),
+        tuple(
+            ledger.account(source.path, found.shape, rows) for (source, found), rows in zip(every, split, strict=True)
+        ),
+        marks,
+    )
+
+
+def _split(surveyed: Sequence[Surveyed], own: ContentIndex, others: ContentIndex, rule: SplitRule) -> list[SplitRows]:
+    """The fates of the rows of sources whose stores are those of `own`."""
+    found = enumerate(zip(surveyed, own.stores, own.repeated(), strict=True))
+    return [
+        assign_splits(each, rule.of(source, number), others, repeated)
+        for number, ((source, _), each, repeated) in found
+    ]
+
+
+def store(
+    source: SourceSpec, found: Survey, row_encoder: RowEncoder, execution: Execution, identity: str = ""
+) -> Store:
+    """The rows of a source, encoded: from the cache, or made and put there.
+
+    identity  of the encoder, where it is known already: it takes a look at the whole vocabulary
+    """
+    chunks = partial(_chunks, source, found, row_encoder, execution)
+    if execution.cache is None or not found.content:
+        return Store.in_memory(chunks())
+    key = caches.digest([survey.key(source, found.content), identity or _identity(row_encoder)])
+    return stores.read(*execution.cache.get(key, lambda staging: _write(staging, source, found, chunks())))
+
+
+def _write(staging: Staging, source: SourceSpec, found: Survey, chunks: Iterable[EncodedChunk]) -> None:
+    stores.write(staging, chunks)
+    if not sources.is_on_the_hub(source.path) and caches.file_digests(found.content) != found.content:
+        raise InputError(f"{source.path}: changed while it was read; start again")
+
+
+def _chunks(source: SourceSpec, found: Survey, row_encoder: RowEncoder, execution: Execution) -> Iterator[EncodedChunk]:
+    recipe = Recipe.of(row_encoder, source, found.shape)
+    for chunk in workers.ordered(examples.maker, recipe, items(source, found.left_out), execution.processes):
+        execution.advance(chunk.batch.num_rows)
+        yield chunk
+
+
+def _identity(row_encoder: RowEncoder) -> str:
+    """The digest of all that tokens depend on beside their rows."""
+    tokenizer, template = row_encoder.tokenizer, row_encoder.renderer.template
+    special = [tokenizer.special_tokens, tokenizer.bos_id, tokenizer.eos_id, tokenizer.puts_bos, tokenizer.hf.eos_token]
+    today = template.now.date().isoformat() if "strftime_now" in template.source else ""
+    texts = [tokenizer.hf.backend_tokenizer.to_str(), special, template.source, template.tokens, today]
+    return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code(examples)])
+
+
+@dataclass(frozen=True)
+class EncodedRows(Sequence[Encoded]):
+    """Encoded rows in their order, and the refused: [(origin, reason), ...]."""
+
+    rows: tuple[Encoded, ...]
+    refused: tuple[tuple[Origin, str], ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encode(
+    rows: Iterable[Any],
+    tokenizer: Any,
+    *,
+    train_on: TrainOn | None = None,
+    render: Render = "auto",
+    template: str = "auto",
+    max_length: int = 2048,
+    overflow: Overflow = "turns",
+    truncation_side: Side = "right",
+    template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: Reasoning = "auto",
+    learn_reasoning: bool = True,
+    learn_tool_calls: bool = True,
+) -> EncodedRows:
+    """Rows in any shape that deft reads -> ids and weights, for any trainer.
+
+    tokenizer  a fast Hugging Face tokenizer, or the folder of one
+
+    A row that its template forces into several texts, or that holds several conversations, gives several items with one
+    origin; rows that are refused, left out, too long or without a target are in `refused` with their reason. Raises
+    Problems where the rows have no common shape.
+    """
+    held = edge.load(tokenizer) if isinstance(tokenizer, str) else edge.wrap(tokenizer)
+    chosen = choose(template, held.chat_template, held.puts_bos, held.special_tokens)
+    rules = Rules(reasoning, learn_reasoning, learn_tool_calls)
+    policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
+    alone = Execution(processes=1)
+    with user_code("rows"):
+        held_rows = tuple(rows)
+    ((source, found),) = survey.understand([SourceSpec("rows", rows=held_rows)], alone)
+    done = store(source, found, examples.encoder(held, chosen, policy), alone)
+    every = Examples((Selection(done, 1.0, np.arange(done.examples)),))
+    lost = [row for group in done.groups for row in (group.rows.start + group.lost_rows()).tolist()]
+    refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row in lost)
+    return EncodedRows(tuple(part for example in every for part in example), refused)

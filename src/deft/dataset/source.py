@@ -1,0 +1,81 @@
+"""Where rows come from: a source by name, standard input, or rows in memory; and its chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deft.data import chunks, sources
+from deft.data.choices import Choices
+from deft.data.chunks import Chunk
+from deft.types import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """A source by name, or rows that a caller holds.
+
+    subset       of a Hub data set
+    choices      what its formats need to know
+    times        how often its rows are learnt in an epoch; a share of them where it is no whole number
+    loss_weight  multiplies the weight of every token
+    max_rows     reads no further
+    piped        the chunks of standard input, which can be read once
+    """
+
+    path: str
+    format: str = "auto"
+    rows: tuple[Any, ...] | None = None
+    subset: str | None = None
+    choices: Choices = field(default_factory=Choices)
+    times: float = 1.0
+    loss_weight: float = 1.0
+    max_rows: int | None = None
+    piped: tuple[Chunk, ...] = ()
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether it can be read again by its name alone."""
+        return self.rows is None and not self.piped
+
+    def files(self) -> list[str]:
+        """The files it consists of."""
+        is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
+        return sources.files(self.path) if is_here else []
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Its rows in order. Raises InputError where they cannot be read."""
+        if self.rows is not None:
+            found: Iterator[Chunk] = chunks.of(sources.from_values(self.rows, self.path), self.path)
+        elif self.piped:
+            found = iter(self.piped)
+        else:
+            found = sources.chunks(self.path, subset=self.subset, split=self.choices.split)
+        return found if self.max_rows is None else chunks.limited(found, self.max_rows)
+
+
+Item = tuple[Chunk, Mapping[Origin, str]]
+"""Rows, and which of them are left out because of others, and why."""
+
+
+def items(source: SourceSpec, left_out: Sequence[tuple[Origin, str]]) -> Iterator[Item]:
+    """The chunks of a source, each with those of its rows that are left out.
+
+    >>> rows = SourceSpec("a", rows=("x", "y"))
+    >>> [(len(chunk.rows), reasons) for chunk, reasons in items(rows, [(Origin("a", 2), "worse")])]
+    [(2, {Origin(source='a', line=2, item=0): 'worse'})]
+    """
+    waiting = deque(left_out)
+    for chunk in source.chunks():
+        found = {}
+        while waiting and _stands_in(waiting[0][0], chunk):
+            origin, why = waiting.popleft()
+            found[origin] = why
+        yield chunk, found
+
+
+def _stands_in(origin: Origin, chunk: Chunk) -> bool:
+    """Whether a row that no earlier chunk has is in this one."""
+    return origin.source == chunk.source and (origin.line, origin.item) <= chunk.last

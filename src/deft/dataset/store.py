@@ -1,0 +1,375 @@
+"""Encoded rows of one source as Arrow record batches, in memory or mapped from a file.
+
+    row -> examples -> parts -> tokens and runs of equal weights
+
+Every array that is handed out is a view of Arrow's memory.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from deft.encoding.rows import Example
+from deft.files import Staging, Writer
+from deft.types import Encoded, Fate, Origin
+
+FATES = tuple(Fate)
+"""What the numbers in the column `fate` mean."""
+
+ROWS = "rows.arrow"
+"""The file of a store."""
+
+GROUP_BYTES = 1 << 23
+"""Chunks are joined into row groups of at least this size."""
+
+_RUN = pa.struct([("length", pa.int32()), ("weight", pa.float32())])
+_PART = pa.struct([("tokens", pa.list_(pa.int32())), ("runs", pa.list_(_RUN)), ("targets", pa.int32())])
+_EXAMPLE = pa.struct([("digest", pa.uint64()), ("scale", pa.float64()), ("parts", pa.list_(_PART))])
+_TAIL = pa.struct([("text", pa.int32()), ("token", pa.int32())])
+SCHEMA = pa.schema(
+    [
+        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("line", pa.int64()),
+        ("item", pa.int32()),
+        ("stage", pa.uint8()),
+        ("fate", pa.uint8()),
+        ("reason", pa.string()),
+        ("digest", pa.uint64()),
+        ("warnings", pa.uint16()),
+        ("fallbacks", pa.dictionary(pa.int32(), pa.string())),
+        ("tails", pa.list_(_TAIL)),
+        ("examples", pa.list_(_EXAMPLE)),
+    ]
+)
+"""A row.
+
+file, line, item  its origin
+stage             a number of Stage
+fate              before rows are held out or drawn: an index of FATES
+reason            why it is not trained whole, else empty
+digest            of its words
+warnings          a bit for each name of data_warnings.WARNINGS
+fallbacks         other template inputs that its proof needed, a line each
+tails             per text whose last learnt token is not known to stop the model: the tokens that would stop it there
+examples          digest: of ids and weights; scale: multiplies the weights of its parts; parts: tokens, runs of equal
+                  weights, and the number of learnt tokens
+"""
+
+
+class Stage(IntEnum):
+    """How far a row came: it was encoded, or it was left out or refused while it was read."""
+
+    ENCODED = 0
+    LEFT_OUT = 1
+    UNREAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """Rows in the form of SCHEMA. marks: what ended learnt turns so far."""
+
+    batch: pa.RecordBatch
+    marks: frozenset[str]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Consecutive rows of a store, R rows with E examples, P parts, T tokens and N runs.
+
+    rows, examples   its place among those of the store
+    example_offsets  int32 [R + 1]: row r has the examples from example_offsets[r] to example_offsets[r + 1]
+    part_offsets     int32 [E + 1], token_offsets and run_offsets int32 [P + 1], in the same way
+    tokens           int32 [T]
+    run_length       int32 [N], run_weight float32 [N]
+    targets          int32 [P]
+    digests          uint64 [E], scales float64 [E]
+    """
+
+    batch: pa.RecordBatch
+    rows: slice
+    examples: slice
+    example_offsets: np.ndarray = field(repr=False)
+    part_offsets: np.ndarray = field(repr=False)
+    token_offsets: np.ndarray = field(repr=False)
+    run_offsets: np.ndarray = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    run_length: np.ndarray = field(repr=False)
+    run_weight: np.ndarray = field(repr=False)
+    targets: np.ndarray = field(repr=False)
+    digests: np.ndarray = field(repr=False)
+    scales: np.ndarray = field(repr=False)
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, first_row: int = 0, first_example: int = 0) -> RowGroup:
+        examples = batch.column("examples")
+        parts = examples.values.field("parts")
+        tokens, runs = parts.values.field("tokens"), parts.values.field("runs")
+        return cls(
+            batch,
+            slice(first_row, first_row + batch.num_rows),
+            slice(first_example, first_example + len(examples.values)),
+            _view(examples.offsets),
+            _view(parts.offsets),
+            _view(tokens.offsets),
+            _view(runs.offsets),
+            _view(tokens.values),
+            _view(runs.values.field("length")),
+            _view(runs.values.field("weight")),
+            _view(parts.values.field("targets")),
+            _view(examples.values.field("digest")),
+            _view(examples.values.field("scale")),
+        )
+
+    def column(self, name: str) -> np.ndarray:
+        """[R]: a column of numbers."""
+        return _view(self.batch.column(name))
+
+    def rows_of(self, examples: np.ndarray | np.int64) -> Any:
+        """int64: the row of each example; both are counted inside the group."""
+        return np.searchsorted(self.example_offsets, examples, side="right") - 1
+
+    def lost_rows(self) -> np.ndarray:
+        """int64: the rows without an example."""
+        return np.flatnonzero(np.diff(self.example_offsets) == 0)
+
+    def origin(self, row: int) -> Origin:
+        file, line, item = (self.batch.column(name)[row].as_py() for name in ("file", "line", "item"))
+        return Origin(file, line, item)
+
+    def example(self, number: int, loss_weight: float = 1.0) -> Example:
+        """The parts of an example; `loss_weight` is that of the source."""
+        origin = self.origin(int(self.rows_of(np.int64(number))))
+        scale = float(self.scales[number]) * loss_weight
+        return tuple(self._part(part, origin, scale) for part in self.parts(number))
+
+    def parts(self, number: int) -> range:
+        return range(int(self.part_offsets[number]), int(self.part_offsets[number + 1]))
+
+    def _part(self, part: int, origin: Origin, scale: float) -> Encoded:
+        runs = slice(self.run_offsets[part], self.run_offsets[part + 1])
+        weights = np.repeat(self.run_weight[runs], self.run_length[runs])
+        tokens = self.tokens[self.token_offsets[part] : self.token_offsets[part + 1]]
+        return Encoded(origin, tokens, weights if scale == 1.0 else weights * np.float32(scale))
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    found: np.ndarray = array.to_numpy(zero_copy_only=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Store:
+    """All rows of a source, encoded. marks: what ended learnt turns."""
+
+    groups: tuple[RowGroup, ...]
+    marks: frozenset[str]
+
+    @classmethod
+    def of(cls, batches: Iterable[pa.RecordBatch], marks: Iterable[str]) -> Store:
+        groups: list[RowGroup] = []
+        for batch in batches:
+            last = groups[-1:]
+            groups.append(RowGroup.of(batch, *(end for each in last for end in (each.rows.stop, each.examples.stop))))
+        return cls(tuple(groups), frozenset(marks))
+
+    @classmethod
+    def in_memory(cls, chunks: Iterable[EncodedChunk]) -> Store:
+        marks: set[str] = set()
+        return cls.of(list(joined(chunks, marks)), marks)
+
+    def __len__(self) -> int:
+        return self.groups[-1].rows.stop if self.groups else 0
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return self.groups[-1].examples.stop if self.groups else 0
+
+    def column(self, name: str) -> np.ndarray:
+        """[rows]: a copy of a column of numbers."""
+        dtype = SCHEMA.field(name).type.to_pandas_dtype()
+        return np.concatenate([np.zeros(0, dtype), *(group.column(name) for group in self.groups)], dtype=dtype)
+
+    def origin(self, row: int) -> Origin:
+        group, inner = self._of_row(row)
+        return group.origin(inner)
+
+    def value(self, row: int, name: str) -> Any:
+        """What a row has in a column, as a Python value."""
+        group, inner = self._of_row(row)
+        return group.batch.column(name)[inner].as_py()
+
+    def examples_of(self, row: int, loss_weight: float = 1.0) -> list[Example]:
+        group, inner = self._of_row(row)
+        numbers = range(group.example_offsets[inner], group.example_offsets[inner + 1])
+        return [group.example(number, loss_weight) for number in numbers]
+
+    def group_of(self, example: int) -> RowGroup:
+        return self.groups[bisect_right(self.groups, example, key=lambda group: group.examples.stop)]
+
+    def _of_row(self, row: int) -> tuple[RowGroup, int]:
+        group = self.groups[bisect_right(self.groups, row, key=lambda group: group.rows.stop)]
+        return group, row - group.rows.start
+
+
+class _Sink(io.RawIOBase):
+    """A file of a staging folder as a stream that Arrow can write to."""
+
+    def __init__(self, file: Writer) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        return len(data)
+
+
+def write(staging: Staging, chunks: Iterable[EncodedChunk]) -> None:
+    """The rows of a source as a file in Arrow's stream format, ROWS."""
+    marks: set[str] = set()
+    with staging.open(ROWS) as file, pa.ipc.new_stream(_Sink(file), SCHEMA) as stream:
+        for batch in joined(chunks, marks):
+            stream.write_batch(batch)
+    staging.about["marks"] = sorted(marks)
+
+
+def read(folder: Path, about: Mapping[str, Any]) -> Store:
+    """The store that `write` wrote, mapped: what is not looked at takes no memory."""
+    return Store.of(pa.ipc.open_stream(pa.memory_map(str(folder / ROWS))), about["marks"])
+
+
+def joined(chunks: Iterable[EncodedChunk], marks: set[str]) -> Iterator[pa.RecordBatch]:
+    """Chunks in order -> record batches of GROUP_BYTES and more but for the last; `marks` gets the marks of all."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for chunk in chunks:
+        marks |= chunk.marks
+        waiting.append(chunk.batch)
+        size += chunk.batch.nbytes
+        if size >= GROUP_BYTES:
+            yield _as_one(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _as_one(waiting)
+
+
+def _as_one(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    (batch,) = pa.Table.from_batches(batches).unify_dictionaries().combine_chunks().to_batches()
+    return batch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Examples of a store by number, as often as they are learnt. index: int32 or int64 [E], in the order of rows."""
+
+    store: Store
+    loss_weight: float
+    index: np.ndarray
+
+    def by_group(self) -> Iterator[tuple[RowGroup, np.ndarray]]:
+        """Each row group, and the numbers of its selected examples inside it."""
+        starts = [group.examples.start for group in self.store.groups]
+        edges = np.searchsorted(self.index, [*starts, self.store.examples])
+        for group, (first, end) in zip(self.store.groups, pairwise(edges), strict=True):
+            yield group, self.index[first:end] - group.examples.start
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Examples of several sources in one sequence, each built when it is asked for: 4 bytes an example are kept."""
+
+    selections: tuple[Selection, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(each.index) for each in self.selections)
+
+    def __iter__(self) -> Iterator[Example]:
+        for each in self.selections:
+            for group, numbers in each.by_group():
+                yield from (group.example(number, each.loss_weight) for number in numbers.tolist())
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        group, number, loss_weight = self._at(index)
+        return group.example(number, loss_weight)
+
+    def __add__(self, other: Examples) -> Examples:
+        return Examples(self.selections + other.selections)
+
+    def sizes(self) -> np.ndarray:
+        """int64 [E]: the tokens of each."""
+        found = [np.diff(group.token_offsets[group.part_offsets])[numbers] for group, numbers, _ in self._by_group()]
+        return np.concatenate([np.zeros(0, np.int64), *found], dtype=np.int64)
+
+    def digests(self) -> np.ndarray:
+        """int64 [E]: the bits of the digest of the ids and weights of each."""
+        found = [group.digests[numbers] ^ _mark(loss_weight) for group, numbers, loss_weight in self._by_group()]
+        return np.concatenate([np.zeros(0, np.uint64), *found]).view(np.int64)
+
+    def origins(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """The names of files, and of each example its line, int64 [E], and its file among them, int32 [E]."""
+        names: dict[str, int] = {}
+        lines, files = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        for group, numbers, _ in self._by_group():
+            rows, file = group.rows_of(numbers), group.batch.column("file")
+            known = [names.setdefault(name, len(names)) for name in file.dictionary.to_pylist()]
+            lines.append(group.column("line")[rows])
+            files.append(np.array(known, np.int32)[_view(file.indices)[rows]])
+        return tuple(names), np.concatenate(lines), np.concatenate(files)
+
+    def out_of_vocabulary(self, size: int) -> dict[Origin, int]:
+        """Rows with a token that is not below `size`, and their largest token."""
+        found: dict[Origin, int] = {}
+        for group, numbers, _ in self._by_group():
+            parts = np.searchsorted(group.token_offsets, np.flatnonzero(group.tokens >= size), side="right") - 1
+            examples = np.searchsorted(group.part_offsets, parts, side="right") - 1
+            for number in np.intersect1d(examples, numbers).tolist():
+                example = group.example(number)
+                largest = max(int(part.tokens.max()) for part in example)
+                found[example[0].origin] = max(largest, found.get(example[0].origin, 0))
+        return found
+
+    def lengths(self, index: int) -> list[int]:
+        """The tokens of each part of an example."""
+        group, number, _ = self._at(index)
+        return [int(group.token_offsets[part + 1] - group.token_offsets[part]) for part in group.parts(number)]
+
+    def targets(self, index: int) -> int:
+        """The learnt tokens of an example."""
+        group, number, _ = self._at(index)
+        return sum(int(group.targets[part]) for part in group.parts(number))
+
+    def _by_group(self) -> Iterator[tuple[RowGroup, np.ndarray, float]]:
+        return ((group, numbers, each.loss_weight) for each in self.selections for group, numbers in each.by_group())
+
+    def _at(self, index: int) -> tuple[RowGroup, int, float]:
+        """The row group of an example, its number inside it, and the loss_weight of its source."""
+        place = index + len(self) if index < 0 else index
+        for each in self.selections:
+            if 0 <= place < len(each.index):
+                group = each.store.group_of(int(each.index[place]))
+                return group, int(each.index[place]) - group.examples.start, each.loss_weight
+            place -= len(each.index)
+        raise IndexError(index)
+
+
+def _mark(loss_weight: float) -> np.uint64:
+    """What tells the digests of examples under one loss_weight from those under another."""
+    return np.uint64(0 if loss_weight == 1.0 else hash(loss_weight) & (2**64 - 1))
