@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from test_law_09_resume import differences, folder, settings
 
@@ -29,6 +30,8 @@ class Unknown(BaseException):
 
 
 def well(outputs: list[str], **_: Any) -> dict[str, list[float]]:
+    """It draws a random number, of those that dropout is drawn from."""
+    torch.rand(1)
     return {"length": [float(len(output)) for output in outputs]}
 
 
@@ -55,13 +58,14 @@ def whole(folder: Path) -> Path:
 
 
 def at_call(number: int, raised: BaseException, plain: Any = lambda *given, **named: None) -> Any:
-    """A function that does what `plain` does, but raises at a call of it."""
+    """A function that does what `plain` does, and raises at the end of a call of it."""
     calls = iter(range(1, sys.maxsize))
 
     def called(*given: Any, **named: Any) -> Any:
+        result = plain(*given, **named)
         if next(calls) == number:
             raise raised
-        return plain(*given, **named)
+        return result
 
     return called
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from tiny_models import write_llama
 from torch import Tensor
 
 import deft
-from deft import replay
+from deft import config, hardware, replay
 from deft.errors import DamagedError, InputError, NumbersError
 from deft.loss import nll
+from deft.model import load
 from deft.optim.adamw import AdamW
-from deft.run import Run
+from deft.run import Run, assemble
+from deft.training import badstep
 
 ROWS = [{"prompt": f"What is {n} + 2?", "completion": f" It is {n + 2}."} for n in range(24)]
 BAD = 13
@@ -129,6 +132,27 @@ def test_it_stops_with_every_bit_as_it_was_and_names_the_row(
     found = replayed(folder)
     assert f"{data}:{BAD + 1}: " in found
     assert found.count("nan") >= 2
+
+
+def test_a_look_at_a_bad_step_that_is_broken_off_draws_no_random_number(
+    tmp_path: Path, model: Path, data: Path, tilde: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, tilde, "loss")
+    with pytest.raises(NumbersError):
+        train(tmp_path, model, data)
+    (folder,) = (tmp_path / "run").glob("bad-step-*")
+    made = config.load(str(tmp_path / "run" / "config.yaml"))
+    machine = hardware.resolve(made.device, made.precision, made.microbatch_tokens)
+    state, _ = assemble(made, load.inspect(str(model)), machine)
+
+    def broken(*_: Any) -> Tensor:
+        torch.rand(1)
+        raise KeyboardInterrupt
+
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        badstep.examine(state.learner, badstep.read(folder)[0], SimpleNamespace(loss=broken))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_it_can_be_skipped_so_many_times(
