@@ -23,9 +23,9 @@ from architectures import (
     random_documents,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from deft.forecast import _Watch
 from deft.loss import nll
 from deft.model import attention, causal, faster, selftest
 from deft.model.blocks import llama
@@ -35,6 +35,23 @@ from deft.training import step
 from deft.types import Batch, Head
 
 WITH_BLOCKS = ["llama", "llama_tied", "qwen2", "qwen3", "mistral"]
+
+
+class ProductSizes(TorchDispatchMode):
+    """The sizes and layouts of the matrix products that are made: kind, left, right, ..."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            left, right = [each for each in args if isinstance(each, Tensor)][-2:]
+            layouts = (each.stride()[-1] == 1 for each in (left, right))
+            kind = ("batched" if "bmm" in name else "gemm", left.dtype)
+            self.sizes.add((kind[0], kind[1], left.shape, right.shape, *layouts, "add" in name))
+        return function(*args, **(kwargs or {}))
 
 
 def fast(name: str, model: PreTrainedModel | None = None) -> Learner:
@@ -278,11 +295,11 @@ def test_a_micro_batch_needs_no_product_that_was_not_tried_before(name: str, che
     learner = replace(fast(name), checkpointing=checkpointing)
     learner.model.to(torch.bfloat16)
     batch = as_batch(long_documents())
-    with _Watch() as tried:
+    with ProductSizes() as tried:
         step.make_kernels(learner, batch, nll)
-    with _Watch() as again:
+    with ProductSizes() as again:
         step.make_kernels(learner, batch, nll)
-    with _Watch() as needed:
+    with ProductSizes() as needed:
         step.nll_sum(learner, batch, nll).backward()
     assert len(needed.sizes) > 20
     assert needed.sizes <= tried.sizes
@@ -304,9 +321,9 @@ def test_the_loss_needs_no_product_that_was_not_tried_before(targets: int, has_b
         for size in ((targets, 16), (90_000, 16), (90_000,))
     )
     head = Head(weight, bias if has_bias else None, 1.0, None)
-    with _Watch() as tried:
+    with ProductSizes() as tried:
         nll.make_kernels(head, targets)
-    with _Watch() as needed:
+    with ProductSizes() as needed:
         nll.loss(hidden, head, torch.arange(targets), torch.ones(targets)).backward()
     assert len(needed.sizes) >= 3
     assert needed.sizes <= tried.sizes

@@ -24,7 +24,7 @@ from deft import tokenizer as edge
 from deft.check import Checkup, stop_findings
 from deft.errors import Problems
 from deft.plan.order import Epoch
-from deft.plan.outlook import outlook
+from deft.plan.summary import summarise
 from deft.prepare import prepare
 from deft.reading import Caller
 
@@ -130,7 +130,7 @@ def test_the_numbers_of_the_plan_are_those_of_the_steps(tmp_path: Path, model: P
 
 def test_the_plan_of_texts_longer_than_a_micro_batch_is_no_fuller_than_full() -> None:
     epoch = Epoch(np.array([0, 1]), np.array([0, 2]))
-    found = outlook([epoch], 1, lambda index: [[30], [4, 3]][index], lambda index: 1, budget=10)
+    found = summarise([epoch], 1, lambda index: [[30], [4, 3]][index], lambda index: 1, budget=10)
     assert (found.packs_per_step.mean, found.fill) == (2, (30 + 7) / (30 + 10))
     assert found.targets_per_step.mean == 2
 

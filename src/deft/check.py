@@ -1,26 +1,29 @@
-"""`deft check`: everything but training: what a run would learn and do, and what is wrong, without weights."""
+"""`deft check`: everything but training: what a run would learn and do, and what is wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from deft import calibrate, files, prepare, reading
+from deft import compiling, files, hardware, plan_time, prepare, reading
 from deft.config import Config
 from deft.dataset import ledger
 from deft.dataset.build import Dataset
 from deft.dataset.data_warnings import Finding
 from deft.dataset.ledger import SourceLedger
-from deft.forecast import Forecast, forecast
+from deft.forecast import Fit, Forecast, forecast
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
-from deft.plan.outlook import Outlook, outlook
+from deft.plan import summary
+from deft.plan.summary import PlanSummary
+from deft.plan_time import PlanTime
 from deft.reading import Caller, Checked
+from deft.run import assemble
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
 
@@ -34,14 +37,19 @@ LOST_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What `deft check` found; `plan` is None where no row is left to plan with, `expected` too where the architecture
-    has to be seen running."""
+    """What `deft check` found.
+
+    plan      None where no row is left to plan with
+    expected  None there, and where the architecture has to be seen running
+    time      None unless it is asked for
+    """
 
     ledgers: tuple[SourceLedger, ...]
     model: Outline
-    plan: Outlook | None
+    plan: PlanSummary | None
     expected: Forecast | None
     findings: tuple[Finding, ...]
+    time: PlanTime | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -50,37 +58,65 @@ class Checkup:
             "plan": None if self.plan is None else asdict(self.plan),
             "expected": None if self.expected is None else asdict(self.expected),
             "findings": [asdict(finding) for finding in self.findings],
+            "time": None if self.time is None else asdict(self.time),
         }
 
 
-def run(config: Config, report: str | None = None, console: Console | None = None) -> Checkup:
-    """Prints what is found, writes it to `report` (JSON) if that is named; makes no output folder and loads no weights.
+def run(
+    config: Config, report: str | None = None, console: Console | None = None, *, is_timed: bool = False
+) -> Checkup:
+    """Prints what is found, writes it to `report` (JSON) if that is named; makes no output folder.
+
+    Weights are loaded only if `is_timed`: micro-batches of the plan are then run, and all its steps priced by them.
 
     Raises DeftError, with exit code 2, for whatever would keep the run from starting: first all that needs no row's
-    tokens, in one error, then, after everything is printed, what became of the rows.
+    tokens, in one error, then, after everything is printed, what became of the rows. MemoryShort where micro-batches
+    that are timed do not fit.
     """
     console = console or _console()
     caller = Caller(console=console)
-    checked = reading.check(config, caller, needs_weights=False)
+    checked = reading.check(config, caller, needs_weights=is_timed)
     data = prepare.encode(config, checked, checked.encoder(), caller)
-    planned = expected = None
-    if data.train:
-        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller, is_timed=True)
-        planned, device = fit.planned, checked.machine.device
-        expected = forecast(fit, device, calibrate.kept(device, caller.say))
+    plan = prepare.plan(config, checked, data) if data.train else None
+    fit = prepare.fitted(config, checked, data, plan, caller) if plan else None
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),
-        plan=_outlook(planned, data) if planned else None,
-        expected=expected,
+        plan=_summary(fit.planned, data) if fit else None,
+        expected=forecast(fit, checked.machine) if fit else None,
         findings=tuple(_findings(config, checked, data)),
     )
     _print(console, config, checked, checkup)
-    if report:
-        files.write_json(Path(report), checkup.as_json())
+    _write(report, checkup)
     prepare.stop_unless_trainable(config, checked, data)
+    if fit and is_timed:
+        checkup = replace(checkup, time=_measured(config, checked, fit, caller))
+        caller.say(f"time      {checkup.time}")
+        _write(report, checkup)
+    else:
+        caller.say("time      deft check --time measures it: it loads the model and runs a few micro-batches")
     console.print("Nothing keeps this run from starting.")
     return checkup
+
+
+def _measured(config: Config, checked: Checked, fit: Fit, caller: Caller) -> PlanTime:
+    """Loads the model as a run does and times micro-batches of the plan; MemoryShort where they do not fit."""
+    caller.say(f"loading {config.model} to time a few micro-batches of it")
+    hardware.bound_kernel_caches(hardware.kept_kernels(0, fit.traced.parameters if fit.traced else 0))
+    fix = "a smaller microbatch_tokens or max_length needs less memory"
+    with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
+        state, note = assemble(config, checked.base, checked.machine)
+        if note:
+            caller.say(note)
+        state.learner = replace(state.learner, checkpointing=fit.checkpointing)
+        hardware.keep_freed_memory()
+        compiling.begin(state, fit.planned, checked.loss, caller.say)
+        return plan_time.measure(state, fit.planned, checked.loss, config.optimizer.clip)
+
+
+def _write(report: str | None, checkup: Checkup) -> None:
+    if report:
+        files.write_json(Path(report), checkup.as_json())
 
 
 def _console() -> Console:
@@ -88,9 +124,11 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def _outlook(planned: Loader, data: Dataset) -> Outlook:
+def _summary(planned: Loader, data: Dataset) -> PlanSummary:
     examples = data.train
-    return outlook(planned.epochs, planned.steps, examples.lengths, examples.targets, planned.microbatch_tokens)
+    return summary.summarise(
+        planned.epochs, planned.steps, examples.lengths, examples.targets, planned.microbatch_tokens
+    )
 
 
 def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Finding]:
@@ -205,14 +243,14 @@ def _model_lines(config: Config, checked: Checked, model: Outline, expected: For
     )
     dtype = str(machine.dtype).removeprefix("torch.")
     yield f"computes  in {dtype} on {machine.device}; masters are fp32"
-    yield f"expected  {expected}" if expected else "expected  memory and speed of this model show in the run only"
+    yield f"expected  {expected}" if expected else "expected  the memory of this model shows in the run only"
     packing = (
         f"one document at a time, as {model.against_packing}" if model.against_packing else "by all the config says"
     )
     yield f"packing   {packing}; the self-test of the loaded model decides before the first step"
 
 
-def _plan_lines(plan: Outlook) -> Iterator[str]:
+def _plan_lines(plan: PlanSummary) -> Iterator[str]:
     epochs = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps over {plan.examples:,} examples"
     yield f"plan      {plan.steps:,} steps: {epochs}"
     yield (

@@ -69,12 +69,15 @@ def check(
     report: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="write what is found to a file as well")
     ] = None,
+    is_timed: Annotated[
+        bool, typer.Option("--time", help="load the model, run a few micro-batches, and say how long all steps take")
+    ] = False,
 ) -> None:
     """Do everything but train, without weights: exit code 0, or 2 where training would not start."""
     with _imports():
         from deft.check import run
 
-    run(_config(arguments), report)
+    run(_config(arguments), report, is_timed=is_timed)
 
 
 @app.command()
@@ -144,7 +147,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Say whether this machine is fit and how fast it is, and keep that for the predictions of deft check."""
+    """Say whether this machine is fit: versions, device, memory, disk."""
     with _imports():
         from deft.doctor import run
 

@@ -24,8 +24,6 @@ from deft.training.state import TrainState
 LEAST_WORK = 1e17
 """FLOP of a run whose layers are worth compiling. Three rooms take about a minute, and a fifth of five minutes is won
 at 350 TFLOP/s: published figures, not yet measured here."""
-LOOKED_AT_STEPS = 256
-"""Rooms are chosen by the micro-batches of so many steps, evenly spread over the plan."""
 
 
 def begin(state: TrainState, planned: Loader, loss: ModuleType, say: Callable[[str], None]) -> None:
@@ -48,8 +46,7 @@ def is_sound(learner: Learner) -> bool:
 
 def rooms(planned: Loader) -> tuple[int, ...]:
     """What micro-batches are filled up to. A document that is longer than all runs as it is."""
-    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
-    sizes = [size for step in steps for size in planned.sizes(step)]
+    sizes = [size for step in planned.spread_steps() for size in planned.sizes(step)]
     return static.choose_rooms(sizes, largest=max(sizes))
 
 
@@ -83,7 +80,7 @@ def compile_for(
 
 def _work(state: TrainState, planned: Loader) -> float:
     """FLOP of the whole run, about."""
-    steps = range(0, planned.steps, max(1, planned.steps // LOOKED_AT_STEPS))
+    steps = planned.spread_steps()
     tokens = sum(size for step in steps for size in planned.sizes(step)) * planned.steps / max(1, len(steps))
     return 6.0 * tokens * sum(parameter.numel() for parameter in state.learner.model.parameters())
 

@@ -1,4 +1,4 @@
-"""`deft doctor`: is this machine fit, and how fast is it. Its rates are kept for the predictions of `deft check`."""
+"""`deft doctor`: is this machine fit."""
 
 from __future__ import annotations
 
@@ -9,32 +9,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from deft import calibrate, files, hardware, manifest, rates
+from deft import files, hardware, manifest
 from deft.errors import DiskError
-from deft.rates import Rates
 
 WRITTEN_BYTES = 2**27
-WIDTHS = (128, 512, 2048)
 LEAST_DISK, LEAST_MEMORY = 2**31, 2**32
 
 
-def run(console: Console | None = None) -> Rates:
-    """Prints what it finds and keeps the rates. DiskError where the cache folder cannot be written to."""
+def run(console: Console | None = None) -> None:
+    """Prints what it finds: the machine, its disk, and what is wrong with them."""
     console = console or Console()
     device = hardware.device("auto")
-    lines = [*_machine_lines(device), *_disk_lines(Path.cwd())]
-    for line in lines:
+    fit = _troubles(device) or ["This machine is fit.", "deft check --time says how long a run takes on it."]
+    for line in [*_machine_lines(device), *_disk_lines(Path.cwd()), *fit]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    found = calibrate.measure(device, seconds=0.3)
-    for line in [*_rate_lines(found), f"tokenizer {_tokenizer_speed():,.1f} MB/s of text, on one core"]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    place = rates.keep(found, device)
-    console.print(f"kept in {place}, for the predictions of deft check", highlight=False, soft_wrap=True, markup=False)
-    for line in _troubles(device) or ["This machine is fit."]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    return found
 
 
 def _machine_lines(device: torch.device) -> list[str]:
@@ -44,7 +33,7 @@ def _machine_lines(device: torch.device) -> list[str]:
     precision = str(chosen.dtype).removeprefix("torch.")
     return [
         f"versions  {versions}",
-        f"device    {rates.machine(device)}; {memory}; precision auto is {precision}",
+        f"device    {hardware.describe(device)}; {memory}; precision auto is {precision}",
         f"cores     {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
     ]
 
@@ -52,21 +41,6 @@ def _machine_lines(device: torch.device) -> list[str]:
 def _disk_lines(folder: Path) -> list[str]:
     free = shutil.disk_usage(folder).free
     return [f"disk      {free / 2**30:,.1f} GiB free here, written and synced at {_disk_speed(folder) / 1e6:,.0f} MB/s"]
-
-
-def _rate_lines(found: Rates) -> list[str]:
-    lines = []
-    for precision, attention in found.attention.items():
-        by_width = ", ".join(f"{_product_rate(found, precision, width) / 1e9:,.0f} ({width})" for width in WIDTHS)
-        lines.append(f"{precision}      matrix products {by_width} GFLOP/s by width; attention {attention / 1e9:,.0f}")
-    moved, updated = found.moved / 1e9, found.updated / 1e6
-    return [*lines, f"memory    {moved:,.1f} GB/s in elementwise operations; AdamW {updated:,.0f} M parameters/s"]
-
-
-def _product_rate(found: Rates, precision: str, width: int) -> float:
-    """FLOP/s of a product of two square matrices."""
-    flop = 2.0 * width**3
-    return flop / found.product_seconds(precision, flop, 3 * width**2 * rates.DTYPES[precision].itemsize)
 
 
 def _disk_speed(folder: Path) -> float:
@@ -78,17 +52,6 @@ def _disk_speed(folder: Path) -> float:
     except DiskError:
         return 0.0
     return len(data) / (time.perf_counter() - start)
-
-
-def _tokenizer_speed() -> float:
-    """Megabytes per second of a byte-level BPE of this package's own text."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=2000, show_progress=False))
-    start = time.perf_counter()
-    tokenizer.encode(text)
-    return len(text) / 1e6 / (time.perf_counter() - start)
 
 
 def _troubles(device: torch.device) -> list[str]:

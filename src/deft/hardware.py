@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -146,6 +147,12 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> str:
+    """What speed and memory depend on: the device, the threads and torch's version."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {version('torch')}"
 
 
 def sent(tensor: Tensor, to: torch.device) -> Tensor:

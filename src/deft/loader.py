@@ -78,6 +78,10 @@ class Loader:
         packs = pack(lengths, self.microbatch_tokens)
         return [sum(lengths[index] - 1 for index in members) for members in packs]
 
+    def spread_steps(self, count: int = 256) -> range:
+        """Steps that stand for all, spread evenly over the plan: all, or at least `count` and below twice as many."""
+        return range(0, self.steps, max(1, self.steps // count))
+
     def until(self, step: int) -> list[np.ndarray]:
         """The plan as far as `step` steps follow it: the order of the epoch they are in, and its steps so far.
 

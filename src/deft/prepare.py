@@ -16,7 +16,6 @@ from deft import (
     hardware,
     loader,
     manifest,
-    rates,
     reading,
     resume,
 )
@@ -27,7 +26,7 @@ from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
 from deft.encoding.rows import RowEncoder
 from deft.errors import InputError, Problem, Problems
-from deft.forecast import Fit, Forecast, Trace
+from deft.forecast import Fit, Forecast
 from deft.loader import Loader
 from deft.model import load as models
 from deft.model.checkpointing import Checkpointing
@@ -80,7 +79,7 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
     fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
-    expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
+    expected = forecast.forecast(fit, checked.machine)
     if expected is not None:
         caller.say(f"expected: {expected}")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
@@ -93,7 +92,7 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         loader=fit.planned,
         checkpointing=fit.checkpointing,
         expected=expected,
-        kernels=_kernels(fit.traced),
+        kernels=hardware.kept_kernels(0, fit.traced.parameters if fit.traced else 0),
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,
@@ -102,12 +101,6 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     if found is not None:
         _compare(prepared, found, caller)
     return prepared
-
-
-def _kernels(traced: Trace | None) -> int:
-    if traced is None:
-        return hardware.kept_kernels(0, 0)
-    return hardware.kept_kernels(sum(traced.sizes.values()), traced.parameters)
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
@@ -208,23 +201,18 @@ def plan(
     )
 
 
-def fitted(
-    config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller, *, is_timed: bool = False
-) -> Fit:
-    """The plan with micro-batches that fit in memory, what the largest of them takes, and if `is_timed` what the time
-    of all can be foretold from. That takes seconds: a run, which is about to start, has it only where it is kept.
+def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller) -> Fit:
+    """The plan with micro-batches that fit in memory, and what the largest of them takes.
 
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
     """
     is_auto = config.microbatch_tokens == "auto"
     make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto=is_auto)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
-        return make(is_timed=is_timed)
+        return make()
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
     key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
-    there, timed = Cache(cache.root(), caller.say), f"{key}-timed"
-    is_timed = is_timed or there.has(timed)
-    return fits.kept(there, timed if is_timed else key, planned, partial(make, is_timed=is_timed))
+    return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
 
 
 def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:

@@ -34,7 +34,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class PlanSummary:
     """What a run will do: its steps, and what a step holds.
 
     fill  the share of a micro-batch's room that tokens take
@@ -51,13 +51,13 @@ class Outlook:
     fill: float
 
 
-def outlook(
+def summarise(
     epochs: Sequence[Epoch],
     steps: int,
     lengths: Callable[[int], Sequence[int]],
     targets: Callable[[int], int],
     budget: int,
-) -> Outlook:
+) -> PlanSummary:
     """The plan of `epochs`, of which `steps` are run, in numbers.
 
     lengths  example -> tokens of each of its texts
@@ -71,7 +71,7 @@ def outlook(
     tokens = [sum(step) for step in texts]
     # A text longer than the budget has a micro-batch of its size.
     room = sum(_room(step, packs, budget) for step, packs in zip(texts, packed, strict=True))
-    return Outlook(
+    return PlanSummary(
         examples=len(first.order),
         epochs=len(epochs),
         steps=steps,
