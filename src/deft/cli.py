@@ -105,10 +105,10 @@ def generate(
 ) -> None:
     """Write what a model says to prompts, as it comes; greedy unless a sampling setting is given."""
     with _imports():
-        from deft.generate import run_generate
+        from deft.chat import run_generate
 
     texts = prompts or [sys.stdin.read().removesuffix("\n")]
-    run_generate(model, texts, "raw" if raw else "auto", _generation(settings), stop or (), stream=True)
+    run_generate(model, texts, raw=raw, generate=_generation(settings), stop_sequences=stop or ())
 
 
 @app.command()
@@ -119,7 +119,7 @@ def chat(
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /quit ends it."""
     with _imports():
-        from deft.generate import run_chat
+        from deft.chat import run_chat
 
     run_chat(model, system, _generation(settings))
 

@@ -25,7 +25,8 @@ from deft import files
 from deft import tokenizer as tokenizers
 from deft.errors import DeftError, DiskError
 from deft.files import Staging
-from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
+from deft.generate import SAMPLING, evaluation_mode, own_stop_ids
+from deft.model.load import stop_ids as stop_ids_of
 from deft.model.towers import auto_class
 
 TOLERANCE = 1e-4
@@ -453,7 +454,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_
 
 
 def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Sequence[int]) -> tuple[int, ...]:
-    found = as_ids(reloaded.generation_config.eos_token_id)
+    found = stop_ids_of(reloaded.generation_config)
     missing = [index for index in (*own_stop_ids(model, tokenizer), *stop_ids) if index not in found]
     if missing:
         raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,16 @@ def load(room: str, name: str, key: str) -> ModuleType:
     """The module `name` of a room; `key` is the configuration's, for the error that lists what there is."""
     known = names(room)
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+        hint = closest(name, known) or f"there is {', '.join(known)}"
         raise InputError(f"{key}: {name!r} is not there; {hint}")
     return import_module(f"deft.{room}.{name}")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A question that names the one of `known` that is most like `name`, or "" where none is like it.
+
+    >>> closest("adamv", ["adamw", "sgd"]), closest("lion", ["adamw", "sgd"])
+    ("did you mean 'adamw'?", '')
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -120,6 +120,16 @@ def own_attention(model: PreTrainedModel) -> str:
     return model.get_correct_attn_implementation(None)
 
 
+def stop_ids(*holders: Any) -> tuple[int, ...]:
+    """The token ids that end an answer, of the first of `holders` (generation config, config, tokenizer) that has any.
+
+    >>> stop_ids(GenerationConfig(), GenerationConfig(eos_token_id=2)), stop_ids(GenerationConfig(eos_token_id=[5, 6]))
+    ((2,), (5, 6))
+    """
+    found = next((ids for each in holders if (ids := getattr(each, "eos_token_id", None)) is not None), ())
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
 def _looks_like_a_path(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
@@ -143,10 +153,9 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
 
 def _stop_ids(path: str, config: Any) -> tuple[int, ...]:
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        return stop_ids(GenerationConfig.from_pretrained(path))
     except OSError:
-        ids = getattr(config, "eos_token_id", None)
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return stop_ids(config)
 
 
 @contextmanager
