@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from bad_inputs import CASES, Case
+from readers import understand
 from tiny_tokenizers import CHATML, byte_level
 
 from deft import dataset
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.encoding.rows import Policy, RowEncoder
 from deft.errors import DeftError, Problem, Problems
 from deft.render.choose import choose
@@ -117,7 +118,7 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
         row = changed(rows[number % len(rows)], draw)
         start = time.process_time()
         try:
-            known = shapes.understand(sources.from_values([row]), "rows")
+            known = understand(sources.from_values([row]), "rows")
         except DeftError:
             outcomes["error"] += 1
             continue
@@ -132,7 +133,7 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
 def outcome(path: str) -> str:
     start, message = time.process_time(), ""
     try:
-        known = shapes.understand(sources.read(path), path)
+        known = understand(sources.read(path), path)
     except DeftError as error:
         message = str(error)
     assert time.process_time() - start < 2

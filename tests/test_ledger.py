@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from encoders import chat, row_encoder, source
+from readers import understand
 from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
 from deft import dataset, ledger
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.encoding.rows import RowEncoder
 from deft.ledger import SourceLedger
 from deft.symptoms import SYMPTOMS, Examiner
@@ -198,7 +199,7 @@ def test_rows_are_looked_at_until_fifty_of_their_kind_are_whole_and_to_the_end_w
     dropping, keeping = row_encoder(WITHOUT_SYSTEM), row_encoder()
     assert account(dropping, *[with_system] * 60).count("dropped_content") == 60
     examiner = Examiner(keeping)
-    known = shapes.understand(sources.from_values([with_system] * 60), "rows")
+    known = understand(sources.from_values([with_system] * 60), "rows")
     for row in keeping.encode_many(known.conversations):
         examiner.look(row)
     assert list(examiner._whole.values()) == [50]
