@@ -31,7 +31,8 @@ def understand(
     needless = dict(survey.left_out)
     outcomes = list(shapes.Reader(source, survey.shape, choices).each(chunk.read()))
     refused = tuple(outcome.refused for outcome in outcomes if outcome.refused)
-    assert set(survey.refused) <= set(refused) and survey.refused_rows == len(refused)
+    assert set(survey.refused) <= set(refused)
+    assert survey.refused_rows == len(refused)
     left_out = [(each.origin, each.left_out or needless.get(each.origin, "")) for each in outcomes]
     kept = [each for each in outcomes if each.origin not in needless]
     conversations = tuple(conversation for outcome in kept for conversation in outcome.conversations)

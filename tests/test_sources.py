@@ -103,7 +103,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, name: str, content: bytes, what
 
 def test_a_missing_file_names_the_closest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("x")
-    with pytest.raises(InputError, match=r"did you mean train\.jsonl"):
+    with pytest.raises(InputError, match=r"did you mean 'train\.jsonl'"):
         list(sources.read(str(tmp_path / "trian.jsonl")))
 
 

@@ -82,7 +82,7 @@ def check(
 @app.command()
 def show(
     arguments: DataOrOverrides = None,
-    rows: Annotated[int | None, typer.Option(metavar="N", help="so many rows (10; 500 on a page)", min=1)] = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="how many rows (10; 500 on a page)", min=1)] = None,
     only: Annotated[str | None, typer.Option(metavar="FATE", help="rows of one fate, such as refused or cut")] = None,
     source: Annotated[str, typer.Option(metavar="FILE", help="rows of one source: the end of its path")] = "",
     from_line: Annotated[int, typer.Option("--from", metavar="LINE", help="rows from this line on", min=1)] = 1,
@@ -159,10 +159,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A thread of libgomp spins 300,000 times before it sleeps. With two busy neighbours on four cores the demo's base
-    # then did 4 steps in 16 s, with 1,000 spins 122. With 5,000 it is as fast as with 300,000 where nobody else is.
+    # A thread of libgomp spins 300,000 times before it sleeps, which starves other processes on the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # torch then asks for huge pages for tensors of 2 MiB and more: 2.2 s a step, not 2.4 (40 M, AMD EPYC).
+    # torch then asks for huge pages for tensors of 2 MiB and more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         floors.check()
@@ -181,7 +180,6 @@ def _helpers(made: Config) -> Helpers | None:
     """Processes that encode rows, where some were not read before.
 
     They import what they need on other cores while this process imports what it needs.
-    7,473 rows then take two of them 3.9 s, and 6.2 s where they are started when the rows are there (two busy cores).
     """
     from deft import cache, dataset, workers
 
@@ -194,10 +192,7 @@ def _helpers(made: Config) -> Helpers | None:
 
 @contextmanager
 def _imports() -> Iterator[None]:
-    """Imports make a million objects that stay: looking for garbage among them, then and later, finds nothing.
-
-    It takes 0.6 of the 3.9 seconds that importing what a run needs takes with it (AMD EPYC, torch 2.13).
-    """
+    """Switches garbage collection off: the million objects that imports make all stay, then and later."""
     gc.disable()
     try:
         yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from deft.data.fields import LARGEST_WEIGHT
 from deft.encoding.raw import Side
 from deft.encoding.rows import Overflow, Render
 from deft.errors import InputError, Problem, Problems
+from deft.registry import closest
 from deft.render.chat import Reasoning
 from deft.render.policy import TrainOn
 from deft.schedule import Name as ScheduleName
@@ -83,7 +83,7 @@ class Data(Room):
 
 
 class Batch(Room):
-    """One optimizer step: so many examples, or as many as fit in so many tokens."""
+    """One optimizer step: a number of examples, or as many as fit in a number of tokens."""
 
     examples: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
@@ -118,7 +118,7 @@ class Loss(Room):
 
 
 class Evaluate(Room):
-    """Every so many steps and at the end: held-out loss, and answers to `prompts`. `prompts` is a file or a list."""
+    """Every `every` steps and at the end: held-out loss, and answers to `prompts`. `prompts` is a file or a list."""
 
     every: int | None = Field(None, ge=1)
     prompts: tuple[Any, ...] = ()
@@ -132,7 +132,7 @@ class Evaluate(Room):
 
 
 class Checkpoint(Room):
-    """Every so many steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
+    """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
     loss, and each of every `keep_every` steps."""
 
     every: int | None = Field(500, ge=1)
@@ -144,7 +144,7 @@ class Checkpoint(Room):
 class Config(Room):
     """Everything a run needs to be told; two keys have no default.
 
-    skip_bad_steps  so many steps whose loss or gradient is not finite are skipped; the next one stops the run
+    skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
     """
 
     model: str
@@ -353,12 +353,8 @@ def _suggestion(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in OTHER_NAMES:
         return f"deft calls it {OTHER_NAMES[last]}"
-    known = keys()
-    near = get_close_matches(key, known, n=1) or get_close_matches(
-        last, {name.rpartition(".")[2] for name in known}, n=1
-    )
-    full = [name for name in known if name == near[0] or name.endswith("." + near[0])] if near else []
-    return f"did you mean {full[0]}?" if full else f"the keys are {', '.join(Config.model_fields)}"
+    ends = {name.rpartition(".")[2]: name for name in reversed(keys())}
+    return closest(key, keys()) or closest(last, ends, ends) or f"the keys are {', '.join(Config.model_fields)}"
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -378,9 +374,8 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _closest_value(error: Mapping[str, Any]) -> str:
     if error["type"] != "literal_error":
         return ""
-    choices: Iterable[str] = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
-    near = get_close_matches(str(error["input"]), list(choices), n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    choices = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+    return closest(str(error["input"]), choices)
 
 
 def _shown(value: Any) -> str:

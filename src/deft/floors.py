@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from deft.errors import InputError
 
 FLOORS = {"torch": "2.11", "transformers": "5.12", "jinja2": "3.1.6"}
-"""pyproject.toml says the same, to whoever installs; this is for whoever downgrades afterwards."""
+"""The same as in pyproject.toml, checked at each start because a package can be downgraded after the installation."""
 
 
 def check() -> None:

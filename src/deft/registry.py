@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -29,11 +29,13 @@ def load(room: str, name: str, key: str) -> ModuleType:
     return import_module(f"deft.{room}.{name}")
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str], meant: Mapping[str, str] | None = None) -> str:
     """A question that names the one of `known` that is most like `name`, or "" where none is like it.
+
+    meant  what to call it in the question, by the known name
 
     >>> closest("adamv", ["adamw", "sgd"]), closest("lion", ["adamw", "sgd"])
     ("did you mean 'adamw'?", '')
     """
     near = get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
+    return f"did you mean {meant[near[0]] if meant else near[0]!r}?" if near else ""

@@ -60,7 +60,7 @@ def of(rows: Iterable[Row | Problem], source: str) -> Iterator[Rows]:
 
 
 def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Rows]:
-    """The first so many rows."""
+    """The first `rows` rows."""
     for chunk in chunks:
         found = tuple(islice(chunk.read(), rows))
         rows -= len(found)
