@@ -20,13 +20,13 @@ from deft.render.policy import TrainOn
 from deft.schedule import Name as ScheduleName
 
 
-class Room(BaseModel):
+class Section(BaseModel):
     """What all models share: frozen, and a key that does not exist is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Room):
+class Source(Section):
     """Rows: a file, a folder, a glob, - or a Hub id; `format` is found by looking unless it is named.
 
     columns      what a format calls a field -> what the rows call it: {prompt: question, completion: answer}
@@ -50,7 +50,7 @@ class Source(Room):
     max_rows: int | None = Field(None, ge=1)
 
 
-class Data(Room):
+class Data(Section):
     """The rows. `eval` is a share of the training rows by content hash, or sources of its own."""
 
     train: tuple[Source, ...]
@@ -82,7 +82,7 @@ class Data(Room):
         return value
 
 
-class Batch(Room):
+class Batch(Section):
     """One optimizer step: a number of examples, or as many as fit in a number of tokens."""
 
     examples: int | None = Field(None, ge=1)
@@ -95,7 +95,7 @@ class Batch(Room):
         return self
 
 
-class Optimizer(Room):
+class Optimizer(Section):
     name: str = "adamw"
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -104,7 +104,7 @@ class Optimizer(Room):
     clip: float | None = Field(1.0, gt=0)
 
 
-class Schedule(Room):
+class Schedule(Section):
     """warmup: a share below 1, steps from 1 on. decay: the falling share of wsd."""
 
     name: ScheduleName = "cosine"
@@ -112,12 +112,12 @@ class Schedule(Room):
     decay: float = Field(0.2, gt=0, le=1)
 
 
-class Loss(Room):
+class Loss(Section):
     name: str = "nll"
     normalize: Literal["tokens", "examples"] = "tokens"
 
 
-class Evaluate(Room):
+class Evaluate(Section):
     """Every `every` steps and at the end: held-out loss, and answers to `prompts`. `prompts` is a file or a list."""
 
     every: int | None = Field(None, ge=1)
@@ -131,7 +131,7 @@ class Evaluate(Room):
         return () if value is None else value
 
 
-class Checkpoint(Room):
+class Checkpoint(Section):
     """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
     loss, and each of every `keep_every` steps."""
 
@@ -141,7 +141,7 @@ class Checkpoint(Room):
     keep_every: int | None = Field(None, ge=1)
 
 
-class Config(Room):
+class Config(Section):
     """Everything a run needs to be told; two keys have no default.
 
     skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
