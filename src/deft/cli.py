@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from deft import floors, signals
+from deft import min_versions, signals
 from deft.errors import DeftError, InputError
 from deft.redact import redacted
 
@@ -164,7 +164,7 @@ def main() -> None:
     # torch then asks for huge pages for tensors of 2 MiB and more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        floors.check()
+        min_versions.check()
         app()
     except signals.Preempted as stop:
         _leave(str(stop), signals.EXIT_CODE)
