@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from deft import hardware
 from deft.errors import InputError, Problem
-from deft.model import towers, vetting
+from deft.model import security, towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         _check_folder(folder, needs_weights)
         path = str(folder)
     with _explained(path):
-        vetting.check_config(path)
-        vetting.check_index(path)
+        security.check_config(path)
+        security.check_index(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if towers.auto_class(config) is None:
         fix = "name a model that transformers lists under AutoModelForCausalLM"
@@ -144,7 +144,7 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
         what = f"not a model folder: it has no config.json, but {found}"
         raise _refusal(str(folder), what, "name the folder that has it")
-    vetting.check_adapter(folder)
+    security.check_adapter(folder)
     if needs_weights and not any(folder.glob("*.safetensors")):
         pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
         what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"
