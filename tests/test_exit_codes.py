@@ -90,7 +90,7 @@ def test_old_releases_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -
         min_versions.check()
 
 
-def test_the_floors_are_those_of_the_package() -> None:
+def test_the_minimal_versions_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    for name, floor in min_versions.MIN_VERSIONS.items():
-        assert re.search(rf'"{name}>={re.escape(floor)}[,"]', text), name
+    for name, least in min_versions.MIN_VERSIONS.items():
+        assert re.search(rf'"{name}>={re.escape(least)}[,"]', text), name
