@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deft.data import shapes
 from deft.data.choices import Choices
-from deft.data.chunks import Rows
+from deft.data.chunks import HeldRows
 from deft.errors import Problem
 from deft.types import Conversation, Origin, Row
 
@@ -26,7 +26,7 @@ def understand(
     rows: Iterable[Row | Problem], source: str, shape: str = "auto", choices: Choices | None = None
 ) -> Understood:
     """Every row in the one shape of its source, or refused with its reason. Raises Problems as `shapes.survey` does."""
-    chunk, choices = Rows(source, tuple(rows)), choices or Choices()
+    chunk, choices = HeldRows(source, tuple(rows)), choices or Choices()
     survey = shapes.survey([shapes.counter((source, shape, choices))(chunk)], source, shape, choices)
     needless = dict(survey.left_out)
     outcomes = list(shapes.Reader(source, survey.shape, choices).each(chunk.read()))

@@ -131,7 +131,7 @@ class Evaluate(Section):
         return () if value is None else value
 
 
-class Checkpoint(Section):
+class CheckpointPolicy(Section):
     """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
     loss, and each of every `keep_every` steps."""
 
@@ -165,7 +165,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
     resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")
     dropout: Literal["off", "config"] = "off"
     device: str = "auto"
