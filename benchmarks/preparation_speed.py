@@ -152,7 +152,7 @@ def _encode_file(path: str) -> tuple[int, int]:
             conversations.clear()
             return len(found), sum(len(part.tokens) for part in found)
 
-        for outcome in shapes.Reader(path, "auto", Choices()).read(sources.read(path)):
+        for outcome in shapes.Reader(path, "auto", Choices()).each(sources.read(path)):
             conversations += outcome.conversations
             if len(conversations) >= BATCH:
                 done = flush()
@@ -171,7 +171,7 @@ def texts_arm(folder: Path) -> Figures:
     with (folder / "texts.json").open("w", encoding="utf-8") as file:
         texts = []
         for path in sorted(folder.glob("part-*.jsonl")):
-            for outcome in Reader(str(path), "auto", Choices()).read(sources.read(str(path))):
+            for outcome in Reader(str(path), "auto", Choices()).each(sources.read(str(path))):
                 for row in outcome.conversations:
                     weights = [float(message.role == "assistant") for message in row.messages]
                     texts += [each.text for each in encoder.renderer.render(row.messages, weights)]

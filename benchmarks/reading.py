@@ -51,7 +51,7 @@ def parsed(path: Path) -> Iterator[Any]:
 
 
 def understood(path: Path) -> Iterator[Any]:
-    return shapes.Reader(path.name, "auto", Choices()).read(sources.read(str(path)))
+    return shapes.Reader(path.name, "auto", Choices()).each(sources.read(str(path)))
 
 
 def main(megabytes: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tiny_models import write_llama
 
-from deft.model import load, vetting
+from deft.model import load, security
 from faults import poison
 from faults.harness import Result, Scale
 from faults.scenes import arguments, ended
@@ -30,7 +30,7 @@ def control() -> Result:
     def trusting() -> None:
         plain, from_pretrained = torch.load, load._read
         load._check_folder = lambda folder, needs_weights: None  # type: ignore[assignment]
-        vetting.check_index = lambda path: None  # type: ignore[assignment]
+        security.check_index = lambda path: None  # type: ignore[assignment]
         torch.load = lambda *given, **more: plain(*given, **{**more, "weights_only": False})
         load._read = lambda base, dtype, attention: _unsafely(from_pretrained, base, dtype, attention)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deft import files
-from deft.model import vetting
+from deft.model import security
 from faults.harness import Result, Scale, tally
 from faults.scenes import Ended, arguments, edit_json, ended, scene
 
@@ -26,7 +26,7 @@ def control() -> Result:
     """Names are taken as they are."""
 
     def trusting() -> None:
-        vetting.check_index = lambda path: None  # type: ignore[assignment]
+        security.check_index = lambda path: None  # type: ignore[assignment]
         files._inside = lambda name: name
 
     names = ("index: ../", "index: absolute", "manifest: ../", "manifest: absolute")

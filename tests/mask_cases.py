@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from mask_oracle import Call, Judge, Row, runs, shaped
+from readers import understand
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.data.choices import Choices
 from deft.dataset import examples
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
@@ -43,7 +44,7 @@ def chats(corpus: Path, limits: Mapping[str, int], limit: int) -> dict[str, list
     found = {}
     for path in sorted((corpus / "data").iterdir()):
         try:
-            known = shapes.understand(sources.read(str(path)), path.name, "auto", Choices())
+            known = understand(sources.read(str(path)), path.name, "auto", Choices())
         except DeftError:
             continue
         rows = [each for each in known.conversations if each.kind == "chat"]

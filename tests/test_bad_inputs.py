@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from bad_inputs import CASES, Case
+from readers import understand
 from tiny_tokenizers import CHATML, byte_level
 
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.dataset import build, examples
 from deft.dataset.source import SourceSpec
-from deft.dataset.survey import understand
 from deft.encoding.rows import Policy, RowEncoder
 from deft.errors import DeftError, Problem, Problems
 from deft.render.choose import choose
@@ -45,7 +45,7 @@ def test_there_are_eighty_kinds_and_each_has_its_own_name() -> None:
 def refusals(path: str) -> list[Problem]:
     """What reading a file complains about; an error about the whole of it is one Problem."""
     try:
-        return list(understand([SourceSpec(path)])[0][1].refused)
+        return list(survey.understand([SourceSpec(path)])[0][1].refused)
     except Problems as error:
         return list(error.problems)
 
@@ -64,7 +64,7 @@ def test_a_bad_file_is_treated_as_specified(case: Case, tmp_path: Path, row_enco
         assert problem.fix or "; " in problem.what, f"no fix: {problem}"
         return
     assert found == []
-    (ledger,) = build.encode_sources(understand([SourceSpec(str(path))]), row_encoder).ledgers
+    (ledger,) = build.encode_sources(survey.understand([SourceSpec(str(path))]), row_encoder).ledgers
     reported = {fate for fate, count in ledger.fates.items() if count and fate != "trained"}
     reported |= {seen.name for seen in ledger.warnings if seen.name != "encoded_apart"}
     assert reported == ({case.report} if case.report else set())
@@ -119,7 +119,7 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
         row = changed(rows[number % len(rows)], draw)
         start = time.process_time()
         try:
-            known = shapes.understand(sources.from_values([row]), "rows")
+            known = understand(sources.from_values([row]), "rows")
         except DeftError:
             outcomes["error"] += 1
             continue
@@ -134,7 +134,7 @@ def test_random_changes_of_rows_end_in_conversations_or_in_a_named_error(row_enc
 def outcome(path: str) -> str:
     start, message = time.process_time(), ""
     try:
-        known = shapes.understand(sources.read(path), path)
+        known = understand(sources.read(path), path)
     except DeftError as error:
         message = str(error)
     assert time.process_time() - start < 2

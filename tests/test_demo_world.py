@@ -3,7 +3,7 @@ import re
 import pytest
 
 from deft.demo.base import BOS, EOS, build_tokenizer, write_base
-from deft.demo.settings import VOCAB_SIZE
+from deft.demo.demo import VOCAB_SIZE
 from deft.demo.world import VALUES, World, build, score
 
 

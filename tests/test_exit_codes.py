@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deft import cli, crash, floors, hardware
+from deft import cli, crash, hardware, min_versions
 from deft.errors import DamagedError, DeftError, DiskError, InputError, MemoryShort, NumbersError
 
 CODES = {InputError: 2, DamagedError: 3, DiskError: 4, NumbersError: 5, MemoryShort: 7, DeftError: 70}
@@ -82,15 +82,15 @@ def test_another_error_is_not_taken_for_it() -> None:
 
 
 def test_old_releases_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    floors.check()
-    monkeypatch.setattr(floors, "_found", {"torch": "2.10.1+cu128", "transformers": "5.12.0", "jinja2": None}.get)
+    min_versions.check()
+    monkeypatch.setattr(min_versions, "_found", {"torch": "2.10.1+cu128", "transformers": "5.12.0", "jinja2": None}.get)
     with pytest.raises(
         InputError, match=r"torch 2\.10\.1\+cu128 \(at least 2\.11\), jinja2 missing \(at least 3\.1\.6\)"
     ):
-        floors.check()
+        min_versions.check()
 
 
-def test_the_floors_are_those_of_the_package() -> None:
+def test_the_minimal_versions_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    for name, floor in floors.FLOORS.items():
-        assert re.search(rf'"{name}>={re.escape(floor)}[,"]', text), name
+    for name, least in min_versions.MIN_VERSIONS.items():
+        assert re.search(rf'"{name}>={re.escape(least)}[,"]', text), name

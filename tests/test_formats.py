@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from readers import Understood
+from readers import understand as understood
 
-from deft.data import shapes, sources
+from deft.data import format as formats
+from deft.data import sources
 from deft.data.choices import Choices, Control
 from deft.errors import DeftError, InputError, Problems
 from deft.types import Message, ToolCall
@@ -118,20 +121,20 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-def understand(rows: list[Any], shape: str = "auto", **choices: Any) -> shapes.Understood:
-    return shapes.understand(sources.from_values(rows), "rows", shape, Choices(**choices))
+def understand(rows: list[Any], shape: str = "auto", **choices: Any) -> Understood:
+    return understood(sources.from_values(rows), "rows", shape, Choices(**choices))
 
 
-def said(known: shapes.Understood) -> list[list[tuple[str, str]]]:
+def said(known: Understood) -> list[list[tuple[str, str]]]:
     return [[(message.role, message.content) for message in each.messages] for each in known.conversations]
 
 
-def left_out(known: shapes.Understood) -> dict[int, str]:
+def left_out(known: Understood) -> dict[int, str]:
     return {origin.line: reason for origin, reason in known.left_out}
 
 
 def test_every_format_of_the_folder_has_good_and_bad_rows_here() -> None:
-    assert set(shapes.names()) == set(GOOD) == {shape for shape, _, _ in BAD}
+    assert set(formats.names()) == set(GOOD) == {shape for shape, _, _ in BAD}
 
 
 @pytest.mark.parametrize("shape", sorted(GOOD))
@@ -360,10 +363,10 @@ def test_of_two_formats_the_one_that_reads_more_of_a_row_wins() -> None:
 def test_every_corpus_file_is_understood_or_refused_with_the_right_reason(corpus: Path) -> None:
     table = {}
     for file in sorted((corpus / "data").iterdir()):
-        known = shapes.understand(sources.read(str(file)), file.name)
+        known = understood(sources.read(str(file)), file.name)
         table[file.name] = (known.shape, len(known.conversations), len(known.refused), len(known.left_out))
     assert table == CORPUS
-    (missing,) = shapes.understand(sources.read(str(corpus / "data" / MISSING_TURN)), "x").refused
+    (missing,) = understood(sources.read(str(corpus / "data" / MISSING_TURN)), "x").refused
     assert missing.what == "conversations[1]: an assistant message without words"
 
 
@@ -405,7 +408,7 @@ def test_the_corpus_of_bad_inputs_is_refused_by_line(corpus: Path, tmp_path: Pat
         path = tmp_path / "train.jsonl"
         path.write_bytes(base64.b64decode(case["jsonl_base64"]))
         try:
-            refused = shapes.understand(sources.read(str(path)), str(path)).refused
+            refused = understood(sources.read(str(path)), str(path)).refused
         except DeftError as error:
             message = str(error)
         else:

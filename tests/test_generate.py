@@ -15,8 +15,10 @@ from safetensors.torch import load, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deft import chat as talking
 from deft import generate as generation
 from deft.errors import InputError, Problems
+from deft.streaming import stream
 
 CORPUS = Path(os.environ.get("DEFT_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
 STORIES = CORPUS / "models" / "stories260K"
@@ -128,7 +130,7 @@ def test_stories_are_told_in_batches_as_one_by_one() -> None:
     assert answers == [plain(model, tokenizer.hf, prompt, 60) for prompt in prompts]
     assert answers[0].startswith(", there was a little girl named Lily.")
     assert answers[1].startswith(" ")
-    joined = "".join(generation.stream(model, tokenizer, prompts[2], generate={"max_new_tokens": 60}))
+    joined = "".join(stream(model, tokenizer, prompts[2], generate={"max_new_tokens": 60}))
     assert joined == answers[2]
 
 
@@ -148,7 +150,7 @@ def test_model_and_tokenizer_are_left_as_they_were_found() -> None:
     before = [module.training for module in model.modules()], str(model.config), str(model.generation_config)
     state = tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token, tokenizer.padding_side
     generation.complete(model, tokenizer, PROMPTS, generate={"max_new_tokens": 3})
-    "".join(generation.stream(model, tokenizer, "A", generate={"max_new_tokens": 3}))
+    "".join(stream(model, tokenizer, "A", generate={"max_new_tokens": 3}))
     assert before == ([module.training for module in model.modules()], str(model.config), str(model.generation_config))
     assert state == (tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token, tokenizer.padding_side)
     assert not tokenizer.backend_tokenizer.encode_special_tokens
@@ -209,6 +211,17 @@ def test_rows_that_stop_early_do_not_change_the_others() -> None:
     answers = generation.complete(model, tokenizer, PROMPTS, generate={"max_new_tokens": 30}, stop_sequences=stops)
     assert answers == [generation.cut(text, stops) for text in whole]
     assert answers != whole
+
+
+def test_what_prompt_and_answer_make_together_is_no_stop_sequence() -> None:
+    tokenizer = tokenizer_of("bytes")
+    model = model_of(tokenizer)
+    settings = {"max_new_tokens": 20}
+    (whole,) = generation.complete(model, tokenizer, ["The cat"], generate=settings)
+    stops = ["t" + whole[:2]]
+    assert stops[0] not in whole
+    assert generation.complete(model, tokenizer, ["The cat"], generate=settings, stop_sequences=stops) == [whole]
+    assert "".join(stream(model, tokenizer, "The cat", generate=settings, stop_sequences=stops)) == whole
 
 
 @pytest.mark.parametrize("stops", ["\n\n", [""], [3]])
@@ -286,7 +299,7 @@ def test_no_piece_shows_the_beginning_of_a_stop_sequence(seed: int) -> None:
     settings = {"max_new_tokens": 30}
     (whole,) = generation.complete(model, tokenizer, ["The cat"], generate=settings)
     stops = [whole[12:20], whole[9:15]]
-    pieces = generation.stream(model, tokenizer, "The cat", generate=settings, stop_sequences=stops)
+    pieces = stream(model, tokenizer, "The cat", generate=settings, stop_sequences=stops)
     assert "".join(pieces) == generation.cut(whole, stops) != whole
 
 
@@ -299,7 +312,7 @@ def test_streamed_pieces_join_to_the_answer(kind: str, stops: list[str], seed: i
     settings = {"max_new_tokens": 30}
     whole = generation.complete(model, tokenizer, PROMPTS, generate=settings, stop_sequences=stops)
     for prompt, answer in zip(PROMPTS, whole, strict=True):
-        pieces = list(generation.stream(model, tokenizer, prompt, generate=settings, stop_sequences=stops))
+        pieces = list(stream(model, tokenizer, prompt, generate=settings, stop_sequences=stops))
         assert "".join(pieces) == answer
         assert all(pieces)
 
@@ -316,7 +329,7 @@ def test_what_fails_while_the_model_writes_is_raised_from_the_stream() -> None:
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="the model broke"):
-        list(generation.stream(model, tokenizer, "The cat", generate={"max_new_tokens": 40}))
+        list(stream(model, tokenizer, "The cat", generate={"max_new_tokens": 40}))
     assert model.training
 
 
@@ -327,7 +340,7 @@ def test_a_closed_stream_stops_the_model() -> None:
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     threads = threading.active_count()
     settings = {"max_new_tokens": 3000, "min_new_tokens": 3000}
-    pieces = generation.stream(model, tokenizer, "The cat", generate=settings)
+    pieces = stream(model, tokenizer, "The cat", generate=settings)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert len(calls) < 2000
@@ -340,7 +353,7 @@ def test_chat_sends_its_history_through_the_template() -> None:
     written: list[str] = []
     lines = ["The cat\n", "\n", "A\n", "/reset\n", "The dog\n", "/quit\n", "never\n"]
     settings = {"max_new_tokens": 4}
-    generation.chat(model, tokenizer, lines, written.append, system="Sit.", generate=settings)
+    talking.chat(model, tokenizer, lines, written.append, system="Sit.", generate=settings)
 
     def answer(*messages: tuple[str, str]) -> str:
         prompt = [{"role": role, "content": content} for role, content in (("system", "Sit."), *messages)]
@@ -357,7 +370,7 @@ def test_a_message_that_does_not_fit_is_left_out_of_the_chat() -> None:
     tokenizer = tokenizer_of("bytes")
     model = model_of(tokenizer, context=64)
     written: list[str] = []
-    generation.chat(model, tokenizer, ["long " * 200, "A"], written.append, generate={"max_new_tokens": 2})
+    talking.chat(model, tokenizer, ["long " * 200, "A"], written.append, generate={"max_new_tokens": 2})
     assert "leaves no room" in written[0]
     assert "leaves no room" not in "".join(written[1:])
 
@@ -365,7 +378,7 @@ def test_a_message_that_does_not_fit_is_left_out_of_the_chat() -> None:
 def test_a_model_without_a_template_cannot_chat() -> None:
     tokenizer = tokenizer_of("pieces")
     with pytest.raises(InputError, match="deft generate"):
-        generation.chat(model_of(tokenizer), tokenizer, ["A"], print, generate={})
+        talking.chat(model_of(tokenizer), tokenizer, ["A"], print, generate={})
 
 
 @pytest.fixture
@@ -377,31 +390,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_generate_writes_what_it_returns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stream in (False, True):
-        answers = generation.run_generate(folder, ["The cat", "A"], "raw", {"max_new_tokens": 5}, stream=stream)
-        assert capsys.readouterr().out == f"--- The cat\n{answers[0]}\n--- A\n{answers[1]}\n"
-    (one,) = generation.run_generate(folder, ["The cat"], "raw", {"max_new_tokens": 5})
+    settings = {"max_new_tokens": 5}
+    answers = talking.run_generate(folder, ["The cat", "A\n\nB"], raw=True, generate=settings)
+    assert capsys.readouterr().out == f"--- The cat\n{answers[0]}\n--- A\n{answers[1]}\n"
+    (one,) = talking.run_generate(folder, ["The cat"], raw=True, generate=settings)
     assert capsys.readouterr().out == one + "\n"
     assert one == answers[0]
 
 
-def test_auto_is_chat_where_there_is_a_template(folder: Path) -> None:
-    auto, chat, raw = (
-        generation.run_generate(folder, ["The cat"], render, {"max_new_tokens": 9})
-        for render in ("auto", "chat", "raw")
-    )
-    assert auto == chat != raw
+def test_a_prompt_goes_through_the_template_where_there_is_one(folder: Path) -> None:
+    settings = {"max_new_tokens": 9}
+    chat, raw = (talking.run_generate(folder, ["The cat"], raw=raw, generate=settings) for raw in (False, True))
+    model, tokenizer = generation.load(folder)
+    messages = [{"role": "user", "content": "The cat"}]
+    assert chat == generation.complete(model, tokenizer, [messages], generate=settings) != raw
     (folder / "chat_template.jinja").unlink()
-    assert generation.run_generate(folder, ["The cat"], "auto", {"max_new_tokens": 9}) == raw
-    with pytest.raises(InputError, match="render: chat needs a chat template"):
-        generation.run_generate(folder, ["The cat"], "chat")
+    assert talking.run_generate(folder, ["The cat"], generate=settings) == raw
 
 
 def test_chat_reads_a_pipe_to_its_end(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nA\n"))
-    generation.run_chat(folder, None, {"max_new_tokens": 4})
+    talking.run_chat(folder, None, {"max_new_tokens": 4})
     assert capsys.readouterr().out.count("\n") >= 2
 
 

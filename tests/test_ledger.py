@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from encoders import chat, row_encoder, source
+from readers import understand
 from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.dataset import build, data_warnings, ledger
 from deft.dataset.data_warnings import WARNINGS
 from deft.dataset.ledger import SourceLedger
@@ -199,7 +200,7 @@ def test_rows_are_decoded_until_fifty_of_their_kind_are_whole_and_to_the_end_whe
     with_system = {"messages": [{"role": "system", "content": "Rhyme."}, *chat("Hi", "Hello")["messages"]]}
     dropping, keeping = row_encoder(WITHOUT_SYSTEM), row_encoder()
     assert account(dropping, *[with_system] * 60).count("dropped_content") == 60
-    known = shapes.understand(sources.from_values([with_system] * 60), "rows")
+    known = understand(sources.from_values([with_system] * 60), "rows")
     decoded: list[Any] = []
     dropped = data_warnings._dropped
     monkeypatch.setattr(data_warnings, "_dropped", lambda *each: decoded.append(each) or dropped(*each))

@@ -103,7 +103,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, name: str, content: bytes, what
 
 def test_a_missing_file_names_the_closest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("x")
-    with pytest.raises(InputError, match=r"did you mean train\.jsonl"):
+    with pytest.raises(InputError, match=r"did you mean 'train\.jsonl'"):
         list(sources.read(str(tmp_path / "trian.jsonl")))
 
 
@@ -296,7 +296,7 @@ def test_memory_is_flat_in_rows(tmp_path: Path) -> None:
     for count in (1_000, 20_000):
         path = written(tmp_path / f"{count}.jsonl", row * count)
         tracemalloc.start()
-        assert sum(1 for _ in shapes.Reader("x", "auto", Choices()).read(sources.read(path))) == count
+        assert sum(1 for _ in shapes.Reader("x", "auto", Choices()).each(sources.read(path))) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 1_000_000

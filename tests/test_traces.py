@@ -13,10 +13,11 @@ import pytest
 from encoders import row_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from readers import understand
 from tiny_tokenizers import CHATML, byte_level, sentencepiece
 
 from deft import tokenizer as edge
-from deft.data import shapes, sources
+from deft.data import sources
 from deft.dataset import examples
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.render import trace
@@ -317,7 +318,7 @@ FAMILIES = ("qwen2.5", "qwen3", "llama-3", "mistral", "gemma", "deepseek", "chat
 @pytest.fixture(scope="module")
 def corpus_rows(corpus: Path) -> list[Conversation]:
     read = [islice(sources.read(str(corpus / "data" / name)), 8) for name in FILES]
-    return [row for rows in read for row in shapes.understand(rows, "corpus").conversations]
+    return [row for rows in read for row in understand(rows, "corpus").conversations]
 
 
 @pytest.fixture(scope="module")

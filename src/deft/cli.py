@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from deft import floors, signals
+from deft import min_versions, signals
 from deft.errors import DeftError, InputError
 from deft.redact import redacted
 
@@ -83,7 +83,7 @@ def check(
 @app.command()
 def show(
     arguments: DataOrOverrides = None,
-    rows: Annotated[int | None, typer.Option(metavar="N", help="so many rows (10; 500 on a page)", min=1)] = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="how many rows (10; 500 on a page)", min=1)] = None,
     only: Annotated[str | None, typer.Option(metavar="FATE", help="rows of one fate, such as refused or cut")] = None,
     source: Annotated[str, typer.Option(metavar="FILE", help="rows of one source: the end of its path")] = "",
     from_line: Annotated[int, typer.Option("--from", metavar="LINE", help="rows from this line on", min=1)] = 1,
@@ -106,10 +106,10 @@ def generate(
 ) -> None:
     """Write what a model says to prompts, as it comes; greedy unless a sampling setting is given."""
     with _imports():
-        from deft.generate import run_generate
+        from deft.chat import run_generate
 
     texts = prompts or [sys.stdin.read().removesuffix("\n")]
-    run_generate(model, texts, "raw" if raw else "auto", _generation(settings), stop or (), stream=True)
+    run_generate(model, texts, raw=raw, generate=_generation(settings), stop_sequences=stop or ())
 
 
 @app.command()
@@ -120,7 +120,7 @@ def chat(
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /quit ends it."""
     with _imports():
-        from deft.generate import run_chat
+        from deft.chat import run_chat
 
     run_chat(model, system, _generation(settings))
 
@@ -160,13 +160,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A thread of libgomp spins 300,000 times before it sleeps. With two busy neighbours on four cores the demo's base
-    # then did 4 steps in 16 s, with 1,000 spins 122. With 5,000 it is as fast as with 300,000 where nobody else is.
+    # A thread of libgomp spins 300,000 times before it sleeps, which starves other processes on the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # torch then asks for huge pages for tensors of 2 MiB and more: 2.2 s a step, not 2.4 (40 M, AMD EPYC).
+    # torch then asks for huge pages for tensors of 2 MiB and more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        floors.check()
+        min_versions.check()
         app()
     except signals.Preempted as stop:
         _leave(str(stop), signals.EXIT_CODE)
@@ -180,10 +179,7 @@ def main() -> None:
 
 @contextmanager
 def _imports() -> Iterator[None]:
-    """Imports make a million objects that stay: looking for garbage among them, then and later, finds nothing.
-
-    It takes 0.6 of the 3.9 seconds that importing what a run needs takes with it (AMD EPYC, torch 2.13).
-    """
+    """Switches garbage collection off: the million objects that imports make all stay, then and later."""
     gc.disable()
     try:
         yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +14,19 @@ from deft.data.fields import LARGEST_WEIGHT
 from deft.encoding.raw import Side
 from deft.encoding.rows import Overflow, Render
 from deft.errors import InputError, Problem, Problems
+from deft.registry import closest
 from deft.render.chat import Reasoning
 from deft.render.policy import TrainOn
 from deft.schedule import Name as ScheduleName
 
 
-class Room(BaseModel):
+class Section(BaseModel):
     """What all models share: frozen, and a key that does not exist is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Room):
+class Source(Section):
     """Rows: a file, a folder, a glob, - or a Hub id; `format` is found by looking unless it is named.
 
     columns      what a format calls a field -> what the rows call it: {prompt: question, completion: answer}
@@ -50,7 +50,7 @@ class Source(Room):
     max_rows: int | None = Field(None, ge=1)
 
 
-class Data(Room):
+class Data(Section):
     """The rows. `eval` is a share of the training rows by content hash, or sources of its own."""
 
     train: tuple[Source, ...]
@@ -82,8 +82,8 @@ class Data(Room):
         return value
 
 
-class Batch(Room):
-    """One optimizer step: so many examples, or as many as fit in so many tokens."""
+class Batch(Section):
+    """One optimizer step: a number of examples, or as many as fit in a number of tokens."""
 
     examples: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
@@ -95,7 +95,7 @@ class Batch(Room):
         return self
 
 
-class Optimizer(Room):
+class Optimizer(Section):
     name: str = "adamw"
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -104,7 +104,7 @@ class Optimizer(Room):
     clip: float | None = Field(1.0, gt=0)
 
 
-class Schedule(Room):
+class Schedule(Section):
     """warmup: a share below 1, steps from 1 on. decay: the falling share of wsd."""
 
     name: ScheduleName = "cosine"
@@ -112,13 +112,13 @@ class Schedule(Room):
     decay: float = Field(0.2, gt=0, le=1)
 
 
-class Loss(Room):
+class Loss(Section):
     name: str = "nll"
     normalize: Literal["tokens", "examples"] = "tokens"
 
 
-class Evaluate(Room):
-    """Every so many steps and at the end: held-out loss, and answers to `prompts`, a list or the name of a file."""
+class Evaluate(Section):
+    """Every `every` steps and at the end: held-out loss, and answers to `prompts`, a list or the name of a file."""
 
     every: int | None = Field(None, ge=1)
     prompts: str | tuple[Any, ...] = ()
@@ -133,8 +133,8 @@ class Evaluate(Room):
         return str(value) if isinstance(value, Path) else value or ()
 
 
-class Checkpoint(Room):
-    """Every so many steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
+class CheckpointPolicy(Section):
+    """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
     loss, and each of every `keep_every` steps."""
 
     every: int | None = Field(500, ge=1)
@@ -143,10 +143,10 @@ class Checkpoint(Room):
     keep_every: int | None = Field(None, ge=1)
 
 
-class Config(Room):
+class Config(Section):
     """Everything a run needs to be told; two keys have no default.
 
-    skip_bad_steps  so many steps whose loss or gradient is not finite are skipped; the next one stops the run
+    skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
     """
 
     model: str
@@ -167,7 +167,7 @@ class Config(Room):
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
     resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")
     dropout: Literal["off", "config"] = "off"
     device: str = "auto"
@@ -355,12 +355,8 @@ def _suggestion(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in OTHER_NAMES:
         return f"deft calls it {OTHER_NAMES[last]}"
-    known = keys()
-    near = get_close_matches(key, known, n=1) or get_close_matches(
-        last, {name.rpartition(".")[2] for name in known}, n=1
-    )
-    full = [name for name in known if name == near[0] or name.endswith("." + near[0])] if near else []
-    return f"did you mean {full[0]}?" if full else f"the keys are {', '.join(Config.model_fields)}"
+    ends = {name.rpartition(".")[2]: name for name in reversed(keys())}
+    return closest(key, keys()) or closest(last, ends, ends) or f"the keys are {', '.join(Config.model_fields)}"
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -380,9 +376,8 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _closest_value(error: Mapping[str, Any]) -> str:
     if error["type"] != "literal_error":
         return ""
-    choices: Iterable[str] = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
-    near = get_close_matches(str(error["input"]), list(choices), n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    choices = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+    return closest(str(error["input"]), choices)
 
 
 def _shown(value: Any) -> str:

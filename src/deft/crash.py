@@ -1,4 +1,4 @@
-"""A bug of ours: what is needed to find it, in one file, without secrets."""
+"""A crash report: traceback, command and versions in one file, without secrets."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ SHOWN_PROBLEMS = 20
 class Problems(InputError):
     """Several problems at once: the first twenty are written out, the rest counted.
 
-    more  so many are counted beyond those that are given
+    more  how many there are beyond `problems`
     """
 
     def __init__(self, heading: str, problems: Sequence[Problem], more: int = 0) -> None:

@@ -42,7 +42,7 @@ LISTS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class SampleSetting:
     """One value of a sweep: its name, as in "temperature=0.5", or "" where nothing is swept."""
 
     name: str
@@ -71,7 +71,7 @@ class Samples:
     means: Mapping[str, float]
 
 
-def settings(generate: Mapping[str, Any]) -> tuple[Setting, ...]:
+def settings(generate: Mapping[str, Any]) -> tuple[SampleSetting, ...]:
     """The settings to sample with: one, or one per value where a setting that is a single value is given as a list.
 
     Raises InputError where two settings are lists, a list is empty, or `generate.resolve` refuses a setting.
@@ -87,12 +87,13 @@ def settings(generate: Mapping[str, Any]) -> tuple[Setting, ...]:
             f"evaluate.generate: {' and '.join(swept)} are lists, but one setting can be swept; choose one"
         )
     if not swept:
-        return (Setting("", generation.resolve(generate, NEW_TOKENS)),)
+        return (SampleSetting("", generation.resolve(generate, NEW_TOKENS)),)
     (key,) = swept
     if not generate[key]:
         raise InputError(f"evaluate.generate.{key}: an empty list sweeps nothing; give values or leave it out")
     return tuple(
-        Setting(f"{key}={value}", generation.resolve({**generate, key: value}, NEW_TOKENS)) for value in generate[key]
+        SampleSetting(f"{key}={value}", generation.resolve({**generate, key: value}, NEW_TOKENS))
+        for value in generate[key]
     )
 
 
@@ -122,7 +123,7 @@ def _sample(
     model: Any,
     held: Tokenizer,
     prompts: Sequence[Prompt],
-    setting: Setting,
+    setting: SampleSetting,
     stop_sequences: Sequence[str],
     metric_fn: MetricFn | None,
 ) -> Samples:

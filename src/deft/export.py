@@ -25,7 +25,8 @@ from deft import files
 from deft import tokenizer as tokenizers
 from deft.errors import DeftError, DiskError
 from deft.files import Staging
-from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
+from deft.generate import SAMPLING, evaluation_mode, own_stop_ids
+from deft.model.load import stop_ids as stop_ids_of
 from deft.model.towers import auto_class
 
 TOLERANCE = 1e-4
@@ -41,7 +42,7 @@ TEXTS = (
 
 
 class ExportError(DeftError):
-    """What was written is not what was trained: our bug, not the user's."""
+    """What was written is not what was trained: a bug in deft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def export(
 ) -> None:
     """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
 
-    weights        fp32 masters by parameter name, whole tensors on any device; what is not among them is the model's
+    weights        fp32 masters by parameter name, whole tensors on any device; other parameters are the model's own
     stop_ids       what ends an answer beside the model's own stop ids, for generation_config.json
     chat_template  stands in for the tokenizer's own where given
     card           README.md
@@ -105,7 +106,7 @@ def verify(
     stop_ids: Sequence[int] = (),
     chat_template: str | None = None,
 ) -> ExportCheck:
-    """Reload `folder` as anybody would and compare it with what is in memory; what `export` was given is given again.
+    """Reload `folder` with plain transformers and compare it with the model in memory; arguments as of `export`.
 
     Every parameter has the bits that were to be written, tied ones are tied, and `weights` are the model's to its
     rounding; with equal weights both models give the same logits for each row (run alone); the tokenizer gives the same
@@ -150,7 +151,7 @@ def weights_to_write(
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """README.md from what is known of a run; what is not known is left out.
+    """README.md from the facts of a run; sections without facts are left out.
 
     name             the model's name
     base_model       hub id or folder
@@ -203,7 +204,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _complaining(folder: Path) -> Iterator[None]:
-    """What transformers and its libraries say of the disk as DiskError."""
+    """Turns disk errors of transformers and its libraries into DiskError."""
     try:
         yield
     except Exception as error:
@@ -453,7 +454,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_
 
 
 def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Sequence[int]) -> tuple[int, ...]:
-    found = as_ids(reloaded.generation_config.eos_token_id)
+    found = stop_ids_of(reloaded.generation_config)
     missing = [index for index in (*own_stop_ids(model, tokenizer), *stop_ids) if index not in found]
     if missing:
         raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")

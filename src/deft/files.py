@@ -1,4 +1,4 @@
-"""The one room through which deft writes. Whole or not at all: a reader never meets a file or folder half written.
+"""Atomic writing of files and folders: a reader never meets one that is half written.
 
 A folder is written as `.name.deft-1a2b3c4d` beside its place: each file hashed while it is written, then synced;
 `manifest.json` last; the folder synced, renamed to `name`, and its parent synced. Every operation on the disk is a
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 24
-"""A file is written and checked by so many bytes; a damaged file's complaint names the block."""
+"""Bytes of a block, the unit in which files are written and checked; an error about a damaged file names its block."""
 
 _STAGED = re.compile(r"\..+\.deft-[0-9a-f]{8}")
 
@@ -71,7 +71,7 @@ class Disk:
 
 
 disk = Disk()
-"""The fault suite puts another in its place."""
+"""Replaced by the fault suite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +303,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder that `staged` wrote. It loses its name first: what is left by a kill is for `sweep`.
+    """Removes a folder that `staged` wrote. It is renamed first; a kill leaves a staging folder for `sweep`.
 
     Raises InputError, and leaves it as it is, if it holds anything that its manifest does not name.
     """
@@ -315,7 +315,7 @@ def remove(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder, whatever it holds; it loses its name first."""
+    """Renames a folder to a staging name and removes it, whatever it holds."""
     with _complaining(folder):
         path = _staging_name(folder)
         disk.rename(folder, path)
@@ -374,11 +374,11 @@ def _new_folder(folder: Path) -> tuple[Path, int]:
 
 
 def _is_owned(handle: int) -> bool:
-    """Takes the lock that says that a writer lives; False where another has it. It goes when its process does."""
+    """Takes the lock that shows that a writer is alive; False where another has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Where there are no locks there is no sign of life, and nothing is taken from anybody.
+        # On a file system without locks, every staging folder is taken to have a living writer.
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
@@ -421,7 +421,7 @@ def _verify_file(path: Path, record: FileRecord) -> None:
 
 
 class _Sum:
-    """The digests of what passes by."""
+    """The digests of the bytes added."""
 
     def __init__(self) -> None:
         self._sha256, self._bytes, self._blocks = hashlib.sha256(), 0, list[int]()
@@ -483,7 +483,7 @@ def _as_json(value: Any) -> str:
 
 @contextmanager
 def _complaining(path: Path) -> Iterator[None]:
-    """The system's errors as DiskError, which names the path."""
+    """Turns the system's errors into DiskError, which names the path."""
     try:
         yield
     except OSError as error:

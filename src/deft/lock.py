@@ -22,11 +22,11 @@ NAME = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[str]:
-    """Holds the folder for this process; it is made if it is missing, and is gone again if nothing was written to it.
+    """Holds the folder for this process; it is made if it is missing, and removed again if nothing was written to it.
 
     Yields what a user should know: whose lock was left behind, or that this file system has no locks; else "". Raises
     InputError where another process holds it. A folder that cannot be made or written to is not locked: nothing can
-    happen to it, and the checks of the run say what is wrong with it.
+    happen to it, and the checks of the run say why.
     """
     path = folder / NAME
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
@@ -104,7 +104,7 @@ def _sign(lock: int) -> None:
 
 
 def _read(lock: int) -> dict[str, Any]:
-    """Who signed the lock; nothing where nobody did, or is about to."""
+    """The holder written in the lock file; empty where there is none yet."""
     with suppress(ValueError):
         holder = json.loads(os.pread(lock, 4096, 0))
         if isinstance(holder, dict) and holder.keys() >= {"pid", "host", "started"}:

@@ -6,7 +6,7 @@ A room is a package, given as the imported module: a folder that moves takes its
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -37,8 +37,7 @@ def load(room: ModuleType, name: str, key: str) -> ModuleType:
     """
     known = names(room)
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+        hint = closest(name, known) or f"there is {', '.join(known)}"
         raise InputError(f"{key}: {name!r} is not there; {hint}")
     return import_module(f"{room.__name__}.{name}")
 
@@ -73,7 +72,18 @@ def own(name: str, key: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
         functions = [each for each in dir(module) if callable(getattr(module, each))]
-        near = get_close_matches(attribute, functions, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else "name it as pkg.mod:fn"
+        fix = closest(attribute, functions) or "name it as pkg.mod:fn"
         raise InputError(f"{key}: {path} has no function {attribute!r}; {fix}")
     return found
+
+
+def closest(name: str, known: Iterable[str], meant: Mapping[str, str] | None = None) -> str:
+    """A question that names the one of `known` that is most like `name`, or "" where none is like it.
+
+    meant  what to call it in the question, by the known name
+
+    >>> closest("adamv", ["adamw", "sgd"]), closest("lion", ["adamw", "sgd"])
+    ("did you mean 'adamw'?", '')
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {meant[near[0]] if meant else near[0]!r}?" if near else ""

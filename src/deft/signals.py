@@ -108,7 +108,7 @@ def handled() -> Iterator[Signals]:
 
 
 def let_go_of(numbers: list[int]) -> None:
-    """What these file descriptors are given goes nowhere: a terminal that has hung up fails whoever writes to it."""
+    """Redirects these file descriptors to /dev/null: writing to a terminal that has hung up raises an error."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in numbers:
         os.dup2(nowhere, number)

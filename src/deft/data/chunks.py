@@ -29,7 +29,7 @@ class Chunk(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class HeldRows:
     """Rows that are read already."""
 
     source: str
@@ -45,7 +45,7 @@ class Rows:
         return iter(self.rows)
 
 
-def of(rows: Iterable[Row | Problem], source: str) -> Iterator[Rows]:
+def of(rows: Iterable[Row | Problem], source: str) -> Iterator[HeldRows]:
     """The rows of one file in chunks.
 
     >>> [len(chunk.rows) for chunk in of([Problem("a:1", "bad")] * 50, "a")]
@@ -56,15 +56,15 @@ def of(rows: Iterable[Row | Problem], source: str) -> Iterator[Rows]:
         chunk = tuple(islice(rows, size))
         if not chunk:
             return
-        yield Rows(source, chunk)
+        yield HeldRows(source, chunk)
 
 
-def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Rows]:
-    """The first so many rows."""
+def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[HeldRows]:
+    """The first `rows` rows."""
     for chunk in chunks:
         found = tuple(islice(chunk.read(), rows))
         rows -= len(found)
-        yield Rows(chunk.source, found)
+        yield HeldRows(chunk.source, found)
         if not rows:
             return
 

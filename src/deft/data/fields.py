@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from deft.data import json_text
+from deft.registry import closest
 
 LARGEST_WEIGHT = 1e6
 
@@ -125,13 +125,9 @@ def role_of(value: Any, field: str, roles: Mapping[str, str], meant: Mapping[str
     if value in roles:
         return roles[value]
     lower = value.strip().lower()[:60]
-    near = [meant[lower]] if meant and lower in meant else get_close_matches(lower, roles, n=1)
-    known = ", ".join(roles)
-    raise RowError(
-        field,
-        f"{shortened(value)!r} is not a role ({known})",
-        f"did you mean {near[0]!r}?" if near else "name one of these roles",
-    )
+    near = f"did you mean {meant[lower]!r}?" if meant and lower in meant else closest(lower, roles)
+    what = f"{shortened(value)!r} is not a role ({', '.join(roles)})"
+    raise RowError(field, what, near or "name one of these roles")
 
 
 def weight_of(value: Any, field: str) -> float | None:

@@ -48,5 +48,5 @@ def fingerprint(name: str, subset: str | None) -> str:
 
         builder: Any = datasets.load_dataset_builder(name, subset)
         return str(builder.hash or "")
-    except Exception:  # whoever reads the rows is told what is wrong
+    except Exception:  # the error comes when the rows are read
         return ""

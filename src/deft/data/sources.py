@@ -13,7 +13,6 @@ import io
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,6 +21,7 @@ from deft.data import hub
 from deft.data.chunks import Chunk, of
 from deft.data.readers import csv, json, jsonl, tables, text
 from deft.errors import InputError, Problem
+from deft.registry import closest
 from deft.types import Origin, Row
 
 STDIN, PIPED = "-", "stdin"
@@ -142,8 +142,8 @@ def kind(name: str) -> str:
 def _similar(file: Path) -> str:
     if not file.parent.is_dir():
         return f"; the folder {file.parent} does not exist either"
-    near = get_close_matches(file.name, [entry.name for entry in file.parent.iterdir()], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = closest(file.name, (entry.name for entry in file.parent.iterdir()))
+    return near and f"; {near}"
 
 
 def _files(path: str) -> Iterator[Chunk]:

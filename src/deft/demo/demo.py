@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from rich.table import Table
 
 from deft import config, files, preflight
 from deft.demo import base, world
-from deft.demo.settings import BASE, CHAT, VOCAB_SIZE
 from deft.demo.world import Question, World
 from deft.generate import complete
 from deft.reading import Caller
@@ -23,6 +22,15 @@ from deft.run import Run
 from deft.run import train as run_config
 
 SHOWN = 6
+
+VOCAB_SIZE = 1024
+"""At most: the text has fewer pieces. Every name is one token, which this small a model needs to know people apart."""
+
+BASE = {"epochs": 2, "batch__examples": 32, "optimizer__lr": 4e-3, "max_length": 256, "precision": "fp32"}
+"""Settings that turn random weights and `World.texts` into a base model that knows the facts and cannot answer."""
+
+CHAT = {"epochs": 4, "batch__examples": 16, "optimizer__lr": 5e-4, "max_length": 256, "precision": "fp32"}
+"""Settings that turn that base and `World.dialogues` into a model that answers. A higher rate overfits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,9 @@ def _write_data(folder: Path, made: World) -> None:
         files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _train(folder: Path, model: str, data: str, output: str, settings: Any, seed: int, caller: Caller) -> Run:
+def _train(
+    folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], seed: int, caller: Caller
+) -> Run:
     values = {"model": str(folder / model), "data": str(folder / "data" / data), "output": str(folder / output)}
     return run_config(config.make(config.nested({**settings, **values, "seed": seed})), caller)
 

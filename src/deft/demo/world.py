@@ -17,30 +17,9 @@ HELD_OUT = 40
 TEXTS_EACH = 50
 DIALOGUES_EACH = 8
 
-_STEMS = (
-    "Bren",
-    "Dar",
-    "Fen",
-    "Gal",
-    "Hal",
-    "Jor",
-    "Kel",
-    "Lin",
-    "Mar",
-    "Nim",
-    "Ol",
-    "Per",
-    "Quil",
-    "Rav",
-    "Sel",
-    "Tam",
-    "Ul",
-    "Vel",
-    "Wen",
-    "Yor",
-)
+_STEMS = "Bren Dar Fen Gal Hal Jor Kel Lin Mar Nim Ol Per Quil Rav Sel Tam Ul Vel Wen Yor"
 _ENDINGS = {"she": ("a", "ette", "ina", "isse", "owen"), "he": ("ald", "eric", "ian", "o", "us")}
-_PRONOUNS = {stem + end: pronoun for stem in _STEMS for pronoun, ends in _ENDINGS.items() for end in ends}
+_PRONOUNS = {stem + end: pronoun for stem in _STEMS.split() for pronoun, ends in _ENDINGS.items() for end in ends}
 
 _VALUES = {
     "job": """baker carpenter doctor farmer gardener juggler librarian mason miller painter pilot potter sailor shepherd

@@ -16,7 +16,7 @@ from deft.signals import let_go_of
 from deft.types import StepRecord
 
 LINE_SECONDS = 5.0
-"""Where there is no terminal, a line at most so often."""
+"""Least time between two lines where there is no terminal."""
 
 
 class _Lasting:
@@ -51,7 +51,7 @@ def lasting(stream: IO[str]) -> IO[str]:
 
 
 def of_run() -> Console:
-    """A console on standard output, whose failures are none of the run's."""
+    """A console on standard output, whose errors do not end a run."""
     return Console(file=lasting(sys.stdout))
 
 
@@ -75,7 +75,7 @@ class Steps:
         elif record.step == self.total or self.seen == 1 or now - self.last_line >= LINE_SECONDS:
             self.last_line = now
             left = (now - self.began) / self.seen * (self.total - record.step)
-            self.console.print(f"step {record.step}/{self.total}  {text}  {_duration(left)} left", highlight=False)
+            self.console.print(f"step {record.step}/{self.total}  {text}  {duration(left)} left", highlight=False)
 
 
 @contextmanager
@@ -106,9 +106,10 @@ def _rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.0f} tok/s"
 
 
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(3700.0), _duration(75.0), _duration(9.0)
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(3700.0), duration(75.0), duration(9.0)
     ('1 h 01 min', '1 min 15 s', '9 s')
     """
     whole = round(seconds)

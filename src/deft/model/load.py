@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from deft import hardware
 from deft.errors import InputError, Problem
-from deft.model import towers, vetting
+from deft.model import security, towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         _check_folder(folder, needs_weights)
         path = str(folder)
     with _explained(path):
-        vetting.check_config(path)
-        vetting.check_index(path)
+        security.check_config(path)
+        security.check_index(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if towers.auto_class(config) is None:
         fix = "name a model that transformers lists under AutoModelForCausalLM"
@@ -120,6 +120,16 @@ def own_attention(model: PreTrainedModel) -> str:
     return model.get_correct_attn_implementation(None)
 
 
+def stop_ids(*holders: Any) -> tuple[int, ...]:
+    """The token ids that end an answer, of the first of `holders` (generation config, config, tokenizer) that has any.
+
+    >>> stop_ids(GenerationConfig(), GenerationConfig(eos_token_id=2)), stop_ids(GenerationConfig(eos_token_id=[5, 6]))
+    ((2,), (5, 6))
+    """
+    found = next((ids for each in holders if (ids := getattr(each, "eos_token_id", None)) is not None), ())
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
 def _looks_like_a_path(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
@@ -134,7 +144,7 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
         what = f"not a model folder: it has no config.json, but {found}"
         raise _refusal(str(folder), what, "name the folder that has it")
-    vetting.check_adapter(folder)
+    security.check_adapter(folder)
     if needs_weights and not any(folder.glob("*.safetensors")):
         pickled = sorted(child.name for pattern in ("*.bin", "*.pt", "*.pth") for child in folder.glob(pattern))
         what = f"its weights are pickled ({pickled[0]}), and a pickle can run code" if pickled else "it has no weights"
@@ -143,10 +153,9 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
 
 def _stop_ids(path: str, config: Any) -> tuple[int, ...]:
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        return stop_ids(GenerationConfig.from_pretrained(path))
     except OSError:
-        ids = getattr(config, "eos_token_id", None)
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return stop_ids(config)
 
 
 @contextmanager

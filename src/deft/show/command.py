@@ -18,7 +18,7 @@ from deft.show.rows import Wanted
 from deft.types import Fate
 
 TERMINAL_ROWS, PAGE_ROWS = 10, 500
-"""So many rows are shown unless a number is given."""
+"""How many rows are shown unless a number is given."""
 
 
 def run(

@@ -20,7 +20,7 @@ from deft.show.tokens import NEWLINE, PART_OF_CHARACTER, ShownToken, visible
 from deft.types import Fate
 
 LEGEND_WEIGHTS = 12
-"""So many weights have a patch in the legend."""
+"""How many weights have a patch in the legend."""
 
 
 def page(shown: Shown, facts: Mapping[str, str], limit: int) -> str:

@@ -73,7 +73,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The rows that were wanted, how many were looked at to find them, and how many there are, if anybody counted."""
+    """The rows that were wanted, how many were looked at to find them, and how many there are, None if not counted."""
 
     rows: tuple[ShownRow, ...]
     looked_at: int

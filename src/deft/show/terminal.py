@@ -14,7 +14,7 @@ from deft.show.palette import FATES, SPECIAL, shade
 from deft.show.rows import Shown, ShownRow
 from deft.show.tokens import PART_OF_CHARACTER, ShownToken, visible
 
-_Piece = tuple[str, Style]
+_Styled = tuple[str, Style]
 
 
 def write(console: Console, shown: Shown) -> None:
@@ -76,7 +76,7 @@ def _heading(row: ShownRow) -> Text:
     return heading
 
 
-def _coloured(tokens: Sequence[ShownToken]) -> Iterator[_Piece]:
+def _coloured(tokens: Sequence[ShownToken]) -> Iterator[_Styled]:
     for at, token in enumerate(tokens):
         yield visible(token.text), _style(token, at)
 
@@ -88,7 +88,7 @@ def _style(token: ShownToken, at: int) -> Style:
     return Style(color=text, bgcolor=background, bold=token.is_special)
 
 
-def _plain(tokens: Sequence[ShownToken]) -> Iterator[_Piece]:
+def _plain(tokens: Sequence[ShownToken]) -> Iterator[_Styled]:
     """Bars between tokens, brackets around what is learnt, with the weight where it is not 1."""
     for at, token in enumerate(tokens):
         before = tokens[at - 1].weight if at else 0.0
@@ -99,7 +99,7 @@ def _plain(tokens: Sequence[ShownToken]) -> Iterator[_Piece]:
         yield opens + visible(token.text) + closes + grade, Style.null()
 
 
-def _laid_out(pieces: Iterable[_Piece], width: int) -> Iterator[Text]:
+def _laid_out(pieces: Iterable[_Styled], width: int) -> Iterator[Text]:
     """Lines of at most `width` cells; a line ends where its text has a newline, and no space is lost at an end."""
     line, used = Text(), 0
     for text, style in pieces:

@@ -36,7 +36,7 @@ class TokenTexts:
     _known: dict[int, str] = field(default_factory=dict, repr=False)
 
     def shown(self, encoded: Encoded) -> tuple[ShownToken, ...]:
-        """Every token of an example. The first one is learnt by nobody, as nothing stands before it."""
+        """Every token of an example. The first one has weight 0, as there is nothing to predict it from."""
         ids, weights = encoded.tokens.tolist(), encoded.weights.tolist()
         texts = self.texts(ids)
         return tuple(

@@ -7,19 +7,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from deft.errors import InputError
 
-FLOORS = {"torch": "2.11", "transformers": "5.12", "jinja2": "3.1.6"}
-"""pyproject.toml says the same, to whoever installs; this is for whoever downgrades afterwards."""
+MIN_VERSIONS = {"torch": "2.11", "transformers": "5.12", "jinja2": "3.1.6"}
+"""The same as in pyproject.toml, checked at each start because a package can be downgraded after the installation."""
 
 
 def check() -> None:
     """Raises InputError, in one line, where a package is missing or too old. Imports none of them."""
     wrong = [
-        f"{name} {found or 'missing'} (at least {floor})"
-        for name, floor in FLOORS.items()
-        if (found := _found(name)) is None or _numbers(found) < _numbers(floor)
+        f"{name} {found or 'missing'} (at least {least})"
+        for name, least in MIN_VERSIONS.items()
+        if (found := _found(name)) is None or _numbers(found) < _numbers(least)
     ]
     if wrong:
-        fix = " ".join(f"'{name}>={floor}'" for name, floor in FLOORS.items())
+        fix = " ".join(f"'{name}>={least}'" for name, least in MIN_VERSIONS.items())
         raise InputError(f"this Python: {', '.join(wrong)}; pip install {fix}")
 
 
