@@ -10,6 +10,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# An example's time says more of the machine's load than of the code.
+settings.register_profile("deft", deadline=None)
+settings.load_profile("deft")
 
 # Under nohup runs ignore SIGHUP, as they should; the tests are about those at a terminal.
 if hasattr(signal, "SIGHUP"):

@@ -320,7 +320,7 @@ def test_a_run_outlives_what_its_words_go_to(where: str, data: str, code: int, t
             for pipe in (process.stdout, process.stderr):
                 assert pipe is not None
                 pipe.close()
-            assert process.wait(timeout=120) == code
+            assert process.wait(timeout=600) == code
     assert (tmp_path / "run" / "final").is_dir() == (code == 0)
 
 

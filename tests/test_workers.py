@@ -112,7 +112,7 @@ def test_processes_that_were_started_before_do_all_items_once() -> None:
 
 def test_processes_wait_with_what_they_are_to_import_and_can_be_sent_away(capfd: pytest.CaptureFixture[str]) -> None:
     with workers._start(["no_such_module"]) as child:
-        assert child.wait(10) == 1
+        assert child.wait(300) == 1
     assert "no_such_module" in capfd.readouterr().err
     helpers = workers.Helpers(2, ["deft.blocks"])
     helpers.stop()
@@ -130,7 +130,7 @@ def test_a_helping_process_ends_with_its_parent_and_with_no_signal_before() -> N
     assert workers._asked(child, ask, answers, 4) == (8, None)
     for pipe in (ask, child.stdin):
         pipe.close()
-    assert child.wait(10) == 0
+    assert child.wait(300) == 0
 
 
 def test_a_helping_process_whose_parent_is_killed_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,7 @@ def test_a_helping_process_whose_parent_is_killed_says_nothing(capfd: pytest.Cap
     for pipe in (answers, child.stdout):
         pipe.close()
     ask.send(4)
-    assert child.wait(10) == 0
+    assert child.wait(300) == 0
     assert capfd.readouterr().err == ""
 
 
