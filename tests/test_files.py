@@ -92,6 +92,55 @@ def test_no_name_leads_outside(name: str, tmp_path: Path) -> None:
         staging.write(name, [b"x"])
 
 
+class Noted(files.Disk):
+    """Notes each operation with the last name of what it is done to, staging names as `*`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def _note(self, what: str, path: Any) -> None:
+        name = Path(path).name
+        self.done.append(f"{what} {'*' if files._STAGED.fullmatch(name) else name}")
+
+    def write(self, file: IO[bytes], data: memoryview) -> None:
+        self._note("write", file.name)
+        super().write(file, data)
+
+    def sync(self, file: IO[bytes]) -> None:
+        self._note("sync", file.name)
+        super().sync(file)
+
+    def sync_folder(self, path: Path) -> None:
+        self._note("sync", path)
+        super().sync_folder(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._note("rename to", target)
+        super().rename(source, target)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    disk = Noted()
+    monkeypatch.setattr(files, "disk", disk)
+    return disk.done
+
+
+def test_a_file_gets_its_name_when_its_bytes_are_safe(tmp_path: Path, noted: list[str]) -> None:
+    files.write_text(tmp_path / "a.json", "{}")
+    assert noted == ["write *", "sync *", "rename to a.json", f"sync {tmp_path.name}"]
+
+
+def test_a_folder_gets_its_name_when_all_in_it_is_safe_its_manifest_last(tmp_path: Path, noted: list[str]) -> None:
+    with files.staged(tmp_path / "b") as staging:
+        staging.write("one", [b"1"])
+        (staging.path / "other").write_text("by others")
+    assert noted == [
+        *("write one", "sync one", "sync other", "write manifest.json", "sync manifest.json"),
+        *("sync *", "rename to b", f"sync {tmp_path.name}"),
+    ]
+
+
 @pytest.mark.parametrize("room", [0, 3, 4, 20, 200])
 def test_a_full_disk_leaves_nothing_of_the_new_and_all_of_the_old(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
