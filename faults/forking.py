@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-
 GENEROUS = 10
 """A limit on computing time is one on wall time as well, this many times as long: a busy machine fails nothing."""
 

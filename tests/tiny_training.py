@@ -60,6 +60,4 @@ def random_examples(lengths: tuple[int, ...]) -> list[Example]:
 
 def planned(lengths: tuple[int, ...] = (40, 9, 30, 12, 25, 17, 33, 8), examples: int = 4) -> Loader:
     """Steps of several micro-batches."""
-    return loader.make(
-        random_examples(lengths), Batching(examples=examples), epochs=1, seed=0, microbatch_tokens=48
-    )
+    return loader.make(random_examples(lengths), Batching(examples=examples), epochs=1, seed=0, microbatch_tokens=48)
