@@ -23,6 +23,8 @@ JOBS = 2
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
+    """`source`, a text of `module`, becomes `mutated`, and one of `tests` must fail."""
+
     module: str
     source: str
     mutated: str
@@ -165,8 +167,8 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.files", "            staging._finish()\n", "", "test_files.py"),
     _of(
         "deft.files",
-        "            disk.write(file, memoryview(data))\n            disk.sync(file)\n            disk.rename(staging, path)\n",
-        "            disk.rename(staging, path)\n            disk.write(file, memoryview(data))\n            disk.sync(file)\n",
+        "            disk.sync(file)\n            disk.rename(staging, path)\n",
+        "            disk.rename(staging, path)\n            disk.sync(file)\n",
         "test_files.py",
     ),
     _of(
@@ -288,8 +290,10 @@ def _copied(mutation: Mutation, place: Path) -> bool:
     shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     path = (place / "src").joinpath(*mutation.module.split(".")).with_suffix(".py")
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    path.write_text(text.replace(mutation.source, mutation.mutated), encoding="utf-8") if text else None
-    return text.count(mutation.source) == 1
+    if text.count(mutation.source) != 1:
+        return False
+    path.write_text(text.replace(mutation.source, mutation.mutated), encoding="utf-8")
+    return True
 
 
 def _start(source: Path, tests: Sequence[str], log: Path) -> int:
