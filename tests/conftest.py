@@ -16,7 +16,9 @@ from hypothesis import settings
 settings.register_profile("deft", deadline=None)
 settings.load_profile("deft")
 
-# Under nohup runs ignore SIGHUP, as they should; the tests are about those at a terminal.
+# Under nohup runs ignore SIGHUP, in the background of a script SIGINT, as they should; the tests are about those at a
+# terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
