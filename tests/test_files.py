@@ -72,6 +72,14 @@ def test_damage_is_named(damage: Callable[[Path], Any], said: str, tmp_path: Pat
         files.verify(folder)
 
 
+def test_a_manifest_that_was_edited_is_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", one=b"abcd") / files.MANIFEST
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    assert json.loads(path.read_text())["about"] == {"step": 4}
+    with pytest.raises(DamagedError, match=r"manifest.json: checksum differs"):
+        files.verify(tmp_path / "a")
+
+
 def test_the_damaged_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK", 4)
     folder = write(tmp_path / "x", one=b"abcdefghij")
