@@ -1,20 +1,39 @@
 # make demo   the main job on the repository's own data        make test   all tests
 # make check  lint, format, types, import rules, README        make bench  the benchmarks
 # make faults the fault suite in ten minutes, and the README's table; make faults-nightly: the whole of it
+# make lock   constraints.txt with the newest versions      make test-newest  what depends on them, with the newest
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest/bin
+# Held where everything else is the newest: each torch is gigabytes, and changes in torch are taken one by one.
+TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check bench faults faults-nightly clean
+.PHONY: demo test test-newest check bench faults faults-nightly newest lock clean
 
 demo: $(VENV)/.core
 	$(BIN)/deft demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Laws 6, 7, 8 and 11, the hand-off and the demo, in an environment of its own.
+test-newest: newest
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -n auto tests/test_law_06_packing.py tests/test_law_07_loss.py \
+		tests/test_law_08_accumulation.py tests/test_law_11_parity.py tests/test_export.py
+	folder=$$(mktemp -d) && $(NEWEST)/deft demo --output $$folder/demo && rm -r $$folder
+
+newest:
+	$(PYTHON) -m venv $(dir $(NEWEST))
+	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" $(TORCH)
+
+lock: newest
+	sed -n '/^#/p' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/python -m pip freeze --exclude-editable | sed 's/+.*//' >> $(NEWEST)/constraints.txt
+	mv $(NEWEST)/constraints.txt constraints.txt
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -45,4 +64,4 @@ $(VENV)/.dev: $(VENV)/.core
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(dir $(NEWEST)) build dist src/*.egg-info

@@ -34,7 +34,9 @@ def main() -> int:
     import deft.run  # noqa: F401  once, before anything is forked
 
     logging.disable_progress_bar()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs ignore it, as they should
+    # Under nohup runs ignore SIGHUP, in the background of a script SIGINT, as is right; D3 is about runs at a terminal.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     outcomes = run_all(chosen, given.scale, given.jobs, lambda text: print(text, flush=True))
     if given.write:

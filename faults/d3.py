@@ -21,7 +21,7 @@ from typing import Any
 from deft import checkpoint, export, generate, prepare, reading
 from deft.model import load as models
 from deft.training import heldout, loop, step
-from faults.forking import Child, become, command, deft
+from faults.forking import GENEROUS, HANGS, Child, become, command, deft
 from faults.harness import Result, Scale, tally
 from faults.scenes import CHATS, arguments, ended, scene
 
@@ -107,33 +107,32 @@ def _point(
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     words = _words(folder, output=place / "run")
-    mark, steps = place / "mark", place / "steps"
-    child = deft("train", *words, log=place / "log", before=lambda: (before(), _plant(phase, mark, steps)))
+    mark, sent, steps = place / "mark", place / "sent", place / "steps"
+    child = deft("train", *words, log=place / "log", before=lambda: (before(), _plant(phase, mark, sent, steps)))
     if not child.wait_until(mark.exists):
         return f"{place.name}: the phase did not come: {child.output[-300:]}", ""
-    seconds = _send(child, numbers)
+    _send(child, numbers, sent)
     again = ended(folder, "train", *words, before=lambda: _watch(steps))
     told = child.output[child.output.rindex("deft: ") :].strip() if "deft: " in child.output else ""
-    wrong = _judged(child, numbers, seconds, told) or _finished(place, again.code, again.output, whole, numbers, steps)
+    wrong = _judged(child, numbers, told) or _finished(place, again.code, again.output, whole, numbers, steps)
     shutil.rmtree(place)
     return f"{place.name}: {wrong}" if wrong else "", told
 
 
-def _send(child: Child, numbers: tuple[int, ...]) -> float:
-    """Sends the signals and waits for the end; seconds from the first."""
-    began = time.monotonic()
+def _send(child: Child, numbers: tuple[int, ...], sent: Path) -> None:
+    """Sends the signals, notes that, and waits for the end."""
     for number in numbers:
         child.kill(number)
         time.sleep(0.05)
+    sent.touch()
     child.wait(SECONDS + 5)
-    return time.monotonic() - began
 
 
-def _judged(child: Child, numbers: tuple[int, ...], seconds: float, told: str) -> str:
+def _judged(child: Child, numbers: tuple[int, ...], told: str) -> str:
     leaves_at_once = len(numbers) > 1 and numbers[-1] == signal.SIGINT
     name = signal.Signals(numbers[0]).name
-    if seconds > SECONDS:
-        return f"took {seconds:.1f} s"
+    if child.computed > SECONDS:
+        return f"took {child.computed:.1f} s"
     if child.code not in ((75, 130) if leaves_at_once else (75,)):
         return f"exit code {child.code}: {child.output[-300:]}"
     is_told = told.startswith(f"deft: {name}: ") and told.endswith("run the same command again to go on")
@@ -162,16 +161,16 @@ def _result(run: Path) -> str:
     return found.hexdigest()
 
 
-def _plant(phase: str, mark: Path, steps: Path) -> None:
-    """Marks the moment at which a phase begins, and gives the signal time to come in it."""
+def _plant(phase: str, mark: Path, sent: Path, steps: Path) -> None:
+    """Marks the moment at which a phase begins, and goes on in it when the signals have been sent."""
     room, name = PHASES[phase]
     plain, left = getattr(room, name), iter(range(LATER.get(phase, 1), 0, -1))
 
     def marked(*given: Any, **more: Any) -> Any:
         if next(left, 0) == 1:
             mark.touch()
-            until = time.monotonic() + 0.4
-            while time.monotonic() < until:
+            until = time.monotonic() + HANGS
+            while not sent.exists() and time.monotonic() < until:
                 time.sleep(0.01)
         return plain(*given, **more)
 
@@ -233,7 +232,7 @@ def _imports(folder: Path, number: int, after: float) -> str:
         time.sleep(0.01)
     time.sleep(after)
     child.send_signal(number)
-    text, _ = child.communicate(timeout=SECONDS)
+    text, _ = child.communicate(timeout=GENEROUS * SECONDS)
     is_told = "run the same command again to go on" in text and "Traceback" not in text
     return "" if child.returncode == 75 and is_told else f"import: {child.returncode}: {text[-300:]}"
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from deft import lock
@@ -61,16 +62,16 @@ def _second(folder: Path, wait: float, before: Callable[[], object] = lambda: No
             return f"the first run did not start: {first.output[-300:]}", ""
         time.sleep(wait)
         first.kill(signal.SIGSTOP)
-        found, began = _tree(folder / "run"), time.monotonic()
+        found = _tree(folder / "run")
         try:
             done = ended(folder, "train", *_long(folder), before=before, seconds=6)
         except TimeoutError:
             return "not refused: it trained", ""
-        seconds, after = time.monotonic() - began, _tree(folder / "run")
+        after = _tree(folder / "run")
         if done.code != 2 or f"run is in use by pid {first.pid} on host" not in done.message:
             return f"exit code {done.code}: {done.output[-300:]}", done.message
-        if seconds > 5:
-            return f"took {seconds:.1f} s", done.message
+        if done.computed > 5:
+            return f"took {done.computed:.1f} s", done.message
         return ("" if found == after else f"files changed: {found ^ after}"), done.message
 
 
@@ -82,12 +83,22 @@ def _is_on(run: Path) -> bool:
 
 def _race(folder: Path) -> str:
     """Two starts at the same moment: one goes on, the other is refused."""
-    children = [deft("train", *arguments(folder, epochs=30), log=folder / f"race-{n}") for n in range(2)]
+    there = [folder / f"there-{n}" for n in range(2)]
+
+    def meet(own: Path) -> None:
+        own.touch()
+        while not all(each.exists() for each in there):
+            time.sleep(0.001)
+
+    words = arguments(folder, epochs=30)
+    children = [
+        deft("train", *words, log=folder / f"race-{n}", before=partial(meet, own)) for n, own in enumerate(there)
+    ]
     codes = sorted(child.wait() for child in children)
     outputs = [child.output for child in children]
     shutil.rmtree(folder / "run", ignore_errors=True)
-    for child in children:
-        child.log.unlink()
+    for path in (*there, *(child.log for child in children)):
+        path.unlink()
     refused = sum("is in use by" in output for output in outputs)
     return "" if codes == [0, 2] and refused == 1 else f"exit codes {codes}: {outputs[0][-200:]} {outputs[1][-200:]}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from faults.harness import Result, tally
@@ -51,5 +52,5 @@ def _point(name: str, plant: Callable[[Path], Sequence[str]], before: Callable[[
             return f"{name}: its code ran", done
         is_told = done.code in (2, 3) and done.message.startswith("deft: ")
         fine = not done.has_traceback and (is_told or (done.code == 0 and name.endswith("(left unused)")))
-        shown = Ended(done.code, done.output.replace(f"{folder}/", ""))
+        shown = replace(done, output=done.output.replace(f"{folder}/", ""))
         return "" if fine else f"{name}: exit code {done.code}: {done.output[-400:]}", shown

@@ -64,15 +64,16 @@ def ended(folder: Path, *words: str, before: Callable[[], object] = lambda: None
     log = folder / f"log-{next(_logs)}"
     child = deft(*words, log=log, before=before)
     code = child.wait(seconds)
-    return Ended(code, child.output)
+    return Ended(code, child.output, child.computed)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that is over."""
+    """A command that is over, and the seconds that it computed."""
 
     code: int
     output: str
+    computed: float
 
     @property
     def message(self) -> str:

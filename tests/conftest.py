@@ -10,8 +10,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
-# Under nohup runs ignore SIGHUP, as they should; the tests are about those at a terminal.
+# An example's time says more of the machine's load than of the code.
+settings.register_profile("deft", deadline=None)
+settings.load_profile("deft")
+
+# Under nohup runs ignore SIGHUP, in the background of a script SIGINT, as they should; the tests are about those at a
+# terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

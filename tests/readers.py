@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from deft.data import shapes
 from deft.data.choices import Choices
@@ -20,6 +21,10 @@ class Understood:
     conversations: tuple[Conversation, ...]
     refused: tuple[Problem, ...]
     left_out: tuple[tuple[Origin, str], ...]
+
+    def rows(self) -> Iterator[tuple[Conversation, ...]]:
+        """The conversations of each row."""
+        return (tuple(row) for _, row in groupby(self.conversations, key=lambda conversation: conversation.origin))
 
 
 def understand(

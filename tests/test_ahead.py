@@ -37,7 +37,7 @@ def watched() -> Iterator[Watched]:
 
 
 def until(is_so: Any) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)

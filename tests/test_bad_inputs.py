@@ -16,7 +16,7 @@ from readers import understand
 from tiny_tokenizers import CHATML, byte_level
 
 from deft.data import sources
-from deft.dataset import build, examples
+from deft.dataset import build, examples, survey
 from deft.dataset.source import SourceSpec
 from deft.encoding.rows import Policy, RowEncoder
 from deft.errors import DeftError, Problem, Problems

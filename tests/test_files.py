@@ -72,6 +72,14 @@ def test_damage_is_named(damage: Callable[[Path], Any], said: str, tmp_path: Pat
         files.verify(folder)
 
 
+def test_a_manifest_that_was_edited_is_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", one=b"abcd") / files.MANIFEST
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    assert json.loads(path.read_text())["about"] == {"step": 4}
+    with pytest.raises(DamagedError, match=r"manifest.json: checksum differs"):
+        files.verify(tmp_path / "a")
+
+
 def test_the_damaged_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK", 4)
     folder = write(tmp_path / "x", one=b"abcdefghij")
@@ -90,6 +98,55 @@ def test_no_name_leads_outside(name: str, tmp_path: Path) -> None:
         files.verify(folder)
     with pytest.raises(InputError), files.staged(tmp_path / "y") as staging:
         staging.write(name, [b"x"])
+
+
+class Noted(files.Disk):
+    """Notes each operation with the last name of what it is done to, staging names as `*`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def _note(self, what: str, path: Any) -> None:
+        name = Path(path).name
+        self.done.append(f"{what} {'*' if files._STAGED.fullmatch(name) else name}")
+
+    def write(self, file: IO[bytes], data: memoryview) -> None:
+        self._note("write", file.name)
+        super().write(file, data)
+
+    def sync(self, file: IO[bytes]) -> None:
+        self._note("sync", file.name)
+        super().sync(file)
+
+    def sync_folder(self, path: Path) -> None:
+        self._note("sync", path)
+        super().sync_folder(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._note("rename to", target)
+        super().rename(source, target)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    disk = Noted()
+    monkeypatch.setattr(files, "disk", disk)
+    return disk.done
+
+
+def test_a_file_gets_its_name_when_its_bytes_are_safe(tmp_path: Path, noted: list[str]) -> None:
+    files.write_text(tmp_path / "a.json", "{}")
+    assert noted == ["write *", "sync *", "rename to a.json", f"sync {tmp_path.name}"]
+
+
+def test_a_folder_gets_its_name_when_all_in_it_is_safe_its_manifest_last(tmp_path: Path, noted: list[str]) -> None:
+    with files.staged(tmp_path / "b") as staging:
+        staging.write("one", [b"1"])
+        (staging.path / "other").write_text("by others")
+    assert noted == [
+        *("write one", "sync one", "sync other", "write manifest.json", "sync manifest.json"),
+        *("sync *", "rename to b", f"sync {tmp_path.name}"),
+    ]
 
 
 @pytest.mark.parametrize("room", [0, 3, 4, 20, 200])

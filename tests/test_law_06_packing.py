@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -298,16 +299,13 @@ class DropsDocuments(transformers.LlamaModel):
 
 
 class RefusesKeywords(transformers.LlamaModel):
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: Any = None,
-        use_cache: Any = None,
-    ) -> Any:
-        return super().forward(input_ids=input_ids, use_cache=use_cache)
+    """Takes what Llama's own forward names, whatever a release of transformers names it, and nothing else."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = inspect.signature(transformers.LlamaModel.forward).parameters
+        if refused := sorted(kwargs.keys() - named):
+            raise TypeError(f"forward() got an unexpected keyword argument {refused[0]!r}")
+        return super().forward(*args, **kwargs)
 
 
 class IgnoresPositions(transformers.GPT2Model):

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import readers
 import yaml
 from tiny_tokenizers import CHATML, byte_level
 
 import deft
 from deft import config
-from deft.data import mixture, shapes, sources
+from deft.data import mixture, sources
 from deft.data.choices import Control
 from deft.data.split import digest
 from deft.dataset import build, examples
@@ -129,7 +130,7 @@ def test_a_row_has_one_digest_whichever_way_it_comes_in(
     row_encoder: RowEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_in: str
 ) -> None:
     store = store_of(way_in, tmp_path, monkeypatch, row_encoder)
-    read = shapes.understand(sources.from_values(pairs(40)), "rows")
+    read = readers.understand(sources.from_values(pairs(40)), "rows")
     assert store.column("digest").dtype == np.uint64
     assert store.column("digest").tolist() == [digest(row) for row in read.rows()]
     for other in WAYS_IN:

@@ -348,7 +348,7 @@ def in_a_browser(folder: Path, text: str, fragment: str = "") -> Parsed:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom"]
     command += [f"--user-data-dir={folder / 'profile'}", f"file://{folder / 'page.html'}{fragment}"]
-    return Parsed(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    return Parsed(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
 
 
 def test_a_browser_shows_the_rows_and_runs_nothing_of_theirs(tmp_path: Path) -> None:

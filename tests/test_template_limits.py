@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from deft.errors import InputError
+from deft.render.sandbox import Exhausted, Meter
 from deft.render.template import Refusal, Template
 from deft.types import Message
 
@@ -116,7 +118,7 @@ def run(templates: dict[str, str]) -> dict[str, tuple[str, float, float]]:
         input=json.dumps(templates),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
@@ -140,6 +142,16 @@ def test_a_template_that_is_always_over_its_limits_stops_the_run() -> None:
             template.render([Message("user", "Hi")])
     with pytest.raises(InputError, match="name another"):
         template.render([Message("user", "Hi")])
+
+
+def test_the_limit_of_time_is_one_of_computing() -> None:
+    meter = Meter(seconds=0.05)
+    time.sleep(0.1)
+    meter._check()
+    while time.thread_time() <= meter.deadline:
+        pass
+    with pytest.raises(Exhausted, match="too long"):
+        meter._check()
 
 
 def test_limits_grow_with_the_conversation() -> None:

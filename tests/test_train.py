@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,22 @@ def test_the_same_seed_gives_the_same_bits(tmp_path: Path, model: Path) -> None:
     assert [line["loss"] for line in other.metrics] != [line["loss"] for line in runs[0].metrics], "dropout is on above"
 
 
+def test_dropout_is_off_unless_it_is_asked_for(tmp_path: Path, model: Path) -> None:
+    """The model's configuration names dropout; another model is the same without it."""
+    other = shutil.copytree(model, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.0}))
+    assert settings["attention_dropout"] > 0
+
+    def losses(name: str, folder: Path, **given: Any) -> list[float]:
+        run = train(tmp_path, folder, rows(tmp_path, PAIRS), epochs=1, output=str(tmp_path / name), **given)
+        return [line["loss"] for line in run.metrics]
+
+    without = losses("a", other)
+    assert losses("b", model) == without
+    assert losses("c", model, dropout="config") != without
+
+
 def test_bf16_compute_trains_the_fp32_masters(tmp_path: Path, model: Path) -> None:
     run = train(tmp_path, model, rows(tmp_path, PAIRS), precision="bf16")
     exported = AutoModelForCausalLM.from_pretrained(run.folder / "final")
@@ -320,7 +337,7 @@ def test_a_run_outlives_what_its_words_go_to(where: str, data: str, code: int, t
             for pipe in (process.stdout, process.stderr):
                 assert pipe is not None
                 pipe.close()
-            assert process.wait(timeout=120) == code
+            assert process.wait(timeout=600) == code
     assert (tmp_path / "run" / "final").is_dir() == (code == 0)
 
 

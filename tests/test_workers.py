@@ -127,7 +127,7 @@ def test_a_worker_ends_with_its_parent_and_with_no_signal_before() -> None:
         worker.process.send_signal(number)
     assert worker.ask(4) == 8
     worker.pipe.close()
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(300) == 0
 
 
 def test_a_worker_whose_parent_is_killed_while_it_works_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_a_worker_whose_parent_is_killed_while_it_works_says_nothing(capfd: pyte
     assert worker.ask((doubling, 5)) is None
     worker.pipe.send(4)
     worker.pipe.close()
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(300) == 0
     assert capfd.readouterr().err == ""
 
 

@@ -1,0 +1,344 @@
+"""Protected lines: each is broken in a copy of the source, and the tests named beside it must fail.
+
+    python -m tests.mutations [words ...]     all, or those whose module or tests have one of the words in their name
+
+A line is (module, its source, what it becomes, tests). The source must stand in the module exactly once; a test is
+the name of a file below tests/, or file::test. Exit code 1 where a line survives or is no longer found, or where a
+test fails without a mutation. Nothing is imported before each run but torch and transformers, and each is a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+JOBS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """`source`, a text of `module`, becomes `mutated`, and one of `tests` must fail."""
+
+    module: str
+    source: str
+    mutated: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        first, other = (text.strip().splitlines() for text in (self.source, self.mutated))
+        return f"{self.module}: {first[0].strip()} -> {other[0].strip() if other else '(nothing)'}"
+
+
+def _of(module: str, source: str, mutated: str, *tests: str) -> Mutation:
+    return Mutation(module, source, mutated, tests)
+
+
+KILLED = "test_law_09_resume.py::test_killed_and_resumed_is_the_same_run"
+ATTENTION = "test_law_06_packing.py::test_attention_equals_its_definition"
+EXPORT = "test_export.py::test_whatever_differs_is_named"
+
+TABLE: tuple[Mutation, ...] = (
+    # Shift, plan and packs.
+    _of(
+        "deft.loader",
+        "targets.append(tokens[1:][predicted])",
+        "targets.append(tokens[predicted])",
+        "test_law_04_shift.py",
+    ),
+    _of("deft.loader", "rows.append(predicted + offset)", "rows.append(predicted)", "test_law_04_shift.py"),
+    _of("deft.plan.order", "key=[seed, epoch]", "key=[seed, 0]", "test_law_05_plan.py"),
+    _of("deft.plan.order", "key=[seed, epoch]", "key=[0, epoch]", "test_law_05_plan.py"),
+    _of("deft.plan.packs", "if lengths[index] <= left)", "if left > 0)", "test_law_05_plan.py"),
+    _of("deft.loader", "else float(len(members))", "else float(len(parts))", "test_law_05_plan.py"),
+    _of(
+        "deft.loader",
+        "for each in example)\n    return (part",
+        "for each in [part])\n    return (part",
+        "test_law_05_plan.py",
+    ),
+    # Loss and accumulation.
+    _of(
+        "deft.training.step",
+        "batch.weights / normalizer",
+        "batch.weights / batch.weights.sum()",
+        "test_law_08_accumulation.py::test_the_cut_into_micro_batches_does_not_change_the_step",
+    ),
+    _of(
+        "deft.loader",
+        "w[1:].sum(dtype=np.float64)) for w in weights",
+        "w.sum(dtype=np.float64)) for w in weights",
+        "test_law_05_plan.py",
+    ),
+    _of(
+        "deft.loss.nll",
+        "logits_BV.mul_(self.weights / self.total)",
+        "logits_BV.mul_(1.0 / self.total)",
+        "test_law_07_loss.py::test_in_fp64_it_is_the_reference",
+    ),
+    _of(
+        "deft.loss.nll",
+        "tanh_SV.square_().neg_().add_(1.0)",
+        "tanh_SV.square_().neg_()",
+        "test_law_07_loss.py::test_in_fp64_it_is_the_reference",
+    ),
+    _of(
+        "deft.loss.nll",
+        "return gradient.mul_(factor)",
+        "return gradient",
+        "test_law_07_loss.py::test_in_fp64_it_is_the_reference",
+    ),
+    _of(
+        "deft.loss.nll", "beta=0.0 if is_first else 1.0", "beta=0.0", "test_law_07_loss.py::test_chunks_change_nothing"
+    ),
+    _of(
+        "deft.training.step",
+        "total += share.detach()",
+        "total = share.detach()",
+        "test_law_08_accumulation.py::test_the_cut_into_micro_batches_does_not_change_the_step",
+    ),
+    # Attention of packs.
+    _of("deft.model.causal", "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(2)", ATTENTION),
+    _of(
+        "deft.model.causal",
+        "block.start - block.first - block.window,",
+        "block.start - block.first - block.window - 1,",
+        ATTENTION,
+    ),
+    _of(
+        "deft.model.selftest",
+        "if not max(errors) <= min(_tolerance(model), LEAK_SHARE * max(leaks)):",
+        "if False:",
+        "test_law_06_packing.py::test_a_body_that_breaks_packing_runs_alone",
+    ),
+    # The update.
+    _of(
+        "deft.optim.adamw",
+        "if weight.ndim >= 2 else 0.0",
+        "if weight.ndim >= 1 else 0.0",
+        "test_schedule_and_optimizer.py",
+    ),
+    _of(
+        "deft.optim.adamw",
+        "limit / (norm + 1e-6), max=1.0)",
+        "limit / (norm + 1e-6))",
+        "test_schedule_and_optimizer.py",
+    ),
+    _of("deft.training.step", "clip_scale(norm, clip)", "clip_scale(norm, None)", "test_step.py"),
+    _of("deft.training.step", "state.optimizer.step(factor,", "state.optimizer.step(1.0,", "test_step.py"),
+    _of("deft.optim.adamw", "_add(self._sums[name], parameter.grad)", "pass", "test_schedule_and_optimizer.py"),
+    _of("deft.schedule", "return (step + 1) / (rising + 1)", "return step / rising", "test_schedule_and_optimizer.py"),
+    _of(
+        "deft.run",
+        'model.train(config.dropout == "config")',
+        "model.train()",
+        "test_train.py::test_dropout_is_off_unless_it_is_asked_for",
+    ),
+    # A step that is undone or tried leaves nothing behind.
+    _of("deft.training.step", "    state.optimizer.zero_grad()\n", "", "test_step.py"),
+    _of("deft.training.step", "    randomness.restore(before, state.learner.device)\n", "", "test_step.py"),
+    _of("deft.training.rehearse", "        randomness.restore(before, state.learner.device)\n", "", "test_step.py"),
+    _of("deft.training.rehearse", "        state.optimizer.zero_grad()\n", "", "test_step.py"),
+    _of("deft.training.badstep", "    randomness.restore(before, learner.device)\n", "", "test_step.py"),
+    # Held-out loss.
+    _of("deft.training.heldout", "total / weight", "total / max(1, len(examples))", "test_heldout.py"),
+    _of(
+        "deft.training.heldout",
+        "total += float(nll_sum(learner, batch, loss))\n        weight += float(batch.weights.double().sum())",
+        "total += float(nll_sum(learner, batch, loss)) / float(batch.weights.double().sum())\n        weight += 1",
+        "test_heldout.py",
+    ),
+    _of("deft.training.heldout", "    learner.model.eval()\n", "", "test_heldout.py"),
+    _of("deft.training.heldout", "learner.model.train(was_training)", "learner.model.train()", "test_heldout.py"),
+    # Resume, field by field.
+    _of("deft.run", 'set_random_state(stored.values["random-00000"])', "pass", KILLED),
+    _of("deft.run", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
+    _of("deft.optim.adamw", 'self.steps = int(state["steps"])', "pass", "test_schedule_and_optimizer.py"),
+    _of(
+        "deft.optim.adamw",
+        "            mine.copy_(state[key])",
+        '            if not key.startswith("exp_avg_sq"):\n                mine.copy_(state[key])',
+        "test_schedule_and_optimizer.py",
+    ),
+    _of("deft.training.state", 'buffer.copy_(model[f"buffer.{key}"])', "pass", "test_state.py"),
+    _of("deft.training.state", "random.setstate((version, tuple(numbers), gauss))", "pass", "test_state.py"),
+    _of("deft.training.state", "np.random.set_state(", "dict(", "test_state.py"),
+    _of("deft.training.state", "self.step = step\n", "pass\n", KILLED),
+    _of(
+        "deft.resume",
+        "if before.plan != now.plan and not refused:",
+        "if False:",
+        "test_law_09_resume.py::test_fewer_epochs_than_are_done_are_refused",
+    ),
+    # The disk.
+    _of("deft.files", "            staging._finish()\n", "", "test_files.py"),
+    _of(
+        "deft.files",
+        "            disk.sync(file)\n            disk.rename(staging, path)\n",
+        "            disk.rename(staging, path)\n            disk.sync(file)\n",
+        "test_files.py",
+    ),
+    _of(
+        "deft.files",
+        "        disk.sync(self._file)\n        return self._sum.record()",
+        "        return self._sum.record()",
+        "test_files.py",
+    ),
+    _of("deft.files", "hexdigest() == record.sha256:", "hexdigest():", "test_files.py"),
+    _of(
+        "deft.files",
+        'if text != _sealed({"files": value["files"], "about": value["about"]}):',
+        "if False:",
+        "test_files.py",
+    ),
+    _of("deft.checkpoint", "    files.verify(place)\n", "", "test_checkpoint.py"),
+    _of("deft.checkpoint", "for step in reversed(there):", "for step in there:", "test_checkpoint.py"),
+    _of(
+        "deft.saving",
+        "        flush()\n        checkpoint.write(self.folder, state)",
+        "        checkpoint.write(self.folder, state)\n        flush()",
+        "test_checkpoint.py",
+    ),
+    # Masks: the edge, the stop mark, what is literal.
+    _of(
+        "deft.encoding.pieces",
+        "if first < 0 or tokens.ids[first:count] != tail:",
+        "if first < 0:",
+        "test_law_02_edge.py",
+    ),
+    _of("deft.encoding.pieces", "if not found[2 * count].startswith(tail):", "if False:", "test_law_02_edge.py"),
+    _of(
+        "deft.encoding.pieces",
+        "        if literal:\n            return self.tokenizer.literal(text, continues)\n",
+        "",
+        "test_law_03_literal.py",
+    ),
+    _of(
+        "deft.render.stop",
+        'return Stop(len(before) + len(mark), "", mark)',
+        'return Stop(len(before), "", mark)',
+        "test_law_01_prompt.py",
+    ),
+    _of("deft.encoding.raw", "ids = [*ids, tokenizer.eos_id]", "ids = [*ids]", "test_law_12_seeds.py"),
+    _of("deft.encoding.raw", "learnt[0] = 0\n", "pass\n", "test_train.py::test_plain_text_is_learnt_to_the_last_token"),
+    # What is held out.
+    _of(
+        "deft.data.split",
+        "else digests < np.uint64(limit)",
+        "else np.arange(len(digests)) < share * len(digests)",
+        "test_mixture.py",
+    ),
+    _of("deft.data.split", "    yield message.role\n", "", "test_mixture.py"),
+    _of("deft.fates", "& ~is_taken[rows]", "", "test_mixture.py"),
+    # The hand-off.
+    _of("deft.export", "if not error <= TOLERANCE:", "if False:", EXPORT),
+    _of("deft.export", "if not _same_bits(tensor, found[name].detach().cpu()):", "if False:", EXPORT),
+    _of(
+        "deft.export",
+        "    stops = _compare_stop_ids(model, tokenizer, reloaded, stop_ids)\n",
+        "    stops = ()\n",
+        EXPORT,
+    ),
+    _of("deft.export", "    if mine.chat_template != saved.chat_template:", "    if False:", EXPORT),
+    _of(
+        "deft.export",
+        "    _compare_buffers(model, reloaded)\n",
+        "",
+        "test_export.py::test_a_model_that_was_trained_with_rounded_positions_is_not_what_is_served",
+    ),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [
+        each for each in TABLE if not words or any(word in " ".join([each.module, *each.tests]) for word in words)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print("without a mutation ...", flush=True)
+        if code := _wait(
+            _start(ROOT / "src", sorted({test for each in chosen for test in each.tests}), folder / "log")
+        ):
+            print((folder / "log").read_text())
+            print(f"red without a mutation (exit code {code})")
+            return 1
+        results = list(_results(chosen, folder))
+    survived = [each for each, told in results if told != "killed"]
+    print(f"{len(results) - len(survived)} of {len(results)} killed")
+    return 1 if survived else 0
+
+
+def _results(chosen: Sequence[Mutation], folder: Path) -> Iterator[tuple[Mutation, str]]:
+    """Each with what became of it, as it becomes known; JOBS at a time."""
+    running: dict[int, Mutation] = {}
+    waiting = list(chosen)
+    while waiting or running:
+        while waiting and len(running) < JOBS:
+            mutation = waiting.pop(0)
+            place = folder / str(len(waiting))
+            if not _copied(mutation, place):
+                yield _told(mutation, "NOT FOUND")
+                continue
+            running[_start(place / "src", mutation.tests, place / "log")] = mutation
+        if running:
+            pid, status = os.wait()
+            code = os.waitstatus_to_exitcode(status)
+            told = {0: "SURVIVED", 1: "killed"}.get(code, f"EXIT CODE {code}")
+            yield _told(running.pop(pid), told)
+
+
+def _told(mutation: Mutation, told: str) -> tuple[Mutation, str]:
+    print(f"{told:9} {mutation}", flush=True)
+    return mutation, told
+
+
+def _copied(mutation: Mutation, place: Path) -> bool:
+    """Whether the source was found, once; `place`/src is then the package with the mutation in it."""
+    shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    path = (place / "src").joinpath(*mutation.module.split(".")).with_suffix(".py")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(mutation.source) != 1:
+        return False
+    path.write_text(text.replace(mutation.source, mutation.mutated), encoding="utf-8")
+    return True
+
+
+def _start(source: Path, tests: Sequence[str], log: Path) -> int:
+    """pytest in a fork, with `source` before all else on the path."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    sys.path.insert(0, str(source))
+    os.environ["PYTHONPATH"] = str(source)
+    os.chdir(ROOT)
+    import pytest
+
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(_found, tests)]))
+
+
+def _found(test: str) -> str:
+    """The path of a test below tests/, wherever it lies."""
+    file, colons, name = test.partition("::")
+    (path,) = (ROOT / "tests").rglob(file)
+    return f"{path}{colons}{name}"
+
+
+def _wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch  # noqa: F401  once, before all forks
+    import transformers  # noqa: F401
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""A tiny model with dropout, and the state and steps of its training, without files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deft import loader
+from deft.encoding.rows import Example
+from deft.loader import Loader
+from deft.model import selftest
+from deft.model.learner import Learner
+from deft.optim.adamw import AdamW
+from deft.plan.order import Batching
+from deft.training.state import TrainState
+from deft.types import Encoded, Origin
+
+VOCABULARY = 64
+
+
+def dropout_learner() -> Learner:
+    """Two layers, hidden size 16, with dropout in the attention; in training mode; always the same weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        attention_dropout=0.3,
+    )
+    model: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    learner, _ = selftest.choose(model)
+    model.train()
+    return learner
+
+
+def dropout_state() -> TrainState:
+    """The learner, and an optimizer that has done nothing yet."""
+    learner = dropout_learner()
+    return TrainState(learner, AdamW(learner.model.named_parameters(), dtype=torch.float32, lr=1e-2))
+
+
+def random_examples(lengths: tuple[int, ...]) -> list[Example]:
+    """Random tokens; every token but the first is learnt, with weights of 1, 2, 3, 1, ..."""
+    draw = np.random.default_rng(0)
+    tokens = [draw.integers(3, VOCABULARY, length, np.int32) for length in lengths]
+    return [
+        (Encoded(Origin("a.jsonl", line), each, (1.0 + np.arange(len(each)) % 3).astype(np.float32)),)
+        for line, each in enumerate(tokens, 1)
+    ]
+
+
+def planned(lengths: tuple[int, ...] = (40, 9, 30, 12, 25, 17, 33, 8), examples: int = 4) -> Loader:
+    """Steps of several micro-batches."""
+    return loader.make(random_examples(lengths), Batching(examples=examples), epochs=1, seed=0, microbatch_tokens=48)
