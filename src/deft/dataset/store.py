@@ -87,8 +87,8 @@ class RowGroup:
     """Consecutive rows of a store.
 
     rows, examples  its place among those of the store
-    arrays          views of all numbers in `batch` by the names of SCHEMA; of each list `NAME_offsets`, int32: element r
-                    has the values from NAME_offsets[r] to NAME_offsets[r + 1]
+    arrays          views of all numbers in `batch` by the names of SCHEMA; of each list NAME_offsets, int32: element n
+                    has the values from NAME_offsets[n] to NAME_offsets[n + 1]
     """
 
     batch: pa.RecordBatch
@@ -154,9 +154,10 @@ class Store:
     @classmethod
     def of(cls, batches: Iterable[pa.RecordBatch], marks: Iterable[str]) -> Store:
         groups: list[RowGroup] = []
+        rows = examples = 0
         for batch in batches:
-            last = groups[-1:]
-            groups.append(RowGroup.of(batch, *(end for each in last for end in (each.rows.stop, each.examples.stop))))
+            groups.append(RowGroup.of(batch, rows, examples))
+            rows, examples = groups[-1].rows.stop, groups[-1].examples.stop
         return cls(tuple(groups), frozenset(marks))
 
     @classmethod
