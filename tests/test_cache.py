@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -443,6 +444,25 @@ def test_a_cache_that_cannot_be_written_names_its_folder(train: Path, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(files.DiskError, match="DEFT_CACHE names another folder"):
         encoded(train, tmp_path / "file" / "cache")
+
+
+class Full(Disk):
+    """A disk that has no space left for a file of rows beyond its beginning."""
+
+    def write(self, file: Any, data: memoryview) -> None:
+        if str(file.name).endswith(store.ROWS) and file.tell() > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(file, data)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left_behind(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "disk", Full())
+    with pytest.raises(files.DiskError, match="(?s)No space left.*DEFT_CACHE names another folder"):
+        encoded(train, tmp_path / "cache")
+    monkeypatch.setattr(files, "disk", Disk())
+    assert [list(each) for each in folders(tmp_path / "cache").values()] == [[files.MANIFEST, "survey.json"]]
 
 
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

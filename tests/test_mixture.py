@@ -135,6 +135,7 @@ def test_a_row_has_one_digest_whichever_way_it_comes_in(
     assert store.column("digest").tolist() == [digest(row) for row in read.rows()]
     for other in WAYS_IN:
         evaluated = ContentIndex.of([store_of(other, tmp_path, monkeypatch, row_encoder)])
+        assert evaluated.digests.dtype == np.uint64
         split = assign_splits(store, SplitRule(), evaluated, np.zeros(40, bool))
         assert len(split.train().index) == 0, f"{way_in} is trained, and {other} evaluates it"
 

@@ -182,6 +182,10 @@ def encode(
     ((source, found),) = survey.understand([SourceSpec("rows", rows=held_rows)], alone)
     done = store(source, found, examples.encoder(held, chosen, policy), alone)
     every = Examples((Selection(done, 1.0, np.arange(done.examples)),))
-    lost = [row for group in done.groups for row in (group.rows.start + group.lost_rows()).tolist()]
+    lost = [
+        row
+        for group in done.groups
+        for row in (group.rows.start + np.flatnonzero(group.counts("examples") == 0)).tolist()
+    ]
     refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row in lost)
     return EncodedRows(tuple(part for example in every for part in example), refused)

@@ -126,20 +126,18 @@ class _Counted:
 
     def add(self, group: RowGroup, kept: np.ndarray) -> None:
         """kept: bool [R], the rows that have examples that are trained or evaluated."""
-        lengths = np.diff(group.token_offsets)
-        starts = group.part_offsets[group.example_offsets]
+        lengths = group.counts("tokens")
+        starts = group.arrays["parts_offsets"][group.arrays["examples_offsets"]]
         is_kept = np.repeat(kept, np.diff(starts))
-        self.examples += int(np.diff(group.example_offsets)[kept].sum())
+        self.examples += int(group.counts("examples")[kept].sum())
         self.tokens += int(lengths[is_kept].sum())
-        self.targets += int(group.targets[is_kept].sum())
+        self.targets += int(group.arrays["targets"][is_kept].sum())
         self.bits += np.bincount(np.searchsorted(_POWERS, lengths[is_kept]), minlength=64)
-        found = np.flatnonzero(kept & (np.diff(starts) > 0))
-        if len(found):
-            with_parts = np.flatnonzero(np.diff(starts) > 0)
-            longest = np.zeros(len(kept), np.int64)
-            longest[with_parts] = np.maximum.reduceat(lengths, starts[with_parts])
-            best = found[np.argsort(-longest[found], kind="stable")[:FIRST_ROWS]]
-            self.longest += [(int(longest[row]), group.rows.start + int(row)) for row in best]
+        whole = np.flatnonzero(np.diff(starts) > 0)
+        if len(whole):
+            longest = np.maximum.reduceat(lengths, starts[whole])
+            best = np.argsort(np.where(kept[whole], -longest, 1), kind="stable")[:FIRST_ROWS]
+            self.longest += [(int(longest[i]), group.rows.start + int(whole[i])) for i in best if kept[whole[i]]]
             self.longest = sorted(self.longest, key=lambda each: (-each[0], each[1]))[:FIRST_ROWS]
 
 

@@ -58,7 +58,7 @@ class ContentIndex:
         """Where the last row with a digest stands."""
         for store in reversed(self.stores):
             for group in reversed(store.groups):
-                rows = np.flatnonzero((group.column("digest") == np.uint64(digest)) & _is_encoded(group))
+                rows = np.flatnonzero((group.arrays["digest"] == np.uint64(digest)) & _is_encoded(group))
                 if len(rows):
                     return group.origin(int(rows[-1]))
         raise KeyError(digest)
@@ -80,12 +80,12 @@ class ContentIndex:
 
 
 def _is_encoded(group: RowGroup) -> np.ndarray:
-    return np.asarray(group.column("stage") == Stage.ENCODED)
+    return np.asarray(group.arrays["stage"] == Stage.ENCODED)
 
 
 def _digests(stores: Sequence[Store]) -> np.ndarray:
     """uint64: of all encoded rows, in order."""
-    found = [group.column("digest")[_is_encoded(group)] for store in stores for group in store.groups]
+    found = [group.arrays["digest"][_is_encoded(group)] for store in stores for group in store.groups]
     return np.concatenate([np.zeros(0, np.uint64), *found], dtype=np.uint64)
 
 
@@ -140,8 +140,8 @@ class SplitRows:
         found = [np.zeros(0, dtype)]
         for group in self.store.groups:
             times = passes[group.rows]
-            counts = np.repeat(np.diff(group.example_offsets), times)
-            first = np.repeat(group.example_offsets[:-1].astype(np.int64), times) + group.examples.start
+            counts = np.repeat(group.counts("examples"), times)
+            first = np.repeat(group.arrays["examples_offsets"][:-1].astype(np.int64), times) + group.examples.start
             index = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
             found.append(index.astype(dtype))
         return Selection(self.store, self.rule.loss_weight, np.concatenate(found))
@@ -156,9 +156,9 @@ def assign_splits(store: Store, rule: SplitRule, evaluated: ContentIndex, repeat
     fate = store.column("fate")
     is_evaluated, trained, kept, stops = (np.zeros(len(store), bool) for _ in range(4))
     for group in store.groups:
-        rows, digest = group.rows, group.column("digest")
+        rows, digest = group.rows, group.arrays["digest"]
         is_evaluated[rows] = _is_encoded(group) & evaluated.has(digest)
-        kept[rows] = (np.diff(group.example_offsets) > 0) & ~is_evaluated[rows]
+        kept[rows] = (group.counts("examples") > 0) & ~is_evaluated[rows]
         trained[rows] = kept[rows] & ~(rule.is_eval | split.held_out(digest, rule.share))
         stops[rows] = _stops(group, rule.stop_ids)
     fate[is_evaluated | (kept & ~trained)] = _NUMBER[Fate.HELD_OUT]
@@ -177,12 +177,10 @@ def assign_splits(store: Store, rule: SplitRule, evaluated: ContentIndex, repeat
 
 def _stops(group: RowGroup, stop_ids: frozenset[int]) -> np.ndarray:
     """bool [rows]: every text of the row ends with a token that stops the model."""
-    tails = group.batch.column("tails")
-    texts, tokens = (tails.values.field(name).to_numpy() for name in ("text", "token"))
-    rows = np.repeat(np.arange(len(tails)), np.diff(tails.offsets.to_numpy()))
-    found = np.ones(len(tails), bool)
-    starts = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(texts, prepend=-1))
+    rows = np.repeat(np.arange(len(group.counts("tails"))), group.counts("tails"))
+    found = np.ones(len(group.counts("tails")), bool)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(group.arrays["text"], prepend=-1))
     if len(starts):
-        is_stop = np.isin(tokens, np.array(sorted(stop_ids), np.int64))
+        is_stop = np.isin(group.arrays["token"], np.array(sorted(stop_ids), np.int64))
         found[rows[starts][~np.logical_or.reduceat(is_stop, starts)]] = False
     return found

@@ -34,7 +34,7 @@ GROUP_BYTES = 1 << 23
 
 _RUN = pa.struct([("length", pa.int32()), ("weight", pa.float32())])
 _PART = pa.struct([("tokens", pa.list_(pa.int32())), ("runs", pa.list_(_RUN)), ("targets", pa.int32())])
-_EXAMPLE = pa.struct([("digest", pa.uint64()), ("scale", pa.float64()), ("parts", pa.list_(_PART))])
+_EXAMPLE = pa.struct([("example_digest", pa.uint64()), ("scale", pa.float64()), ("parts", pa.list_(_PART))])
 _TAIL = pa.struct([("text", pa.int32()), ("token", pa.int32())])
 SCHEMA = pa.schema(
     [
@@ -61,8 +61,8 @@ digest            of its words
 warnings          a bit for each name of data_warnings.WARNINGS
 fallbacks         other template inputs that its proof needed, a line each
 tails             per text whose last learnt token is not known to stop the model: the tokens that would stop it there
-examples          digest: of ids and weights; scale: multiplies the weights of its parts; parts: tokens, runs of equal
-                  weights, and the number of learnt tokens
+examples          example_digest: of ids and weights; scale: multiplies the weights of its parts; parts: tokens, runs of
+                  equal weights, and the number of learnt tokens
 """
 
 
@@ -84,87 +84,64 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Consecutive rows of a store, R rows with E examples, P parts, T tokens and N runs.
+    """Consecutive rows of a store.
 
-    rows, examples   its place among those of the store
-    example_offsets  int32 [R + 1]: row r has the examples from example_offsets[r] to example_offsets[r + 1]
-    part_offsets     int32 [E + 1], token_offsets and run_offsets int32 [P + 1], in the same way
-    tokens           int32 [T]
-    run_length       int32 [N], run_weight float32 [N]
-    targets          int32 [P]
-    digests          uint64 [E], scales float64 [E]
+    rows, examples  its place among those of the store
+    arrays          views of all numbers in `batch` by the names of SCHEMA; of each list NAME_offsets, int32: element n
+                    has the values from NAME_offsets[n] to NAME_offsets[n + 1]
     """
 
     batch: pa.RecordBatch
     rows: slice
     examples: slice
-    example_offsets: np.ndarray = field(repr=False)
-    part_offsets: np.ndarray = field(repr=False)
-    token_offsets: np.ndarray = field(repr=False)
-    run_offsets: np.ndarray = field(repr=False)
-    tokens: np.ndarray = field(repr=False)
-    run_length: np.ndarray = field(repr=False)
-    run_weight: np.ndarray = field(repr=False)
-    targets: np.ndarray = field(repr=False)
-    digests: np.ndarray = field(repr=False)
-    scales: np.ndarray = field(repr=False)
+    arrays: Mapping[str, np.ndarray] = field(repr=False)
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, first_row: int = 0, first_example: int = 0) -> RowGroup:
-        examples = batch.column("examples")
-        parts = examples.values.field("parts")
-        tokens, runs = parts.values.field("tokens"), parts.values.field("runs")
-        return cls(
-            batch,
-            slice(first_row, first_row + batch.num_rows),
-            slice(first_example, first_example + len(examples.values)),
-            _view(examples.offsets),
-            _view(parts.offsets),
-            _view(tokens.offsets),
-            _view(runs.offsets),
-            _view(tokens.values),
-            _view(runs.values.field("length")),
-            _view(runs.values.field("weight")),
-            _view(parts.values.field("targets")),
-            _view(examples.values.field("digest")),
-            _view(examples.values.field("scale")),
-        )
+        arrays = {name: each for field in SCHEMA for name, each in _views(field.name, batch.column(field.name))}
+        examples = first_example + len(arrays["example_digest"])
+        return cls(batch, slice(first_row, first_row + batch.num_rows), slice(first_example, examples), arrays)
 
-    def column(self, name: str) -> np.ndarray:
-        """[R]: a column of numbers."""
-        return _view(self.batch.column(name))
+    def counts(self, name: str) -> np.ndarray:
+        """int32: the lengths of the lists of a column."""
+        return np.diff(self.arrays[f"{name}_offsets"])
 
     def rows_of(self, examples: np.ndarray | np.int64) -> Any:
         """int64: the row of each example; both are counted inside the group."""
-        return np.searchsorted(self.example_offsets, examples, side="right") - 1
-
-    def lost_rows(self) -> np.ndarray:
-        """int64: the rows without an example."""
-        return np.flatnonzero(np.diff(self.example_offsets) == 0)
+        return np.searchsorted(self.arrays["examples_offsets"], examples, side="right") - 1
 
     def origin(self, row: int) -> Origin:
-        file, line, item = (self.batch.column(name)[row].as_py() for name in ("file", "line", "item"))
-        return Origin(file, line, item)
+        file = self.batch.column("file")[row].as_py()
+        return Origin(file, int(self.arrays["line"][row]), int(self.arrays["item"][row]))
 
     def example(self, number: int, loss_weight: float = 1.0) -> Example:
         """The parts of an example; `loss_weight` is that of the source."""
         origin = self.origin(int(self.rows_of(np.int64(number))))
-        scale = float(self.scales[number]) * loss_weight
-        return tuple(self._part(part, origin, scale) for part in self.parts(number))
+        scale = float(self.arrays["scale"][number]) * loss_weight
+        return tuple(self._part(part, origin, scale) for part in self.values("parts", number))
 
-    def parts(self, number: int) -> range:
-        return range(int(self.part_offsets[number]), int(self.part_offsets[number + 1]))
+    def values(self, name: str, element: int) -> range:
+        """Where the values of a list stand."""
+        offsets = self.arrays[f"{name}_offsets"]
+        return range(int(offsets[element]), int(offsets[element + 1]))
 
     def _part(self, part: int, origin: Origin, scale: float) -> Encoded:
-        runs = slice(self.run_offsets[part], self.run_offsets[part + 1])
-        weights = np.repeat(self.run_weight[runs], self.run_length[runs])
-        tokens = self.tokens[self.token_offsets[part] : self.token_offsets[part + 1]]
-        return Encoded(origin, tokens, weights if scale == 1.0 else weights * np.float32(scale))
+        tokens, runs = (
+            slice(each.start, each.stop) for each in (self.values(name, part) for name in ("tokens", "runs"))
+        )
+        weights = np.repeat(self.arrays["weight"][runs], self.arrays["length"][runs])
+        return Encoded(origin, self.arrays["tokens"][tokens], weights if scale == 1.0 else weights * np.float32(scale))
 
 
-def _view(array: pa.Array) -> np.ndarray:
-    found: np.ndarray = array.to_numpy(zero_copy_only=True)
-    return found
+def _views(name: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
+    if pa.types.is_list(array.type):
+        yield f"{name}_offsets", array.offsets.to_numpy()
+        yield from _views(name, array.values)
+    elif pa.types.is_struct(array.type):
+        for field in array.type:
+            yield from _views(field.name, array.field(field.name))
+    elif pa.types.is_primitive(array.type):
+        yield name, array.to_numpy()
 
 
 @dataclass(frozen=True)
@@ -177,9 +154,10 @@ class Store:
     @classmethod
     def of(cls, batches: Iterable[pa.RecordBatch], marks: Iterable[str]) -> Store:
         groups: list[RowGroup] = []
+        rows = examples = 0
         for batch in batches:
-            last = groups[-1:]
-            groups.append(RowGroup.of(batch, *(end for each in last for end in (each.rows.stop, each.examples.stop))))
+            groups.append(RowGroup.of(batch, rows, examples))
+            rows, examples = groups[-1].rows.stop, groups[-1].examples.stop
         return cls(tuple(groups), frozenset(marks))
 
     @classmethod
@@ -198,7 +176,7 @@ class Store:
     def column(self, name: str) -> np.ndarray:
         """[rows]: a copy of a column of numbers."""
         dtype = SCHEMA.field(name).type.to_pandas_dtype()
-        return np.concatenate([np.zeros(0, dtype), *(group.column(name) for group in self.groups)], dtype=dtype)
+        return np.concatenate([np.zeros(0, dtype), *(group.arrays[name] for group in self.groups)], dtype=dtype)
 
     def origin(self, row: int) -> Origin:
         group, inner = self._of_row(row)
@@ -211,8 +189,7 @@ class Store:
 
     def examples_of(self, row: int, loss_weight: float = 1.0) -> list[Example]:
         group, inner = self._of_row(row)
-        numbers = range(group.example_offsets[inner], group.example_offsets[inner + 1])
-        return [group.example(number, loss_weight) for number in numbers]
+        return [group.example(number, loss_weight) for number in group.values("examples", inner)]
 
     def group_of(self, example: int) -> RowGroup:
         return self.groups[bisect_right(self.groups, example, key=lambda group: group.examples.stop)]
@@ -315,12 +292,18 @@ class Examples(Sequence[Example]):
 
     def sizes(self) -> np.ndarray:
         """int64 [E]: the tokens of each."""
-        found = [np.diff(group.token_offsets[group.part_offsets])[numbers] for group, numbers, _ in self._by_group()]
+        found = [
+            np.diff(group.arrays["tokens_offsets"][group.arrays["parts_offsets"]])[numbers]
+            for group, numbers, _ in self._by_group()
+        ]
         return np.concatenate([np.zeros(0, np.int64), *found], dtype=np.int64)
 
     def digests(self) -> np.ndarray:
         """int64 [E]: the bits of the digest of the ids and weights of each."""
-        found = [group.digests[numbers] ^ _mark(loss_weight) for group, numbers, loss_weight in self._by_group()]
+        found = [
+            group.arrays["example_digest"][numbers] ^ _mark(loss_weight)
+            for group, numbers, loss_weight in self._by_group()
+        ]
         return np.concatenate([np.zeros(0, np.uint64), *found]).view(np.int64)
 
     def origins(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -330,16 +313,17 @@ class Examples(Sequence[Example]):
         for group, numbers, _ in self._by_group():
             rows, file = group.rows_of(numbers), group.batch.column("file")
             known = [names.setdefault(name, len(names)) for name in file.dictionary.to_pylist()]
-            lines.append(group.column("line")[rows])
-            files.append(np.array(known, np.int32)[_view(file.indices)[rows]])
+            lines.append(group.arrays["line"][rows])
+            files.append(np.array(known, np.int32)[file.indices.to_numpy()[rows]])
         return tuple(names), np.concatenate(lines), np.concatenate(files)
 
     def out_of_vocabulary(self, size: int) -> dict[Origin, int]:
         """Rows with a token that is not below `size`, and their largest token."""
         found: dict[Origin, int] = {}
         for group, numbers, _ in self._by_group():
-            parts = np.searchsorted(group.token_offsets, np.flatnonzero(group.tokens >= size), side="right") - 1
-            examples = np.searchsorted(group.part_offsets, parts, side="right") - 1
+            positions = np.flatnonzero(group.arrays["tokens"] >= size)
+            parts = np.searchsorted(group.arrays["tokens_offsets"], positions, side="right") - 1
+            examples = np.searchsorted(group.arrays["parts_offsets"], parts, side="right") - 1
             for number in np.intersect1d(examples, numbers).tolist():
                 example = group.example(number)
                 largest = max(int(part.tokens.max()) for part in example)
@@ -349,12 +333,12 @@ class Examples(Sequence[Example]):
     def lengths(self, index: int) -> list[int]:
         """The tokens of each part of an example."""
         group, number, _ = self._at(index)
-        return [int(group.token_offsets[part + 1] - group.token_offsets[part]) for part in group.parts(number)]
+        return [len(group.values("tokens", part)) for part in group.values("parts", number)]
 
     def targets(self, index: int) -> int:
         """The learnt tokens of an example."""
         group, number, _ = self._at(index)
-        return sum(int(group.targets[part]) for part in group.parts(number))
+        return sum(int(group.arrays["targets"][part]) for part in group.values("parts", number))
 
     def _by_group(self) -> Iterator[tuple[RowGroup, np.ndarray, float]]:
         return ((group, numbers, each.loss_weight) for each in self.selections for group, numbers in each.by_group())
