@@ -125,13 +125,10 @@ def _run(
 ) -> tuple[list[float], list[float]]:
     """The seconds of each micro-batch, and of the update after each `per_step` of them."""
     seconds, updates = [], []
-    try:
-        for start in range(0, len(batches), per_step):
-            step = batches[start : start + per_step]
-            seconds += [_timed(state, partial(_backward, state, batch, loss)) for batch in step]
-            updates.append(_timed(state, partial(_update, state, clip)))
-    finally:
-        state.optimizer.zero_grad()
+    for start in range(0, len(batches), per_step):
+        step = batches[start : start + per_step]
+        seconds += [_timed(state, partial(_backward, state, batch, loss)) for batch in step]
+        updates.append(_timed(state, partial(_update, state, clip)))
     return seconds, updates
 
 
