@@ -263,7 +263,8 @@ encoder = examples.encoder(wrap(byte_level()), Chosen(CHATML, "", True), Policy(
 chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <|im_end|>"}]
 rows = SourceSpec("rows", rows=({"messages": chat}, {"messages": [*chat, *chat]}))
 (item,) = items(rows, ())
-assert shapes.survey([shapes.counter(("rows", "auto", Choices()))(item[0])], "rows", "auto", Choices()).shape == "messages"
+counted = shapes.counter(("rows", "auto", Choices()))(item[0])
+assert shapes.survey([counted], "rows", "auto", Choices()).shape == "messages"
 chunk = examples.maker(examples.Recipe.of(encoder, rows, "messages"))(item)
 assert chunk.batch.column("examples").value_lengths().to_pylist() == [1, 1], chunk.batch.column("reason")
 places = (Path(module.__file__) for name, module in sys.modules.items() if name.startswith("deft."))
