@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from encoders import chat
 from rich.console import Console
+from states import state_around
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -24,18 +26,17 @@ from deft.forecast import Fit, Forecast, trace
 from deft.hardware import Machine
 from deft.loader import Loader
 from deft.loss import nll
-from deft.model import attention, faster
+from deft.loss.nll import NLL
+from deft.model import attention, fused_layers
+from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.learner import Learner
 from deft.model.load import Base, inspect
-from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.rates import Rates
 from deft.reading import Caller
-from deft.training.rehearse import rehearse
+from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
-from deft.training.step import nll_sum
-from deft.types import Encoded, Origin
+from deft.types import Encoded, Origin, Tally
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 64)
@@ -80,7 +81,7 @@ def base(tmp_path: Path) -> Base:
 def state_of(base: Base) -> TrainState:
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation=attention.NAME)
     model.train()
-    return TrainState(Learner(model, "packed"), AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-3))
+    return state_around(CausalLM(model, "packed"), torch.float32)
 
 
 # What a step takes
@@ -89,34 +90,37 @@ def state_of(base: Base) -> TrainState:
 @pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.dtype, mode: Checkpointing) -> None:
-    batch = planned([40, 30, 30, 20], budget=200).step(0).batches[0]
-    expected = trace(LLAMA, batch, nll, replace(FP32, dtype=dtype), True, mode)
+    batch = planned([40, 30, 30, 20], budget=200).step(0).micro_batches[0]
+    expected = trace(LLAMA, batch, nll.objective, replace(FP32, dtype=dtype), True, mode)
     model = AutoModelForCausalLM.from_config(LLAMA, dtype=dtype, attn_implementation=attention.NAME).train()
-    faster.install(model)
+    fused_layers.install(model)
     with forecast._Watch() as real:
         for parameter in model.parameters():
             real.see(parameter)
-        optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1.0)
+        own = state_around(CausalLM(model, "packed", checkpointing=mode), dtype)
         state = real.alive
-        nll_sum(Learner(model, "packed", checkpointing=mode), batch, nll).backward()
-        assert all(parameter.grad is not None for parameter in optimizer.parameters.values())
+        own.causal_lm(batch, nll.objective).nll_sum.backward()
+        assert all(parameter.grad is not None for parameter in own.masters.parameters.values())
     assert expected.state_bytes == pytest.approx(state, rel=1e-3)
     assert expected.peak_bytes == pytest.approx(real.peak, rel=0.02)
 
 
 def test_gradients_of_earlier_micro_batches_count() -> None:
-    batch = planned([40], budget=200).step(0).batches[0]
+    batch = planned([40], budget=200).step(0).micro_batches[0]
     machine = replace(FP32, dtype=torch.bfloat16)
-    alone, summed = (trace(LLAMA, batch, nll, machine, is_alone=is_alone) for is_alone in (True, False))
+    alone, summed = (trace(LLAMA, batch, nll.objective, machine, is_alone=is_alone) for is_alone in (True, False))
     assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("length", [30, 400])
 def test_layers_that_are_alike_need_not_all_be_looked_at(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "CACHE", 2**12)  # none of these layers is larger than a real one
-    batch = planned([length] * 3, budget=4000).step(0).batches[0]
+    batch = planned([length] * 3, budget=4000).step(0).micro_batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
-    whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
+    whole, extended = (
+        forecast._trace(deep, batch, nll.objective, FP32, True, "none"),
+        trace(deep, batch, nll.objective, FP32, True),
+    )
     counted = ("products", "carried", "sizes")
     found = {name: value for name, value in asdict(extended).items() if name not in counted}
     assert found == pytest.approx({name: getattr(whole, name) for name in found}, rel=0.01)
@@ -131,8 +135,8 @@ def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Ch
     batch = loader.build([(np.arange(1000) % 50, learnt)])
     wide = {"intermediate_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     deep, machine = LlamaConfig(**{**LLAMA.to_dict(), **wide}), replace(FP32, dtype=torch.bfloat16)
-    whole = forecast._trace(deep, batch, nll, machine, True, mode)
-    extended = trace(deep, batch, nll, machine, True, mode)
+    whole = forecast._trace(deep, batch, nll.objective, machine, True, mode)
+    extended = trace(deep, batch, nll.objective, machine, True, mode)
     assert extended.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.04)
     assert extended.sizes == whole.sizes, "the last layer's rows are others than the first one's"
 
@@ -142,13 +146,13 @@ def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(forecast, "_trace", lambda config, *rest: seen.append(config.num_hidden_layers))
     mixed = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
     mixed.layer_types = ["full_attention", "sliding_attention"] * 2
-    trace(mixed, planned([30], budget=64).step(0).batches[0], nll, FP32, True)
+    trace(mixed, planned([30], budget=64).step(0).micro_batches[0], nll.objective, FP32, True)
     assert seen == [4]
 
 
 def test_matrix_products_are_those_of_the_definition() -> None:
-    batch = planned([129, 81], budget=208).step(0).batches[0]
-    traced = trace(LLAMA, batch, nll, FP32, is_alone=True)
+    batch = planned([129, 81], budget=208).step(0).micro_batches[0]
+    traced = trace(LLAMA, batch, nll.objective, FP32, is_alone=True)
     body = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     products = sum(work for (kind, *_), work in traced.products.items() if kind == "gemm")
     assert products == pytest.approx(6 * (body * len(batch.tokens) + 300 * 64 * len(batch.rows)), rel=0.01)
@@ -211,7 +215,7 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
     def routed(*arguments: Any) -> torch.Tensor:
         return torch.ones(3).nonzero().sum()
 
-    plan, loss = planned([10, 20], budget=64), SimpleNamespace(loss=routed)
+    plan, loss = planned([10, 20], budget=64), _Objective(routed)
     found = forecast.fit(plan, base, loss, FP32, is_auto=True)  # type: ignore[arg-type]
     assert (found.planned, found.checkpointing, found.traced) == (plan, "none", None)
     assert forecast.forecast(found, CPU, RATES) is None
@@ -219,9 +223,11 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
 
 def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
     plan = planned([33] * 16, budget=64)
-    fit = forecast.fit(plan, base, nll, FP32, is_auto=False, is_timed=True)
+    fit = forecast.fit(plan, base, nll.objective, FP32, is_auto=False, is_timed=True)
     found, unknown = forecast.forecast(fit, CPU, RATES), forecast.forecast(fit, CPU, None)
-    traced = trace(AutoConfig.from_pretrained(base.path), plan.step(0).batches[0], nll, FP32, is_alone=True)
+    traced = trace(
+        AutoConfig.from_pretrained(base.path), plan.step(0).micro_batches[0], nll.objective, FP32, is_alone=True
+    )
     assert [each for each, _ in fit.samples] == [traced] * 3
     assert found is not None
     assert found.seconds is not None
@@ -237,16 +243,16 @@ def test_time_is_that_of_all_micro_batches_and_updates(base: Base) -> None:
 
 def test_small_micro_batches_are_looked_at_as_well(base: Base) -> None:
     plan = planned([60, 50, 40, 30, 20, 10], budget=1, per_step=1)
-    fit = forecast.fit(plan, base, nll, FP32, is_auto=False, is_timed=True)
+    fit = forecast.fit(plan, base, nll.objective, FP32, is_auto=False, is_timed=True)
     assert [trace.tokens + 1 for trace, _ in fit.samples] == [20, 40, 60]
     assert [share for _, share in fit.samples] == pytest.approx([30 / 20, 70 / 40, 110 / 60])
-    alike = forecast.fit(planned([33] * 6, budget=1), base, nll, FP32, is_auto=False, is_timed=True)
+    alike = forecast.fit(planned([33] * 6, budget=1), base, nll.objective, FP32, is_auto=False, is_timed=True)
     assert sum(share for _, share in alike.samples) == 6
 
 
 def test_what_does_not_fit_has_a_time_as_well(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: 1)
-    fit = forecast.fit(planned([60, 10], budget=1), base, nll, FP32, is_auto=False, is_timed=True)
+    fit = forecast.fit(planned([60, 10], budget=1), base, nll.objective, FP32, is_auto=False, is_timed=True)
     found = forecast.forecast(fit, CPU, RATES)
     assert found is not None
     assert (found.peak_bytes > 1, found.seconds is not None) == (True, True)
@@ -256,20 +262,20 @@ def test_a_sample_that_cannot_be_traced_leaves_the_time_open(base: Base) -> None
     def picky(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         return nll.loss(hidden, *rest) if len(hidden) > 20 else torch.ones(3).nonzero().sum()
 
-    loss: Any = SimpleNamespace(loss=picky)
+    loss = _Objective(picky)
     fit = forecast.fit(planned([60, 10], budget=1), base, loss, FP32, is_auto=False, is_timed=True)
     assert (fit.samples, fit.traced is not None) == ((), True)
 
 
 def test_a_run_whose_time_is_not_asked_for_has_none(base: Base) -> None:
-    fit = forecast.fit(planned([60, 10], budget=1), base, nll, FP32, is_auto=False)
+    fit = forecast.fit(planned([60, 10], budget=1), base, nll.objective, FP32, is_auto=False)
     found = forecast.forecast(fit, CPU, RATES)
     assert (fit.samples, found and found.seconds) == ((), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_has_what_no_tensor_holds(base: Base, dtype: torch.dtype) -> None:
-    fit = forecast.fit(planned([33] * 16, budget=64), base, nll, replace(FP32, dtype=dtype), is_auto=False)
+    fit = forecast.fit(planned([33] * 16, budget=64), base, nll.objective, replace(FP32, dtype=dtype), is_auto=False)
     assert fit.traced is not None
     on_cpu, elsewhere = (forecast.forecast(fit, torch.device(name), None) for name in ("cpu", "meta"))
     assert on_cpu is not None
@@ -301,12 +307,12 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
     for tokens in (2048, 1024, 512):
         batch, is_alone = forecast.largest(replace(plan, microbatch_tokens=tokens))
         for mode in forecast.CHECKPOINTING:
-            peaks[tokens, mode] = trace(config, batch, nll, FP32, is_alone, mode).peak_bytes
+            peaks[tokens, mode] = trace(config, batch, nll.objective, FP32, is_alone, mode).peak_bytes
     assert peaks[2048, "none"] > peaks[1024, "none"] > peaks[1024, "selective"] > peaks[1024, "full"]
     for way, peak in peaks.items():
         if way in ((1024, "none"), (512, "full")):
             memory_of(peak, monkeypatch)
-            found = forecast.fit(plan, base, nll, FP32, is_auto=True)
+            found = forecast.fit(plan, base, nll.objective, FP32, is_auto=True)
             assert found.traced is not None
             assert found.traced.peak_bytes <= peak
             assert (found.planned.microbatch_tokens, found.checkpointing) == way
@@ -315,14 +321,14 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
 def test_micro_batches_that_were_asked_for_stay(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned([32] * 16, budget=512, per_step=16)
     memory_of(0, monkeypatch)
-    found = forecast.fit(plan, base, nll, FP32, is_auto=False)
+    found = forecast.fit(plan, base, nll.objective, FP32, is_auto=False)
     assert (found.planned, found.checkpointing) == (plan, "full")
 
 
 def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_of(0, monkeypatch)
     with pytest.raises(MemoryShort, match="smaller max_length") as error:
-        forecast.fit(planned([32] * 16, budget=512), base, nll, FP32, is_auto=True)
+        forecast.fit(planned([32] * 16, budget=512), base, nll.objective, FP32, is_auto=True)
     assert error.value.exit_code == 7
 
 
@@ -331,22 +337,32 @@ def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pyt
 
 def test_the_rehearsal_changes_nothing(base: Base) -> None:
     state = state_of(base)
-    before = {name: weight.clone() for name, weight in state.learner.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
     drawn = torch.get_rng_state()
-    rehearse(state, planned([20, 30], budget=64).step(0).batches[0], nll)
+    dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], nll.objective)
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in state.learner.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())
 
 
 def test_a_rehearsal_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
     def greedy(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return _Greedy.apply(hidden)
 
-    state, loss = state_of(base), SimpleNamespace(loss=greedy)
+    state, loss = state_of(base), _Objective(greedy)
     with pytest.raises(torch.OutOfMemoryError):
-        rehearse(state, planned([20, 30], budget=64).step(0).batches[0], loss)  # type: ignore[arg-type]
-    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
+        dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], loss)
+    assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
+
+
+class _Objective(NLL):
+    """The objective with another loss."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
+        self._loss = loss
+
+    def __call__(self, *arguments: Any) -> Tally:
+        return replace(super().__call__(*arguments), nll_sum=self._loss(*arguments))
 
 
 class _Greedy(torch.autograd.Function):
@@ -363,7 +379,7 @@ def test_a_run_that_may_not_fit_is_rehearsed_and_says_what_would(tmp_path: Path,
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(run, "rehearse", full)
+    monkeypatch.setattr(run, "dry_run_step", full)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('"one two three four"\n' * 8)
     settings: dict[str, Any] = {"epochs": 1, "microbatch_tokens": 512, "device": "cpu"}
@@ -481,7 +497,7 @@ def test_a_step_is_compared_with_the_sum_of_its_parts(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calibrate, "_step", timed)
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     config = AutoConfig.for_model("llama", **calibrate.MODEL)
-    traced = [trace(config, calibrate._batch(each), nll, FP32, is_alone=True) for each in calibrate.LENGTHS]
+    traced = [trace(config, calibrate._batch(each), nll.objective, FP32, is_alone=True) for each in calibrate.LENGTHS]
     parts = [each.seconds(RATES) + each.parameters / RATES.updated for each in traced]
     before = torch.random.get_rng_state()
     found = calibrate._together(RATES, "fp32", CPU)
@@ -517,33 +533,3 @@ def test_rates_are_measured() -> None:
 
 def test_the_memory_is_what_the_process_may_use() -> None:
     assert 2**28 < hardware.memory_bytes(CPU) < 2**50
-
-
-def test_kernels_of_one_micro_batch_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bounds(kernels: int, **given: str) -> list[str | None]:
-        names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-        with monkeypatch.context() as patch:
-            patch.setattr(hardware.os, "environ", dict(given))
-            hardware.bound_kernel_caches(kernels)
-            return [hardware.os.environ.get(name) for name in names]
-
-    assert bounds(64) == ["64", "64"]
-    assert bounds(300, LRU_CACHE_CAPACITY="9") == ["9", "300"]
-    assert [hardware.kept_kernels(sizes, 10**8) for sizes in (0, 160, 200)] == [256, 256, 300]
-    assert [hardware.kept_kernels(sizes, 10**9) for sizes in (0, 42, 200)] == [64, 64, 300]
-
-
-def test_a_run_keeps_the_kernels_of_its_largest_micro_batch(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": "a" * n, "completion": "b"}) + "\n" for n in (1, 9, 30, 90)))
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(hardware, "kept_kernels", lambda *numbers: asked.append(numbers) or 7)
-    given = config.make(config.nested({"model": base.path, "data__train": str(rows), "precision": "fp32"}))
-    prepared = prepare.prepare(given, Caller())
-    batch = forecast.largest(prepared.loader)[0]
-    traced = trace(AutoConfig.from_pretrained(base.path), batch, nll, prepared.checked.machine, is_alone=True)
-    assert asked == [(sum(traced.sizes.values()), traced.parameters)]
-    assert asked[0][0] > 10
-    assert prepared.kernels == 7

@@ -5,7 +5,7 @@
 FOLDER as for `peer_side.py`, and `train.jsonl`: the same rows as words that the model's tokenizer turns into the same
 ids. OUT gets deft's run folder `run/`, whose metrics.jsonl has a line per optimizer step, and `memory.json`.
 
-With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the learner that a run would use;
+With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the causal_lm that a run would use;
 and with PRECISION hf_fp64, hf_fp32 or hf_bf16 those of the plain Hugging Face model on padded rows.
 """
 
@@ -62,7 +62,7 @@ def gate(folder: Path, precision: str, out: Path, rows: list[dict[str, list[int]
     name = precision.removeprefix("hf_")
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
-    mean = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
+    mean = (plain_loss if precision.startswith("hf_") else deft_loss)(model.to(dtype), rows)
     mean.backward()
     save_gate(out, model, float(mean))
 
@@ -78,7 +78,7 @@ def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels)
 
 
-def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
+def deft_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     import numpy as np
 
     from deft.loader import build
@@ -86,12 +86,12 @@ def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     from deft.model import selftest
     from deft.training.step import mean_share
 
-    learner, note = selftest.choose(model)
-    if note:
-        raise RuntimeError(note)
+    causal_lm = selftest.choose(model)
+    if causal_lm.note:
+        raise RuntimeError(causal_lm.note)
     documents = [(np.array(row["input_ids"]), (np.array(row["labels"]) >= 0).astype(np.float32)) for row in rows]
     batch = build(documents)
-    return mean_share(learner, batch, len(batch.targets), nll)
+    return mean_share(causal_lm, batch, len(batch.targets), nll.objective)
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ from deft.errors import DiskError
 from deft.hardware import Machine
 from deft.loss import nll
 from deft.model import selftest
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW, clip_scale
+from deft.model.causal_lm import CausalLM
+from deft.optim.adamw import AdamW
 from deft.rates import Rates
-from deft.training.step import nll_sum
-from deft.types import Batch
+from deft.training.masters import Masters, clip_scale
+from deft.types import MicroBatch
 
 MODEL = {
     "hidden_size": 512,
@@ -78,14 +78,14 @@ class _Step:
 def _together(found: Rates, precision: str, device: torch.device) -> dict[str, float]:
     """What turns the parts of steps into their seconds."""
     dtype, config = rates.DTYPES[precision], AutoConfig.for_model("llama", **MODEL)
-    learner, optimizer = _model(config, dtype)
+    causal_lm, masters, optimizer = _model(config, dtype)
     steps = []
     for lengths, count in zip(LENGTHS, STEPS, strict=True):
         batch, times = _batch(lengths), []
-        traced = forecast.trace(config, batch, nll, Machine(device, dtype, sum(lengths)), is_alone=True)
+        traced = forecast.trace(config, batch, nll.objective, Machine(device, dtype, sum(lengths)), is_alone=True)
         for _ in range(count):
             start = time.perf_counter()
-            _step(learner, optimizer, batch)
+            _step(causal_lm, masters, optimizer, batch)
             times.append(time.perf_counter() - start)
         parts = traced.seconds(found) + traced.parameters / found.updated
         steps.append(_Step(parts, median(times[WARMUP:])))
@@ -109,21 +109,21 @@ def _split(large: _Step, small: _Step, parameters: int) -> dict[str, float]:
     return {"parts": factor, "parameter": besides / parameters}
 
 
-def _batch(lengths: Sequence[int]) -> Batch:
+def _batch(lengths: Sequence[int]) -> MicroBatch:
     rng = np.random.default_rng(0)
     tokens = [rng.integers(MODEL["vocab_size"], size=length) for length in lengths]
     return loader.build([(each, (np.arange(len(each)) >= len(each) // 2).astype(np.float32)) for each in tokens])
 
 
-def _model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Learner, AdamW]:
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[CausalLM, Masters, AdamW]:
     """Random weights; what else draws random numbers goes on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    learner, _ = selftest.choose(model.train())
-    return learner, AdamW(model.named_parameters(), dtype=dtype, lr=1e-6)
+    causal_lm, masters = selftest.choose(model.train()), Masters(model.named_parameters(), dtype)
+    return causal_lm, masters, AdamW(masters)
 
 
-def _step(learner: Learner, optimizer: AdamW, batch: Batch) -> None:
-    optimizer.collect()
-    nll_sum(learner, batch, nll).backward()
-    optimizer.step(1.0, clip_scale(optimizer.norm(), 1.0))
+def _step(causal_lm: CausalLM, masters: Masters, optimizer: AdamW, batch: MicroBatch) -> None:
+    masters.collect()
+    causal_lm(batch, nll.objective).nll_sum.backward()
+    optimizer.step(1e-6, clip_scale(masters.squared_norm().sqrt(), 1.0))

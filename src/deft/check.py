@@ -16,7 +16,7 @@ from deft.dataset import Dataset
 from deft.forecast import Forecast, forecast
 from deft.ledger import SourceLedger
 from deft.loader import Loader
-from deft.model.outline import Outline, outline
+from deft.model.summary import ModelSummary, summarise
 from deft.plan.outlook import Outlook, outlook
 from deft.reading import Caller, Checked
 from deft.symptoms import Finding
@@ -37,7 +37,7 @@ class Checkup:
     has to be seen running."""
 
     ledgers: tuple[SourceLedger, ...]
-    model: Outline
+    model: ModelSummary
     plan: Outlook | None
     expected: Forecast | None
     findings: tuple[Finding, ...]
@@ -69,7 +69,7 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
         expected = forecast(fit, device, calibrate.kept(device, caller.say))
     checkup = Checkup(
         ledgers=data.ledgers,
-        model=outline(checked.base),
+        model=summarise(checked.base),
         plan=_outlook(planned, data) if planned else None,
         expected=expected,
         findings=tuple(_findings(config, checked, data)),
@@ -195,7 +195,7 @@ def _source_lines(source: SourceLedger) -> Iterator[str]:
     yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
 
 
-def _model_lines(config: Config, checked: Checked, model: Outline, expected: Forecast | None) -> Iterator[str]:
+def _model_lines(config: Config, checked: Checked, model: ModelSummary, expected: Forecast | None) -> Iterator[str]:
     base, machine = checked.base, checked.machine
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
     yield (

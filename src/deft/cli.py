@@ -62,7 +62,7 @@ def train(arguments: Overrides = None) -> None:
             from deft.reading import Caller
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, began=BEGAN, helpers=helpers))
+        run(made, Caller(signals=handled, began=BEGAN, helpers=helpers, owns_process=True))
 
 
 @app.command()

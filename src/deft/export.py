@@ -26,7 +26,7 @@ from deft import tokenizer as tokenizers
 from deft.errors import DeftError, DiskError
 from deft.files import Staging
 from deft.generate import SAMPLING, as_ids, evaluation_mode, own_stop_ids
-from deft.model.towers import auto_class
+from deft.model.multimodal import auto_class
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,17 @@ from deft import hardware
 from deft.errors import MemoryShort
 from deft.hardware import Machine
 from deft.loader import Loader
-from deft.model import attention, faster, towers
+from deft.model import attention, fused_layers, multimodal
+from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.learner import Learner, Mode
 from deft.model.load import Base
 from deft.model.selftest import unpackable
 from deft.optim.adamw import AdamW
 from deft.plan.packs import pack
 from deft.rates import Rates
-from deft.training.step import nll_sum
-from deft.types import Batch
+from deft.training.masters import Masters
+from deft.training.state import TrainState
+from deft.types import MicroBatch, Objective
 
 PROCESS = 2**30
 """What Python, torch and the plan may take besides, where it is asked whether a run fits."""
@@ -44,11 +44,11 @@ HEAP = 1.06
 """On CPUs: resident memory per byte of live tensors. Freed pieces stay with the allocator."""
 BESIDE = {"fp32": 48 * 2**20, "bf16": 192 * 2**20}
 """On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
-keep by shape (`hardware.bound_kernel_caches`) add up to 150 MiB on documents of many lengths, 30 on those of one."""
+keep by shape add up to 150 MiB on documents of many lengths, 30 on those of one."""
 LEAST_TOKENS = 1024
 """Below so many tokens matrix products slow down."""
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
-"""From fast to thrifty."""
+"""From least to most computed twice."""
 LOOKED_AT_STEPS = 256
 """The largest micro-batch is sought among those of so many steps, evenly spread over the plan."""
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
@@ -214,7 +214,7 @@ class Fit:
 
 
 def fit(
-    planned: Loader, base: Base, loss: ModuleType, machine: Machine, *, is_auto: bool, is_timed: bool = False
+    planned: Loader, base: Base, objective: Objective, machine: Machine, *, is_auto: bool, is_timed: bool = False
 ) -> Fit:
     """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved, if `is_timed` the time
     can be foretold.
@@ -227,7 +227,7 @@ def fit(
     memory = hardware.memory_bytes(machine.device)
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
-        fit = Fit(plan, mode, _attempt(config, batch, loss, machine, is_alone, mode))
+        fit = Fit(plan, mode, _attempt(config, batch, objective, machine, is_alone, mode))
         if fit.traced is None:
             return fit
         if fit.traced.peak_bytes + PROCESS <= memory:
@@ -235,11 +235,11 @@ def fit(
     else:
         if is_auto and fit.traced:
             raise MemoryShort(_too_large(fit.traced, memory))
-    return replace(fit, samples=_samples(fit, config, loss, machine)) if is_timed else fit
+    return replace(fit, samples=_samples(fit, config, objective, machine)) if is_timed else fit
 
 
 def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
-    """From fast to thrifty. Only the last may cut micro-batches down to the longest document."""
+    """From least to most computed twice. Only the last may cut micro-batches down to the longest document."""
     for mode in CHECKPOINTING:
         for plan in _halved(planned, LEAST_TOKENS if mode != CHECKPOINTING[-1] else 1):
             yield plan, mode
@@ -262,7 +262,7 @@ def _too_large(traced: Trace, memory: int) -> str:
     )
 
 
-def largest(planned: Loader) -> tuple[Batch, bool]:
+def largest(planned: Loader) -> tuple[MicroBatch, bool]:
     """The micro-batch with the most tokens, and whether every step that was looked at has only one."""
     best, most, is_alone = (0, 0), 0, True
     for step in _looked_at(planned):
@@ -271,10 +271,12 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
         if max(sizes) > most:
             most, best = max(sizes), (step, sizes.index(max(sizes)))
     step, index = best
-    return planned.step(step).batches[index], is_alone
+    return planned.step(step).micro_batches[index], is_alone
 
 
-def _samples(fit: Fit, config: PreTrainedConfig, loss: ModuleType, machine: Machine) -> tuple[tuple[Trace, float], ...]:
+def _samples(
+    fit: Fit, config: PreTrainedConfig, objective: Objective, machine: Machine
+) -> tuple[tuple[Trace, float], ...]:
     """Of the smallest third of all micro-batches the middle one, traced, and for how many it stands by its tokens; and
     of the other two thirds. Empty if one of them could not be traced."""
     found: dict[Any, Trace | None] = {}
@@ -282,7 +284,7 @@ def _samples(fit: Fit, config: PreTrainedConfig, loss: ModuleType, machine: Mach
     for batch, share in _chosen(fit.planned):
         form = (batch.documents, len(batch.targets))
         if form not in found:
-            found[form] = _attempt(config, batch, loss, machine, True, fit.checkpointing)
+            found[form] = _attempt(config, batch, objective, machine, True, fit.checkpointing)
         traced = found[form]
         if traced is None:
             return ()
@@ -290,14 +292,14 @@ def _samples(fit: Fit, config: PreTrainedConfig, loss: ModuleType, machine: Mach
     return tuple(samples)
 
 
-def _chosen(planned: Loader) -> Iterator[tuple[Batch, float]]:
+def _chosen(planned: Loader) -> Iterator[tuple[MicroBatch, float]]:
     """Micro-batches, each with how many of it have as many tokens as its part of the plan."""
     steps = _looked_at(planned)
     sized = sorted((size, step, i) for step in steps for i, size in enumerate(_sizes(planned, step)))
     for part in np.array_split(np.arange(len(sized)), min(SAMPLES, len(sized))):
         size, step, index = sized[part[len(part) // 2]]
         share = sum(sized[i][0] for i in part) / size * planned.steps / len(steps)
-        yield planned.step(step).batches[index], share
+        yield planned.step(step).micro_batches[index], share
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +320,7 @@ def _count(planned: Loader) -> Counts:
     steps = _looked_at(planned)
     by_step = [_sizes(planned, step) for step in steps]
     sizes = [size for each in by_step for size in each]
-    changes = sum(before != after for before, after in pairwise([0, *map(hardware.few_sizes, sizes)]))
+    changes = sum(before != after for before, after in pairwise([0, *map(hardware.round_up_rows, sizes)]))
     sums = sum(len(each) for each in by_step if len(each) > 1)
     share = planned.steps / len(steps)
     return Counts(sum(sizes) * share, len(sizes) * share, changes / len(sizes), sums * share)
@@ -335,19 +337,24 @@ def _sizes(planned: Loader, step: int) -> list[int]:
 
 
 def _attempt(
-    config: PreTrainedConfig, batch: Batch, loss: ModuleType, machine: Machine, is_alone: bool, mode: Checkpointing
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    objective: Objective,
+    machine: Machine,
+    is_alone: bool,
+    mode: Checkpointing,
 ) -> Trace | None:
     """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
     try:
-        return trace(config, batch, loss, machine, is_alone, mode)
+        return trace(config, batch, objective, machine, is_alone, mode)
     except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
         return None
 
 
 def trace(
     config: PreTrainedConfig,
-    batch: Batch,
-    loss: ModuleType,
+    batch: MicroBatch,
+    objective: Objective,
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing = "none",
@@ -360,16 +367,17 @@ def trace(
     """
     layers = config.get_text_config().num_hidden_layers
     if layers <= 3 or not _are_alike(config):
-        return _trace(config, batch, loss, machine, is_alone, checkpointing)
+        return _trace(config, batch, objective, machine, is_alone, checkpointing)
     shallow = (_of_depth(config, depth) for depth in (1, 2))
-    one, two = (_trace(each, batch, loss, machine, is_alone, checkpointing) for each in shallow)
+    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing) for each in shallow)
     return _extended(one, two, layers)
 
 
 def _are_alike(config: PreTrainedConfig) -> bool:
     """Whether nothing in a configuration differs from layer to layer."""
     text = config.get_text_config()
-    return not towers.has_towers(config) and all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+    is_uniform = all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+    return is_uniform and not multimodal.is_multimodal(config)
 
 
 def _by_layer(text: PreTrainedConfig) -> dict[str, list[Any]]:
@@ -413,14 +421,14 @@ def _extended(one: Trace, two: Trace, layers: int) -> Trace:
 
 def _trace(
     config: PreTrainedConfig,
-    batch: Batch,
-    loss: ModuleType,
+    batch: MicroBatch,
+    objective: Objective,
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing,
 ) -> Trace:
     with torch.device("meta"):
-        model = towers.auto_class(config).from_config(
+        model = multimodal.auto_class(config).from_config(
             config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
         )
     device = machine.device
@@ -432,25 +440,26 @@ def _trace(
         model.to_empty(device=device)
         model.tie_weights()
         if mode == "packed":
-            faster.install(model)
+            fused_layers.install(model)
         for parameter in model.parameters():
             watch.see(parameter)
-        towers.freeze_towers(model)
+        multimodal.freeze_all_but_text(model)
         model.train()
-        optimizer = AdamW(towers.trained_parameters(model), dtype=machine.dtype, lr=1.0)
+        masters = Masters(model.named_parameters(), machine.dtype)
+        causal_lm = CausalLM(model, mode, checkpointing=checkpointing)
+        state = TrainState(causal_lm, masters, AdamW(masters))
         state_bytes = watch.alive
         if not is_alone:
-            for parameter in optimizer.parameters.values():
+            for parameter in masters.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.collect()
+            masters.collect()
         watch.forget()
-        learner = Learner(model, mode, checkpointing=checkpointing)
-        total = nll_sum(learner, _on(batch, fakes, device), loss)
+        total = state.causal_lm(_on(batch, fakes, device), objective).nll_sum
         kept_bytes = watch.alive
         total.backward()
         peak_bytes, end_bytes = watch.peak, watch.alive
     return Trace(
-        parameters=sum(parameter.numel() for parameter in optimizer.parameters.values()),
+        parameters=sum(parameter.numel() for parameter in masters.parameters.values()),
         tokens=len(batch.tokens),
         state_bytes=state_bytes,
         peak_bytes=peak_bytes,
@@ -465,7 +474,7 @@ def _trace(
     )
 
 
-def _on(batch: Batch, fakes: FakeTensorMode, device: torch.device) -> Batch:
+def _on(batch: MicroBatch, fakes: FakeTensorMode, device: torch.device) -> MicroBatch:
     names = ("tokens", "positions", "rows", "targets", "weights")
     moved: dict[str, Any] = {name: fakes.from_tensor(getattr(batch, name)).to(device) for name in names}
     return replace(batch, **moved)

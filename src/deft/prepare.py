@@ -15,7 +15,6 @@ from deft import (
     dataset,
     fits,
     forecast,
-    hardware,
     ledger,
     loader,
     manifest,
@@ -29,7 +28,7 @@ from deft.config import Config
 from deft.dataset import Dataset
 from deft.encoding.rows import RowEncoder
 from deft.errors import InputError, Problem, Problems
-from deft.forecast import Fit, Forecast, Trace
+from deft.forecast import Fit, Forecast
 from deft.loader import Loader
 from deft.model import load as models
 from deft.model.checkpointing import Checkpointing
@@ -49,7 +48,6 @@ class Prepared:
 
     config     resolved
     expected   None where the architecture has to be seen running
-    kernels    of matrix products that are kept on CPUs
     batchings  what cuts steps, and from which step on
     found      the checkpoint that the run goes on from
     """
@@ -61,7 +59,6 @@ class Prepared:
     loader: Loader
     checkpointing: Checkpointing
     expected: Forecast | None
-    kernels: int
     rows: Rows
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
@@ -97,7 +94,6 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         loader=fit.planned,
         checkpointing=fit.checkpointing,
         expected=expected,
-        kernels=_kernels(fit.traced),
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,
@@ -106,12 +102,6 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
     if found is not None:
         _compare(prepared, found, caller)
     return prepared
-
-
-def _kernels(traced: Trace | None) -> int:
-    if traced is None:
-        return hardware.kept_kernels(0, 0)
-    return hardware.kept_kernels(sum(traced.sizes.values()), traced.parameters)
 
 
 def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
@@ -221,7 +211,7 @@ def fitted(
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
     """
     is_auto = config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto=is_auto)
+    make = partial(forecast.fit, planned, checked.base, checked.objective, checked.machine, is_auto=is_auto)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make(is_timed=is_timed)
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")

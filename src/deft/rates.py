@@ -23,7 +23,7 @@ from torch.nn import functional
 from deft import cache, files, hardware
 
 if TYPE_CHECKING:
-    from deft.optim.adamw import AdamW
+    from deft.training.masters import Masters
 
 ROWS = {"cpu": (67, 4093), "mps": (261, 4093), "cuda": (517, 8189)}
 WIDTH = {"cpu": 1024, "mps": 2048, "cuda": 4096}
@@ -256,40 +256,42 @@ def _operations(device: torch.device, seconds: float) -> float:
 
 
 def _updated(device: torch.device, seconds: float) -> float:
-    from deft.optim.adamw import clip_scale
+    from deft.optim.adamw import AdamW
+    from deft.training.masters import clip_scale
 
-    adamw, give_gradients = _adamw(device)
+    masters, give_gradients = _masters(device)
+    adamw = AdamW(masters)
 
     def update() -> None:
         give_gradients()
-        adamw.step(1.0, clip_scale(adamw.norm(), 1.0))
+        adamw.step(1e-6, clip_scale(masters.squared_norm().sqrt(), 1.0))
 
     return MATRICES * math.prod(MATRIX) / _seconds(update, device, seconds)
 
 
 def _summed(device: torch.device, seconds: float) -> float:
-    adamw, give_gradients = _adamw(device)
+    masters, give_gradients = _masters(device)
 
     def add() -> None:
         give_gradients()
-        adamw.collect()
+        masters.collect()
 
     return MATRICES * math.prod(MATRIX) / _seconds(add, device, seconds)
 
 
-def _adamw(device: torch.device) -> tuple[AdamW, Callable[[], None]]:
-    """The optimizer of some matrices, and what gives each a gradient."""
-    from deft.optim.adamw import AdamW
+def _masters(device: torch.device) -> tuple[Masters, Callable[[], None]]:
+    """The masters of some matrices, and what gives each a gradient."""
+    from deft.training.masters import Masters
 
     weights = {str(i): torch.nn.Parameter(torch.randn(*MATRIX, device=device)) for i in range(MATRICES)}
-    adamw = AdamW(weights.items(), dtype=torch.bfloat16, lr=1e-6)
+    masters = Masters(weights.items(), torch.bfloat16)
     gradients = [torch.ones_like(weight) for weight in weights.values()]
 
     def give_gradients() -> None:
         for weight, gradient in zip(weights.values(), gradients, strict=True):
             weight.grad = gradient
 
-    return adamw, give_gradients
+    return masters, give_gradients
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -38,6 +37,7 @@ from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.signals import Signals
 from deft.tokenizer import Tokenizer
+from deft.types import Objective
 from deft.workers import Helpers
 
 
@@ -45,9 +45,10 @@ from deft.workers import Helpers
 class Caller:
     """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
 
-    signals  nothing ends the run unless the caller handles signals
-    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
-    began    time.perf_counter() when the run was asked for
+    signals       nothing ends the run unless the caller handles signals
+    helpers       processes that encode rows, if the caller has started some; they are stopped when no more are to come
+    began         time.perf_counter() when the run was asked for
+    owns_process  whether the run may change settings of the whole process that stay after it
     """
 
     samples: Sequence[Any] | None = None
@@ -56,6 +57,7 @@ class Caller:
     signals: Signals = field(default_factory=Signals)
     helpers: Helpers | None = None
     began: float = field(default_factory=time.perf_counter)
+    owns_process: bool = False
 
     def say(self, text: str) -> None:
         self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
@@ -82,7 +84,7 @@ class Checked(Reading):
     """What is known once nothing in the input is wrong."""
 
     base: Base
-    loss: ModuleType
+    objective: Objective
     machine: Machine
     prompts: tuple[Prompt, ...]
     folder: Path
@@ -90,10 +92,10 @@ class Checked(Reading):
 
 def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
+    (base, tokenizer), objective, machine, prompts, _, folder, *rows = preflight.collect(
         [
             lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
-            lambda: registry.load("loss", config.loss.name, "loss.name"),
+            lambda: registry.load("loss", config.loss.name, "loss.name").objective,
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
@@ -103,7 +105,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
     )
     reading = _reading(config, base, tokenizer, *rows)
     prompts = tuple(_as_user(prompt) for prompt in prompts) if reading.is_chat else prompts
-    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
+    return Checked(**vars(reading), base=base, objective=objective, machine=machine, prompts=prompts, folder=folder)
 
 
 def read(config: Config, caller: Caller) -> Reading:

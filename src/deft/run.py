@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deft import (
     checkpoint,
@@ -26,33 +26,33 @@ from deft import (
     resume,
 )
 from deft import config as configuration
+from deft.build import build, pretrained
 from deft.checkpoint import Checkpoint, Found, Keep
 from deft.config import Config
+from deft.distributed.world import World
 from deft.errors import DiskError, InputError, NumbersError
 from deft.finish import finish
-from deft.hardware import Machine
 from deft.logs import console as display
 from deft.logs import jsonl
 from deft.logs.jsonl import Logs
-from deft.model import load as models
-from deft.model import selftest, towers
-from deft.model.load import Base
-from deft.model.outline import outline
-from deft.optim.adamw import AdamW
+from deft.model.cpu import document_attention
+from deft.model.summary import summarise
 from deft.prepare import Prepared, prepare
 from deft.reading import Caller
 from deft.redact import redacted
 from deft.saving import Saver
-from deft.schedule import factor
+from deft.schedule import lr_multiplier
 from deft.signals import Preempted
-from deft.training import badstep
+from deft.training import badstep, randomness
+from deft.training.dry_run import dry_run_step
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
-from deft.training.rehearse import rehearse
-from deft.training.state import TrainState, random_state, set_random_state
+from deft.training.state import TrainState
 from deft.types import StepRecord
 
 SHOWN_SAMPLES = 3
+LINEAR_PRODUCTS = 48
+"""Sizes of a micro-batch's products in linear layers, forward and backward, at most about."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,14 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
-        hardware.bound_kernel_caches(prepared.kernels)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
             state = _load(prepared, caller)
             loading = time.perf_counter() - loading
-        hardware.keep_freed_memory()
         with hardware.within_memory(partial(_too_long, prepared, state)):
-            compiling.begin(state, prepared.loader, prepared.checked.loss, caller.say)
+            compiling.begin(state, prepared.loader, prepared.checked.objective, caller.say)
             if prepared.expected is None or not prepared.expected.is_safe:
-                rehearse(state, forecast.largest(prepared.loader)[0], prepared.checked.loss)
+                dry_run_step(state, forecast.largest(prepared.loader)[0], prepared.checked.objective)
         earlier = _write_beginnings(prepared, caller)
         with caller.signals.deferred():
             with hardware.within_memory(partial(_too_long, prepared, state)):
@@ -118,7 +116,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
         raise Preempted(stop.number, stop.saved or saved) from None
     if unsaved:
         raise DiskError(f"{unsaved}; the run is finished, {prepared.checked.folder / 'final'} is whole") from unsaved
-    return Run(prepared.checked.folder, tuple(metrics), (state.learner.model, prepared.checked.tokenizer.hf))
+    return Run(prepared.checked.folder, tuple(metrics), (state.causal_lm.model, prepared.checked.tokenizer.hf))
 
 
 def _finished(config: Config) -> Run | None:
@@ -186,30 +184,13 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     return [*earlier]
 
 
-def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, str]:
-    """The model with its fp32 masters, and the learner that the self-test chose with its note for the user."""
-    torch.manual_seed(config.seed)
-    model = models.load(base, device=machine.device, dtype=_loaded_dtype(base, machine))
-    learner, note = selftest.choose(model)
-    optimizer = AdamW(
-        towers.trained_parameters(model),
-        dtype=machine.dtype,
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    model.train(config.dropout == "config")
-    return TrainState(learner, optimizer), note
-
-
 def _load(prepared: Prepared, caller: Caller) -> TrainState:
-    checked = prepared.checked
-    state, note = assemble(prepared.config, checked.base, checked.machine)
-    state.learner = replace(state.learner, checkpointing=prepared.checkpointing)
-    if note:
-        caller.say(note)
-    parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())
+    checked, world = prepared.checked, World()
+    state = build(prepared.config, partial(_model, prepared, caller), checked.machine, world)
+    state.causal_lm.checkpointing = prepared.checkpointing
+    if state.causal_lm.note:
+        caller.say(state.causal_lm.note)
+    parameters = sum(parameter.numel() for parameter in state.masters.parameters.values())
     dtype = checked.machine.dtype_name
     caller.say(
         f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
@@ -219,13 +200,22 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
         stored = prepared.found.checkpoint
         state.restore(stored.tensors, stored.step)
         state.skipped = stored.values["cursor"]["skipped"]
-        set_random_state(stored.values["random-00000"])
+        randomness.restore(randomness.from_json(stored.values["random-00000"]))
     return state
+
+
+def _model(prepared: Prepared, caller: Caller) -> PreTrainedModel:
+    model = pretrained(prepared.checked.base, prepared.checked.machine)
+    if caller.owns_process:
+        documents = forecast.largest(prepared.loader)[0].documents
+        hardware.settle_process(model.num_parameters(), LINEAR_PRODUCTS + document_attention.products(documents))
+        compiling.keep_kernels()
+    return model
 
 
 def _too_large(prepared: Prepared) -> str:
     base, dtype = prepared.checked.base, prepared.checked.machine.dtype
-    need = outline(base).state_bytes(dtype) / 2**30
+    need = summarise(base).state_bytes(dtype) / 2**30
     return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; take a smaller model"
 
 
@@ -238,12 +228,6 @@ def _too_long(prepared: Prepared, state: TrainState) -> str:
     else:
         fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
     return f"step {state.step + 1} with micro-batches of {tokens} tokens; {fix}"
-
-
-def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
-    """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
-    is_half = base.dtype == machine.dtype_name == "bfloat16"
-    return torch.bfloat16 if is_half else torch.float32
 
 
 def _train(
@@ -259,11 +243,12 @@ def _train(
     logs = Logs.of(folder)
     keep = Keep(config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every)
     saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, caller.say, newest=state.step)
+    schedule = config.schedule
     multiplier = partial(
-        factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
+        lr_multiplier, schedule.name, total=planned.steps, warmup=schedule.warmup, decay=schedule.decay
     )
     lines = list(earlier)
-    is_evaluated, random = _is_evaluated(prepared), random_state()
+    is_evaluated, random = _is_evaluated(prepared), randomness.snapshot()
     with saver, display.steps(caller.console, planned.steps) as shown:
         try:
             if not is_evaluated:
@@ -273,10 +258,11 @@ def _train(
             for record in train_steps(
                 state,
                 planned,
-                prepared.checked.loss,
+                prepared.checked.objective,
                 clip=config.optimizer.clip,
-                factor=multiplier,
+                lr=lambda step: config.optimizer.lr * multiplier(step),
                 poll=caller.signals.check,
+                wants_to_stop=lambda: caller.signals.arrived is not None,
             ):
                 if not record.is_finite:
                     _skip_or_stop(prepared, state, record, caller)
@@ -288,7 +274,7 @@ def _train(
                     caller.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
                 is_due, loss = saver.is_due(record.step, planned.steps), None
                 if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
-                    is_evaluated, random = False, random_state()
+                    is_evaluated, random = False, randomness.snapshot()
                     with caller.signals.at_once():
                         loss = _evaluate(prepared, state, logs, caller)
                     is_evaluated = True
@@ -297,7 +283,7 @@ def _train(
                 caller.signals.check()
         except Preempted as stop:
             if not is_evaluated:  # the next start evaluates
-                set_random_state(random)
+                randomness.restore(random)
             unsaved = _save(prepared, state, saver, logs, is_evaluated)
             raise unsaved or Preempted(stop.number, state.step or None) from None
         except NumbersError:
@@ -336,7 +322,7 @@ def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss:
     values = {
         "cursor": cursor,
         "schedule": {**config.schedule.model_dump(), "step": state.step, "total": prepared.loader.steps},
-        "random-00000": random_state(),
+        "random-00000": randomness.as_json(randomness.snapshot()),
         "inputs": asdict(prepared.inputs_until(state.step)),
     }
     return Checkpoint(state.step, {**state.tensors(), "rows": columns}, values, loss)
@@ -344,12 +330,12 @@ def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss:
 
 def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, caller: Caller) -> None:
     """Goes past a step whose numbers are not finite, or raises NumbersError; either way the step can be replayed."""
-    most, work = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
+    most, step_batch = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
     folder = prepared.checked.folder / f"bad-step-{record.step}"
-    diagnosis = badstep.examine(state.learner, work, prepared.checked.loss)
-    badstep.write(folder, state, work, diagnosis)
+    diagnosis = badstep.examine(state.causal_lm, step_batch, prepared.checked.objective)
+    badstep.write(folder, state, step_batch, diagnosis)
     what = "gradient" if math.isfinite(record.loss) else "loss"
-    rows = badstep.named(diagnosis.rows(work))
+    rows = badstep.named(diagnosis.rows(step_batch))
     told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {folder}"
     if state.skipped >= most:
         fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
@@ -370,10 +356,10 @@ def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller)
     found: dict[str, Any] = {}
     if prepared.data.held_out:
         tokens = checked.machine.microbatch_tokens
-        found["loss"] = held_out_loss(state.learner, prepared.data.held_out, checked.loss, tokens)
+        found["loss"] = held_out_loss(state.causal_lm, prepared.data.held_out, checked.objective, tokens)
         found["perplexity"] = math.exp(min(found["loss"], 700))
     samples = evaluate.sample(
-        state.learner.model,
+        state.causal_lm.model,
         checked.tokenizer,
         checked.prompts,
         evaluation.generate,
