@@ -145,9 +145,8 @@ def build(dtype: torch.dtype) -> tuple[TrainState, Loader]:
         (Encoded(Origin("random", n), draw.integers(0, 49152, TOKENS).astype(np.int32), weights),) for n in range(ROWS)
     ]
     batching = Batching(examples=ROWS)
-    return TrainState(causal_lm, masters, AdamW(masters)), loader.make(
-        examples, batching, epochs=1, seed=0, microbatch_tokens=4096
-    )
+    planned = loader.make(examples, batching, epochs=1, seed=0, microbatch_tokens=4096)
+    return TrainState(causal_lm, masters, AdamW(masters)), planned
 
 
 def timed_step(state: TrainState, planned: Loader) -> float:

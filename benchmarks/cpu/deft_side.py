@@ -1,4 +1,4 @@
-"""deft's arm: `deft.train` on given rows, as anybody would call it.
+"""deft's arm: a run on given rows, as `deft train` starts it.
 
     python benchmarks/cpu/deft_side.py FOLDER PRECISION OUT [--gate]
 
@@ -27,29 +27,32 @@ import torch
 from common.machine import peak_bytes
 from transformers import AutoModelForCausalLM
 
-from deft import api
+from deft import config
+from deft.reading import Caller
+from deft.run import train as run
 
 
 def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> None:
     baseline = peak_bytes()
-    api.train(
-        str(folder / "model"),
-        str(folder / "train.jsonl"),
-        output=str(out / "run"),
-        epochs=1,
-        steps=settings["steps"],
-        batch__examples=settings["examples_per_step"],
-        max_length=settings["max_length"],
-        optimizer__lr=settings["lr"],
-        optimizer__betas=settings["betas"],
-        optimizer__eps=settings["eps"],
-        optimizer__clip=settings["clip"],
-        schedule__name="constant",
-        schedule__warmup=0,
-        precision=precision,
-        device="cpu",
+    asked = {
+        "model": str(folder / "model"),
+        "data__train": str(folder / "train.jsonl"),
+        "output": str(out / "run"),
+        "epochs": 1,
+        "steps": settings["steps"],
+        "batch__examples": settings["examples_per_step"],
+        "max_length": settings["max_length"],
+        "optimizer__lr": settings["lr"],
+        "optimizer__betas": settings["betas"],
+        "optimizer__eps": settings["eps"],
+        "optimizer__clip": settings["clip"],
+        "schedule__name": "constant",
+        "schedule__warmup": 0,
+        "precision": precision,
+        "device": "cpu",
         **settings["deft"],
-    )
+    }
+    run(config.make(config.nested(asked)), Caller(owns_process=True))  # as the command line does
     # What a step needed, not the export that follows.
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     memory = {"baseline_bytes": baseline, "peak_bytes": max(step["peak_bytes"] for step in steps)}

@@ -10,6 +10,7 @@ from deft import config as configuration
 from deft.reading import Caller
 from deft.run import Run
 from deft.run import train as run_config
+from deft.training import randomness
 
 if TYPE_CHECKING:
     from deft.evaluate import MetricFn
@@ -37,7 +38,8 @@ def train(
                   or {"prompt": ..., more}; `more` goes to `metric_fn` as lists
     metric_fn     (samples, prompts, outputs, **more) -> {name: [one number per sample]}
 
-    Raises DeftError for whatever a user can mend.
+    Settings of the process, random generators among them, are afterwards as they were. Raises DeftError for whatever a
+    user can mend.
     """
     if (data is None) == (samples is None):
         raise configuration.InputError("deft.train: give data or samples, one of the two")
@@ -50,7 +52,8 @@ def train(
     if stop_sequences:
         evaluation["stop_sequences"] = tuple(stop_sequences)
     values["evaluate"] = evaluation
-    return run_config(configuration.make(values), Caller(samples=samples, metric_fn=metric_fn))
+    with randomness.preserved():
+        return run_config(configuration.make(values), Caller(samples=samples, metric_fn=metric_fn))
 
 
 def _merged(settings: Any, data: Any) -> Any:

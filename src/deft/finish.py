@@ -41,6 +41,7 @@ def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
             weights=masters,
             processor=multimodal.processor_files(checked.base.path),
         )
+    state.world.wait()
     try:
         check = export.verify(
             folder,

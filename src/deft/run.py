@@ -82,7 +82,8 @@ class Run:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
-    folder = preflight.run_folder(config.output)
+    world = World()
+    folder = world.from_first(lambda: preflight.run_folder(config.output))
     with lock.held(folder) as note:
         if note:
             caller.say(note)
@@ -90,16 +91,16 @@ def train(config: Config, caller: Caller | None = None) -> Run:
         if (earlier := _finished(config)) is not None:
             caller.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
             return earlier
-        return _run(config, caller, _checkpoint_of(config, caller))
+        return _run(config, caller, world, _checkpoint_of(config, caller))
 
 
-def _run(config: Config, caller: Caller, found: Found | None) -> Run:
+def _run(config: Config, caller: Caller, world: World, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
-            state = _load(prepared, caller)
+            state = _load(prepared, caller, world)
             loading = time.perf_counter() - loading
         with hardware.within_memory(partial(_too_long, prepared, state)):
             compiling.begin(state, prepared.loader, prepared.checked.objective, caller.say)
@@ -184,8 +185,8 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     return [*earlier]
 
 
-def _load(prepared: Prepared, caller: Caller) -> TrainState:
-    checked, world = prepared.checked, World()
+def _load(prepared: Prepared, caller: Caller, world: World) -> TrainState:
+    checked = prepared.checked
     state = build(prepared.config, partial(_model, prepared, caller), checked.machine, world)
     state.causal_lm.checkpointing = prepared.checkpointing
     if state.causal_lm.note:
