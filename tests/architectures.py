@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def causal_lm_of(name: str, mode: Mode) -> CausalLM:
     model = build(name)
     if mode == "packed":
         model.set_attn_implementation(attention.NAME)
-    return replace(chosen, model=model, mode=mode)
+    return CausalLM(model, mode, chosen.scale, chosen.softcap)
 
 
 def random_documents(seed: int = 0) -> list[Document]:

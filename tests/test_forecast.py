@@ -1,4 +1,4 @@
-"""Peak memory and time from shapes alone, micro-batches that fit, the rehearsal, and what is measured of a machine."""
+"""Peak memory and time from shapes alone, micro-batches that fit, the dry run, and what is measured of a machine."""
 
 from __future__ import annotations
 
@@ -332,10 +332,10 @@ def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pyt
     assert error.value.exit_code == 7
 
 
-# The rehearsal
+# The dry run
 
 
-def test_the_rehearsal_changes_nothing(base: Base) -> None:
+def test_the_dry_run_changes_nothing(base: Base) -> None:
     state = state_of(base)
     before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
     drawn = torch.get_rng_state()
@@ -345,7 +345,7 @@ def test_the_rehearsal_changes_nothing(base: Base) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())
 
 
-def test_a_rehearsal_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
+def test_a_dry_run_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
     def greedy(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return _Greedy.apply(hidden)
 
@@ -375,7 +375,7 @@ class _Greedy(torch.autograd.Function):
         raise torch.OutOfMemoryError
 
 
-def test_a_run_that_may_not_fit_is_rehearsed_and_says_what_would(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_that_may_not_fit_is_tried_first_and_says_what_would(tmp_path: Path, monkeypatch: Any) -> None:
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -436,7 +436,7 @@ def test_a_run_traces_its_largest_micro_batch_alone_before_it_starts(tmp_path: P
     assert len(traced) == 1
 
 
-def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
+def test_a_forecast_far_below_memory_needs_no_dry_run() -> None:
     assert Forecast(0, 4, 8, "none", None, None).is_safe
     assert not Forecast(0, 5, 8, "none", None, None).is_safe
 
