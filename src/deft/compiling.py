@@ -24,7 +24,7 @@ LEAST_WORK = 1e17
 """FLOP of a run whose layers are worth compiling. Three buckets take about a minute, and a fifth of five minutes is won
 at 350 TFLOP/s: published figures, not yet measured here."""
 LOOKED_AT_STEPS = 256
-"""Buckets are chosen by the micro-batches of so many steps, evenly spread over the plan."""
+"""Buckets are chosen by the micro-batches of this many steps, evenly spread over the plan."""
 
 
 def begin(state: TrainState, planned: Loader, objective: Objective, say: Callable[[str], None]) -> None:

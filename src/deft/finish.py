@@ -21,7 +21,7 @@ from deft.redact import redacted
 from deft.training.state import TrainState
 
 EXPORT_ROWS = 3
-"""So many training examples are compared between the model in memory and the exported one."""
+"""How many training examples are compared between the model in memory and the exported one."""
 
 
 def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:

@@ -19,6 +19,9 @@ from deft.errors import InputError, MemoryShort
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 """A micro-batch's tokens where nothing is said."""
 
+LINEAR_PRODUCTS = 48
+"""Sizes of products in the linear layers and the head of one micro-batch, forward and backward, at most about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -67,16 +70,17 @@ def settle_process(parameters: int, products: int) -> None:
     product in bf16, which fixes the sizes of the caches.
 
     parameters  of the model
-    products    how many sizes of matrix products one micro-batch has
+    products    how many sizes of matrix products the attention of one micro-batch has
     """
-    _bound_kernel_caches(max(256 if parameters < 2**28 else 64, products * 3 // 2))
+    _bound_kernel_caches(max(256 if parameters < 2**28 else 64, (LINEAR_PRODUCTS + products) * 3 // 2))
     keep_freed_memory()
 
 
 def _bound_kernel_caches(kernels: int) -> None:
-    """On CPUs torch and oneDNN each keep this many kernels of bf16 products, unless the user says how many.
+    """On CPUs torch and oneDNN each keep this many kernels of bf16 products, one a size, unless the user sets it.
 
-    Without a bound of 64 on large models, or with fewer kernels than a layer uses, memory or time grows by half.
+    With fewer than a micro-batch uses, each layer makes them again. With many, the memory of a large model's process is
+    so fragmented that it grows by half.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(kernels))

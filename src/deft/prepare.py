@@ -39,7 +39,7 @@ from deft.resume import Inputs, Rows
 from deft.types import Fate
 
 SOON_ENCODED = 20_000
-"""So many rows are encoded before those that cannot be read stop the run."""
+"""This many rows are encoded before those that cannot be read stop the run."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from deft.distributed.world import World
 from deft.errors import InputError, NumbersError
 from deft.model import load as models
 from deft.training import badstep, randomness
-from deft.training.badstep import Diagnosis, Part
+from deft.training.badstep import Diagnosis, PartNumbers
 from deft.types import StepBatch
 
 
@@ -53,7 +53,7 @@ def described(step_batch: StepBatch, diagnosis: Diagnosis) -> list[str]:
     return lines if not diagnosis.is_finite else [*lines, "every number is finite here"]
 
 
-def _line(part: Part, microbatches: int) -> str:
+def _line(part: PartNumbers, microbatches: int) -> str:
     numbers = f"loss {part.loss:.4f}, gradient norm {part.grad_norm:.4f}"
     return (
         f"    {part.row}: {numbers}"

@@ -51,8 +51,6 @@ from deft.training.state import TrainState
 from deft.types import StepRecord
 
 SHOWN_SAMPLES = 3
-LINEAR_PRODUCTS = 48
-"""Sizes of a micro-batch's products in linear layers, forward and backward, at most about."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def _model(prepared: Prepared, caller: Caller) -> PreTrainedModel:
     model = pretrained(prepared.checked.base, prepared.checked.machine)
     if caller.owns_process:
         documents = forecast.largest(prepared.loader)[0].documents
-        hardware.settle_process(model.num_parameters(), LINEAR_PRODUCTS + document_attention.products(documents))
+        hardware.settle_process(model.num_parameters(), document_attention.products(documents))
         compiling.keep_kernels()
     return model
 
@@ -346,7 +344,7 @@ def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, cal
 
 
 def _is_due(config: Config, record: StepRecord, total: int) -> bool:
-    """Evaluation comes every so many steps and after the last one."""
+    """Evaluation comes every `evaluate.every` steps and after the last one."""
     every = config.evaluate.every
     return record.step == total or (every is not None and record.step % every == 0)
 

@@ -30,8 +30,8 @@ CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
 over the gradient of the weight; a larger one more memory, which in the first steps is slow to come by."""
 
 NARROW_BLOCKS = 3
-"""So many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that up to three
-are no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
+"""This many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that three are
+no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
 
 CPU_PIECE, GPU_PIECE = 2**12, 2**15
 """Rows of the head's weight whose gradient is summed at a time: on CPUs their product stays in the cache."""

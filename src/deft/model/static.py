@@ -39,7 +39,7 @@ FAMILIES = frozenset(
 """Model types whose layers are known to compile without values, each tested: none routes tokens by them."""
 
 MULTIPLE = 128
-"""Buckets have a multiple of so many tokens; what fills them up are documents of at most four times as many."""
+"""Buckets have a multiple of this many tokens; padding documents have at most four times as many."""
 MOST_BUCKETS = 3
 """Each is compiled. A layer that differs in its window is compiled again, and torch stops after eight times."""
 WASTE = 0.02
@@ -58,7 +58,7 @@ class CompiledLayers:
     is_warm: bool = False
 
     def bucket(self, tokens: int) -> int | None:
-        """The least that takes so many tokens; None where they are too many, and run as they are."""
+        """The least that takes this many tokens; None where none does, and they run as they are."""
         return next((bucket for bucket in self.buckets if bucket >= tokens), None)
 
     @contextmanager

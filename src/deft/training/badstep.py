@@ -31,7 +31,7 @@ _TENSORS = ("tokens", "positions", "rows", "targets", "weights")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartNumbers:
     """A micro-batch, or one of its documents run alone: loss in nats per unit of weight, norm of its gradient.
 
     row  None for the micro-batch as a whole
@@ -56,7 +56,7 @@ class Diagnosis:
     weights    parameters that are not finite themselves
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartNumbers, ...]
     layer: str
     gradients: tuple[str, ...]
     weights: tuple[str, ...]
@@ -177,7 +177,7 @@ def named(rows: tuple[Origin, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    part: Part
+    part: PartNumbers
     layer: str
     gradients: tuple[str, ...]
 
@@ -197,7 +197,7 @@ def _measure(
     bad = tuple(name for name, gradient in reversed(gradients) if not bool(gradient.isfinite().all()))
     total, weight = float(nll.detach()), float(batch.weights.sum())
     return _Measured(
-        Part(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
+        PartNumbers(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
     )
 
 

@@ -14,7 +14,7 @@ from deft.plan.packs import pack
 from deft.types import MicroBatch, Objective
 
 TOGETHER = 1000
-"""So many examples are packed together."""
+"""How many examples are packed together."""
 
 
 @torch.no_grad()

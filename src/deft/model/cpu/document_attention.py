@@ -44,8 +44,7 @@ TOGETHER = 512
 class DocumentOrder:
     """How rows of (token, key head) are put in order so that documents of nearly equal length are one batch.
 
-    Documents are padded at their end to few different lengths, and so many of them are a batch that there are few
-    different ones: an unseen shape costs each matrix product 0.6 ms, and memory for its kernel. That is exact: no token
+    Documents are padded at their end to few different lengths, and batches are of few sizes: an unseen shape costs each matrix product 0.6 ms, and memory for its kernel. That is exact: no token
     sees a later one, and what padding computes is thrown away and gets no gradient.
 
     runs    (documents, padded length), by length
@@ -99,7 +98,7 @@ def _table(size: int) -> Callable[[Callable[Given, Made]], Callable[Given, Made]
 
 @_table(8)
 def document_order(documents: tuple[int, ...], groups: int, device: torch.device) -> DocumentOrder:
-    """For documents that lie end to end, and so many key heads.
+    """For documents that lie end to end, and for `groups` key heads.
 
     >>> made = document_order((16, 9, 16), 1, torch.device("cpu"))
     >>> made.runs, made.forth[16:27].tolist(), made.pads.tolist()
