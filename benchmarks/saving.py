@@ -35,8 +35,10 @@ from deft.model import selftest
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.saving import Saver
-from deft.training.state import TrainState, random_state
-from deft.training.step import take
+from deft.training import randomness
+from deft.training.masters import Masters
+from deft.training.state import TrainState
+from deft.training.step import optimizer_step
 from deft.types import Encoded, Origin
 
 RESULT = Path(__file__).parent / "results" / "saving.json"
@@ -134,8 +136,8 @@ def build(dtype: torch.dtype) -> tuple[TrainState, Loader]:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    learner, _ = selftest.choose(model)
-    optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-5)
+    causal_lm = selftest.choose(model)
+    masters = Masters(model.named_parameters(), dtype)
     draw = np.random.default_rng(0)
     weights = np.ones(TOKENS, np.float32)
     weights[: TOKENS // 3] = 0
@@ -143,20 +145,25 @@ def build(dtype: torch.dtype) -> tuple[TrainState, Loader]:
         (Encoded(Origin("random", n), draw.integers(0, 49152, TOKENS).astype(np.int32), weights),) for n in range(ROWS)
     ]
     batching = Batching(examples=ROWS)
-    return TrainState(learner, optimizer), loader.make(examples, batching, epochs=1, seed=0, microbatch_tokens=4096)
+    planned = loader.make(examples, batching, epochs=1, seed=0, microbatch_tokens=4096)
+    return TrainState(causal_lm, masters, AdamW(masters)), planned
 
 
 def timed_step(state: TrainState, planned: Loader) -> float:
     work = planned.step(0)
     began = time.perf_counter()
-    take(state, work, nll, clip=1.0, factor=1.0)
+    optimizer_step(state, work, nll.objective, clip=1.0, lr=1e-5)
     return time.perf_counter() - began
 
 
 def snapshot(state: TrainState) -> Checkpoint:
     rows = {"digest": torch.zeros(0, dtype=torch.int64)}
     parts: dict[str, Any] = {name: {} for name in ("cursor", "schedule", "inputs")}
-    return Checkpoint(state.step, {**state.tensors(), "rows": rows}, {**parts, "random-00000": random_state()})
+    return Checkpoint(
+        state.step,
+        {**state.tensors(), "rows": rows},
+        {**parts, "random-00000": randomness.as_json(randomness.snapshot())},
+    )
 
 
 def spread(numbers: list[float]) -> dict[str, float]:

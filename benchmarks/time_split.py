@@ -37,17 +37,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deft import hardware, loader
 from deft.loss import nll
 from deft.model import selftest
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW, clip_scale
+from deft.optim.adamw import AdamW
 from deft.plan.packs import pack
-from deft.training.step import make_kernels
-from deft.types import Batch
+from deft.training.masters import Masters, clip_scale
+from deft.training.state import TrainState
+from deft.types import MicroBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("body_forward", "head", "body_backward", "optimizer")
 
 
-def micro_batches(shape: Shape, name: str, tokens: int, count: int) -> list[tuple[Batch, float]]:
+def micro_batches(shape: Shape, name: str, tokens: int, count: int) -> list[tuple[MicroBatch, float]]:
     """So many full packs of the workload, each with the arithmetic that it needs."""
     corpus = os.environ.get("DEFT_CORPUS")
     rows = workloads.rows(name, 64 * count, shape.vocabulary, Path(corpus) if corpus else None)
@@ -61,18 +61,17 @@ def micro_batches(shape: Shape, name: str, tokens: int, count: int) -> list[tupl
     return batches
 
 
-def step(learner: Learner, optimizer: AdamW, batch: Batch, clock: Callable[[], float]) -> list[float]:
+def step(state: TrainState, batch: MicroBatch, clock: Callable[[], float]) -> list[float]:
     """Seconds of each part of one optimizer step."""
     marks = [clock()]
-    optimizer.collect()
-    make_kernels(learner, batch, nll)
-    hidden, head = learner.hidden_and_head(batch)
+    state.masters.collect()
+    hidden, head = state.causal_lm.hidden_and_head(batch)
     marks.append(clock())
     loss = nll.loss(hidden, head, batch.targets, batch.weights / len(batch.rows))
     marks.append(clock())
     loss.backward()
     marks.append(clock())
-    optimizer.step(1.0, clip_scale(optimizer.norm(), 1.0))
+    state.optimizer.step(1e-4, clip_scale(state.masters.squared_norm().sqrt(), 1.0))
     marks.append(clock())
     return [after - before for before, after in pairwise(marks)]
 
@@ -85,11 +84,12 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     before = machine.peak_bytes()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.config()), dtype=dtype)
-    learner, note = selftest.choose(model.eval())
-    optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1e-4)
+    causal_lm = selftest.choose(model.eval())
+    masters = Masters(model.named_parameters(), dtype)
+    state = TrainState(causal_lm, masters, AdamW(masters))
     rates, done, resident = [] if options.rate_once else [machine.gemm_rate(shape, dtype)], [], []
     for batch, needed in micro_batches(shape, options.workload, options.tokens, options.steps):
-        parts = step(learner, optimizer, batch, clock)
+        parts = step(state, batch, clock)
         peak = machine.peak_bytes()
         resident.append(machine.resident_bytes())
         done.append((parts, len(batch.tokens), len(batch.rows), needed))
@@ -100,7 +100,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     shares = [needed / sum(parts) / rate for (parts, _, _, needed), rate in zip(done, around, strict=True)]
     counted = done[2:] or done[-1:]
     return {
-        "note": note,
+        "note": causal_lm.note,
         "gemm_gflops": [round(each / 1e9) for each in rates],
         "tokens_per_second": round(median(tokens / sum(parts) for parts, tokens, _, _ in counted)),
         "share_of_gemm": round(median(shares[2:] or shares[-1:]), 3),
@@ -130,8 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts waiting threads as well: only with --threads 1")
-    hardware.bound_kernel_caches(hardware.kept_kernels(0, SHAPES[options.shape].parameters))
-    hardware.keep_freed_memory()
+    hardware.settle_process(SHAPES[options.shape].parameters, 0)
     machine.pin(options.threads)
     torch.set_num_threads(options.threads)
     own = SHAPES[options.shape]

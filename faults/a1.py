@@ -21,9 +21,9 @@ def control() -> Result:
     """The random numbers of dropout are not put back."""
 
     def forget() -> None:
-        import deft.run
+        from deft.training import randomness
 
-        deft.run.set_random_state = lambda state: None
+        randomness.restore = lambda state: None
 
     with scene() as folder:
         reference, _ = runs.undisturbed(folder)

@@ -32,7 +32,7 @@ def control() -> Result:
         restore = TrainState.restore
         TrainState.restore = lambda state, tensors, step: restore(
             state,
-            {"optimizer": {k: v for k, v in state.optimizer.state().items() if k[:6] != "weight"}, **tensors},
+            {"optimizer": state.optimizer.state(), **tensors},
             step,
         )
 

@@ -33,9 +33,9 @@ PHASES: dict[str, tuple[Any, str]] = {
     "checking": (reading, "check"),
     "encoding": (prepare, "encode"),
     "loading": (models, "load"),
-    "held-out loss": (heldout, "nll_sum"),
+    "held-out loss": (heldout, "build"),
     "sampling": (generate, "complete"),
-    "a step": (step, "nll_sum"),
+    "a step": (step, "mean_share"),
     "an update": (step, "clip_scale"),
     "saving": (checkpoint, "write"),
     "export": (export, "export"),
@@ -180,11 +180,11 @@ def _plant(phase: str, mark: Path, sent: Path, steps: Path) -> None:
 
 def _watch(steps: Path) -> None:
     """Notes each step that is done."""
-    loop.take = partial(_noted, step.take, steps)  # type: ignore[assignment]
+    loop.optimizer_step = partial(_noted, step.optimizer_step, steps)  # type: ignore[assignment]
 
 
-def _noted(take: Any, steps: Path, state: Any, work: Any, *given: Any, **more: Any) -> Any:
-    numbers = take(state, work, *given, **more)
+def _noted(plain: Any, steps: Path, state: Any, work: Any, *given: Any, **more: Any) -> Any:
+    numbers = plain(state, work, *given, **more)
     with steps.open("a") as file:
         file.write(f"{work.step + 1}\n")
         file.flush()

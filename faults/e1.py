@@ -20,6 +20,7 @@ from deft.model import selftest
 from deft.training import loop, step
 from deft.training.state import TrainState
 from deft.training.step import StepNumbers
+from deft.types import StepBatch
 from faults.harness import Result, Scale, tally
 from faults.scenes import CHATS, arguments, ended, scene
 
@@ -108,7 +109,7 @@ def _plant(kind: str, spied: Path | None) -> None:
         "masked batch": partial(_mask, None),
     }[kind]()
     if spied:
-        loop.take = partial(_witnessed, step.take, spied)  # type: ignore[assignment]
+        loop.optimizer_step = partial(_witnessed, step.optimizer_step, spied)  # type: ignore[assignment]
 
 
 class _Spoilt(torch.autograd.Function):
@@ -155,13 +156,14 @@ def _mask(count: int | None) -> None:
     """Takes the targets out of so many micro-batches of each step, or of all."""
     plain = loader.Loader.step
 
-    def masked(planned: loader.Loader, number: int) -> loader.Work:
+    def masked(planned: loader.Loader, number: int) -> StepBatch:
         work = plain(planned, number)
         batches = [
-            _without_targets(batch) if count is None or i < count else batch for i, batch in enumerate(work.batches)
+            _without_targets(batch) if count is None or i < count else batch
+            for i, batch in enumerate(work.micro_batches)
         ]
         left = sum(float(batch.weights.sum()) for batch in batches)
-        return replace(work, batches=tuple(batches), normalizer=left)
+        return replace(work, micro_batches=tuple(batches), normalizer=left)
 
     loader.Loader.step = masked  # type: ignore[method-assign]
 
@@ -170,9 +172,9 @@ def _without_targets(batch: Any) -> Any:
     return replace(batch, rows=batch.rows[:0], targets=batch.targets[:0], weights=batch.weights[:0])
 
 
-def _witnessed(take: Any, spied: Path, state: TrainState, work: Any, *arguments: Any, **more: Any) -> StepNumbers:
+def _witnessed(plain: Any, spied: Path, state: TrainState, work: Any, *arguments: Any, **more: Any) -> StepNumbers:
     before = dict(_bits(state))
-    numbers = take(state, work, *arguments, **more)
+    numbers = plain(state, work, *arguments, **more)
     after = dict(_bits(state))
     is_finite = abs(numbers.loss) < float("inf") and abs(numbers.grad_norm) < float("inf")
     line = {"step": work.step + 1, "finite": is_finite, "same": before == after}
@@ -185,6 +187,6 @@ def _witnessed(take: Any, spied: Path, state: TrainState, work: Any, *arguments:
 
 def _bits(state: TrainState) -> Iterator[tuple[str, bytes]]:
     """Every byte of weights, masters, moments and random generators."""
-    for name, tensor in state.optimizer.state().items():
+    for name, tensor in (state.masters.state() | state.optimizer.state()).items():
         yield name, tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     yield "random", torch.get_rng_state().numpy().tobytes()

@@ -38,7 +38,7 @@ def control() -> Result:
 
 
 def _unsafely(read: Callable[..., Any], base: Any, dtype: Any, attention: str) -> Any:
-    model = load.towers.auto_class(load.AutoConfig.from_pretrained(base.path))
+    model = load.multimodal.auto_class(load.AutoConfig.from_pretrained(base.path))
     return model.from_pretrained(base.path, dtype=dtype, use_safetensors=False, output_loading_info=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deft.model import attention, selftest
-from deft.model.learner import Learner, Mode
-from deft.types import IGNORED, Batch
+from deft.model.causal_lm import CausalLM, Mode
+from deft.types import IGNORED, MicroBatch
 
 VOCABULARY = 130
 WINDOW = 8
@@ -130,13 +130,13 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype).eval()
 
 
-def learner_of(name: str, mode: Mode) -> Learner:
+def causal_lm_of(name: str, mode: Mode) -> CausalLM:
     """The architecture in this mode, whatever the self-test would choose; constants of the head as it found them."""
-    chosen, _ = selftest.choose(build(name))
+    chosen = selftest.choose(build(name))
     model = build(name)
     if mode == "packed":
         model.set_attn_implementation(attention.NAME)
-    return replace(chosen, model=model, mode=mode)
+    return CausalLM(model, mode, chosen.scale, chosen.softcap)
 
 
 def random_documents(seed: int = 0) -> list[Document]:
@@ -152,7 +152,7 @@ def random_documents(seed: int = 0) -> list[Document]:
     return documents
 
 
-def as_batch(documents: Sequence[Document]) -> Batch:
+def as_batch(documents: Sequence[Document]) -> MicroBatch:
     """Documents end to end, shifted: row t predicts token t + 1 with the weight of token t + 1.
 
        tokens    [5 6 7   8 9]    weights  [0 1 2   1 1]
@@ -168,7 +168,7 @@ def as_batch(documents: Sequence[Document]) -> Batch:
                 rows.append(start + t - 1)
                 targets.append(document[t])
                 weights.append(learnt[t])
-    return Batch(
+    return MicroBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         documents=tuple(len(document) for document, _ in documents),

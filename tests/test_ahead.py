@@ -12,9 +12,10 @@ import pytest
 from test_compiling import planned
 from test_static_shapes import state_of
 
-from deft.loader import Loader, Work
+from deft.loader import Loader
 from deft.loss import nll
 from deft.training import loop
+from deft.types import StepBatch
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Watched(Loader):
 
     built: Any = None
 
-    def step(self, step: int) -> Work:
+    def step(self, step: int) -> StepBatch:
         self.built.append((step, threading.current_thread()))
         if step == 3:
             raise ValueError("row 17 is gone")
@@ -44,7 +45,7 @@ def until(is_so: Any) -> None:
 
 
 def test_a_step_is_built_while_the_one_before_it_is_computed(watched: Watched) -> None:
-    works = watched.work(0)
+    works = watched.step_batches(0)
     first = next(works)
     until(lambda: len(watched.built) == 2)
     time.sleep(0.05)
@@ -58,9 +59,9 @@ def test_a_step_is_built_while_the_one_before_it_is_computed(watched: Watched) -
 def test_the_steps_are_those_that_the_plan_names() -> None:
     plan = planned([40, 50, 60, 70] * 10, tokens=128)
     for start in (0, 4, plan.steps - 1, plan.steps):
-        assert [work.step for work in plan.work(start)] == [*range(start, plan.steps)]
-    same = zip(plan.work(0), map(plan.step, range(plan.steps)), strict=True)
-    assert all(ours.batches[0].tokens.equal(theirs.batches[0].tokens) for ours, theirs in same)
+        assert [work.step for work in plan.step_batches(start)] == [*range(start, plan.steps)]
+    same = zip(plan.step_batches(0), map(plan.step, range(plan.steps)), strict=True)
+    assert all(ours.micro_batches[0].tokens.equal(theirs.micro_batches[0].tokens) for ours, theirs in same)
 
 
 def test_what_ends_the_loop_ends_the_thread(watched: Watched) -> None:
@@ -69,7 +70,7 @@ def test_what_ends_the_loop_ends_the_thread(watched: Watched) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        for _ in loop.train(state_of(), watched, nll, clip=1.0, factor=lambda step: 1.0, poll=poll):
+        for _ in loop.train(state_of(), watched, nll.objective, clip=1.0, lr=lambda step: 1e-4, poll=poll):
             pass
     alive = [each.name for each in threading.enumerate()]
     assert not any(name.startswith("loader") for name in alive), (alive, caught)

@@ -460,7 +460,7 @@ def test_a_full_disk_is_named_and_nothing_is_left_behind(
     train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "disk", Full())
-    with pytest.raises(files.DiskError, match="(?s)No space left.*DEFT_CACHE names another folder"):
+    with pytest.raises(files.DiskError, match=r"(?s)No space left.*DEFT_CACHE names another folder"):
         encoded(train, tmp_path / "cache")
     monkeypatch.setattr(files, "disk", Disk())
     assert [list(each) for each in folders(tmp_path / "cache").values()] == [[files.MANIFEST, "survey.json"]]

@@ -124,7 +124,7 @@ def test_the_numbers_of_the_plan_are_those_of_the_steps(tmp_path: Path, model: P
     assert (found.plan.steps_per_epoch.least, found.plan.steps_per_epoch.most) == (4, 4)
     assert found.plan.tokens_per_step.mean == np.mean([work.tokens for work in works])
     assert found.plan.targets_per_step.mean == np.mean([work.target_tokens for work in works])
-    assert found.plan.packs_per_step.most == max(len(work.batches) for work in works)
+    assert found.plan.packs_per_step.most == max(len(work.micro_batches) for work in works)
     assert "plan      8 steps: 2 epochs of 4 steps over 20 examples" in said
 
 

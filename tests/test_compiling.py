@@ -1,4 +1,4 @@
-"""A run whose layers are compiled: the same numbers, for rooms of its plan, or as before where that cannot be."""
+"""A run whose layers are compiled: the same numbers, for buckets of its plan, or as before where that cannot be."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(folder: Path, model: Path, **settings: Any) -> tuple[Path, list[dict[str
 @pytest.fixture
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU were a GPU with a compiler."""
-    monkeypatch.setattr(compiling, "is_sound", lambda learner: True)
+    monkeypatch.setattr(compiling, "is_sound", lambda causal_lm: True)
     monkeypatch.setattr(compiling, "LEAST_WORK", 0.0)
     monkeypatch.setattr(compiling, "compile_for", partial(compiling.compile_for, backend="aot_eager"))
 
@@ -73,17 +73,17 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path, worth_it: None, monkeypatch: Any) -> None:
     model = write_llama(tmp_path / "model")
     graphs = list[int]()
-    train_steps = compiling.rehearse
+    train_steps = compiling.dry_run_step
 
     def counting(*arguments: Any) -> None:
         train_steps(*arguments)
         graphs.append(counters["stats"]["unique_graphs"])
 
-    monkeypatch.setattr(compiling, "rehearse", counting)
+    monkeypatch.setattr(compiling, "dry_run_step", counting)
     ours, metrics, said = run(tmp_path / "compiled", model)
     assert "layers compiled for micro-batches of " in said
     assert counters["stats"]["unique_graphs"] == graphs[-1] > 0
-    monkeypatch.setattr(compiling, "is_sound", lambda learner: False)
+    monkeypatch.setattr(compiling, "is_sound", lambda causal_lm: False)
     theirs, plain, unsaid = run(tmp_path / "plain", model)
     assert "compiled" not in unsaid.replace(str(tmp_path), "")
     assert sum(line["padded_tokens"] for line in metrics) > 2 * sum(line["padded_tokens"] for line in plain) > 0
@@ -112,7 +112,7 @@ def test_where_no_compiler_works_a_run_goes_on_without(
     assert said.count("layers are not compiled, and steps take longer (") == 1
     assert "no C compiler here" in said
     assert len(metrics) > 4
-    monkeypatch.setattr(compiling, "is_sound", lambda learner: False)
+    monkeypatch.setattr(compiling, "is_sound", lambda causal_lm: False)
     _, plain, _ = run(tmp_path / "plain", model)
     assert [line["padded_tokens"] for line in metrics] == [line["padded_tokens"] for line in plain]
 
@@ -126,8 +126,8 @@ def test_memory_that_does_not_suffice_is_no_reason_to_go_on() -> None:
 
     state = state_of()
     with pytest.raises(torch.OutOfMemoryError):
-        compiling.compile_for(state, (64,), nll, print, greedy)
-    assert state.learner.compiled is None
+        compiling.compile_for(state, (64,), nll.objective, print, greedy)
+    assert state.causal_lm.compiled is None
 
 
 @pytest.mark.parametrize("is_torch_s", [False, True])
@@ -137,17 +137,17 @@ def test_kernels_are_kept_with_deft_s_cache_or_where_the_user_says(
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     if is_torch_s:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    compiling.compile_for(state_of(), (64,), nll, lambda text: None, "aot_eager")
+    compiling.keep_kernels()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "compiled" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
 def test_nothing_is_compiled_on_a_cpu_or_for_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
     state, said = state_of(), list[str]()
-    assert not compiling.is_sound(state.learner)
-    monkeypatch.setattr(compiling, "is_sound", lambda learner: True)
-    compiling.begin(state, planned([50] * 40), nll, said.append)
-    assert state.learner.compiled is None
+    assert not compiling.is_sound(state.causal_lm)
+    monkeypatch.setattr(compiling, "is_sound", lambda causal_lm: True)
+    compiling.begin(state, planned([50] * 40), nll.objective, said.append)
+    assert state.causal_lm.compiled is None
     assert not said
 
 
@@ -159,14 +159,16 @@ def planned(lengths: list[int], tokens: int = 4096) -> loader.Loader:
     return loader.make(examples, Batching(examples=8), epochs=2, seed=0, microbatch_tokens=tokens)
 
 
-def test_rooms_take_every_micro_batch_that_was_looked_at() -> None:
+def test_buckets_take_every_micro_batch_that_was_looked_at() -> None:
     lengths = np.random.default_rng(0).integers(2, 600, 400).tolist()
     for tokens in (1024, 4096):
         plan = planned(lengths, tokens)
-        rooms = compiling.rooms(plan)
-        batches = [batch for work in plan.work() for batch in work.batches]
+        buckets = compiling.buckets(plan)
+        batches = [batch for work in plan.step_batches() for batch in work.micro_batches]
         assert [size for step in range(plan.steps) for size in plan.sizes(step)] == [len(b.tokens) for b in batches]
-        assert len(rooms) <= 3
-        assert max(len(batch.tokens) for batch in batches) <= rooms[-1]
-        filling = sum(min(room for room in rooms if room >= len(batch.tokens)) - len(batch.tokens) for batch in batches)
-        assert filling < 0.6 * sum(rooms[-1] - len(batch.tokens) for batch in batches)
+        assert len(buckets) <= 3
+        assert max(len(batch.tokens) for batch in batches) <= buckets[-1]
+        filling = sum(
+            min(bucket for bucket in buckets if bucket >= len(batch.tokens)) - len(batch.tokens) for batch in batches
+        )
+        assert filling < 0.6 * sum(buckets[-1] - len(batch.tokens) for batch in batches)

@@ -1,12 +1,12 @@
-"""Peak memory from shapes alone, micro-batches that fit, the rehearsal, and what `deft doctor` says."""
+"""Peak memory from shapes alone, micro-batches that fit, the dry run, and what `deft doctor` says."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 from encoders import chat
 from rich.console import Console
+from states import state_around
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -24,17 +25,16 @@ from deft.forecast import Fit, Forecast, trace
 from deft.hardware import Machine
 from deft.loader import Loader
 from deft.loss import nll
-from deft.model import attention, faster
+from deft.loss.nll import NLL
+from deft.model import attention, fused_layers
+from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.learner import Learner
 from deft.model.load import Base, inspect
-from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.reading import Caller
-from deft.training.rehearse import rehearse
+from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
-from deft.training.step import nll_sum
-from deft.types import Encoded, Origin
+from deft.types import Encoded, Origin, Tally
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 64)
@@ -67,7 +67,7 @@ def base(tmp_path: Path) -> Base:
 def state_of(base: Base) -> TrainState:
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation=attention.NAME)
     model.train()
-    return TrainState(Learner(model, "packed"), AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-3))
+    return state_around(CausalLM(model, "packed"), torch.float32)
 
 
 # What a step takes
@@ -76,33 +76,36 @@ def state_of(base: Base) -> TrainState:
 @pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.dtype, mode: Checkpointing) -> None:
-    batch = planned([40, 30, 30, 20], budget=200).step(0).batches[0]
-    expected = trace(LLAMA, batch, nll, replace(FP32, dtype=dtype), True, mode)
+    batch = planned([40, 30, 30, 20], budget=200).step(0).micro_batches[0]
+    expected = trace(LLAMA, batch, nll.objective, replace(FP32, dtype=dtype), True, mode)
     model = AutoModelForCausalLM.from_config(LLAMA, dtype=dtype, attn_implementation=attention.NAME).train()
-    faster.install(model)
+    fused_layers.install(model)
     with forecast.LiveBytes() as real:
         for parameter in model.parameters():
             real.see(parameter)
-        optimizer = AdamW(model.named_parameters(), dtype=dtype, lr=1.0)
+        own = state_around(CausalLM(model, "packed", checkpointing=mode), dtype)
         state = real.alive
-        nll_sum(Learner(model, "packed", checkpointing=mode), batch, nll).backward()
-        assert all(parameter.grad is not None for parameter in optimizer.parameters.values())
+        own.causal_lm(batch, nll.objective).nll_sum.backward()
+        assert all(parameter.grad is not None for parameter in own.masters.parameters.values())
     assert expected.state_bytes == pytest.approx(state, rel=1e-3)
     assert expected.peak_bytes == pytest.approx(real.peak, rel=0.02)
 
 
 def test_gradients_of_earlier_micro_batches_count() -> None:
-    batch = planned([40], budget=200).step(0).batches[0]
+    batch = planned([40], budget=200).step(0).micro_batches[0]
     machine = replace(FP32, dtype=torch.bfloat16)
-    alone, summed = (trace(LLAMA, batch, nll, machine, is_alone=is_alone) for is_alone in (True, False))
+    alone, summed = (trace(LLAMA, batch, nll.objective, machine, is_alone=is_alone) for is_alone in (True, False))
     assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("length", [30, 400])
 def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
-    batch = planned([length] * 3, budget=4000).step(0).batches[0]
+    batch = planned([length] * 3, budget=4000).step(0).micro_batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
-    whole, extended = forecast._trace(deep, batch, nll, FP32, True, "none"), trace(deep, batch, nll, FP32, True)
+    whole, extended = (
+        forecast._trace(deep, batch, nll.objective, FP32, True, "none"),
+        trace(deep, batch, nll.objective, FP32, True),
+    )
     assert asdict(extended) == pytest.approx(asdict(whole), rel=0.01)
 
 
@@ -112,8 +115,8 @@ def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Ch
     batch = loader.build([(np.arange(1000) % 50, learnt)])
     wide = {"intermediate_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     deep, machine = LlamaConfig(**{**LLAMA.to_dict(), **wide}), replace(FP32, dtype=torch.bfloat16)
-    whole = forecast._trace(deep, batch, nll, machine, True, mode)
-    extended = trace(deep, batch, nll, machine, True, mode)
+    whole = forecast._trace(deep, batch, nll.objective, machine, True, mode)
+    extended = trace(deep, batch, nll.objective, machine, True, mode)
     assert extended.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.04)
 
 
@@ -122,7 +125,7 @@ def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(forecast, "_trace", lambda config, *rest: seen.append(config.num_hidden_layers))
     mixed = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
     mixed.layer_types = ["full_attention", "sliding_attention"] * 2
-    trace(mixed, planned([30], budget=64).step(0).batches[0], nll, FP32, True)
+    trace(mixed, planned([30], budget=64).step(0).micro_batches[0], nll.objective, FP32, True)
     assert seen == [4]
 
 
@@ -130,7 +133,7 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
     def routed(*arguments: Any) -> torch.Tensor:
         return torch.ones(3).nonzero().sum()
 
-    plan, loss = planned([10, 20], budget=64), SimpleNamespace(loss=routed)
+    plan, loss = planned([10, 20], budget=64), _Objective(routed)
     found = forecast.fit(plan, base, loss, FP32, is_auto=True)  # type: ignore[arg-type]
     assert (found.planned, found.checkpointing, found.traced) == (plan, "none", None)
     assert forecast.forecast(found, FP32) is None
@@ -139,7 +142,7 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_has_what_no_tensor_holds(base: Base, dtype: torch.dtype) -> None:
     machine = replace(FP32, dtype=dtype)
-    fit = forecast.fit(planned([33] * 16, budget=64), base, nll, machine, is_auto=False)
+    fit = forecast.fit(planned([33] * 16, budget=64), base, nll.objective, machine, is_auto=False)
     assert fit.traced is not None
     on_cpu, elsewhere = (
         forecast.forecast(fit, replace(machine, device=torch.device(name))) for name in ("cpu", "meta")
@@ -173,12 +176,12 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
     for tokens in (2048, 1024, 512):
         batch, is_alone = forecast.largest(replace(plan, microbatch_tokens=tokens))
         for mode in forecast.CHECKPOINTING:
-            peaks[tokens, mode] = trace(config, batch, nll, FP32, is_alone, mode).peak_bytes
+            peaks[tokens, mode] = trace(config, batch, nll.objective, FP32, is_alone, mode).peak_bytes
     assert peaks[2048, "none"] > peaks[1024, "none"] > peaks[1024, "selective"] > peaks[1024, "full"]
     for way, peak in peaks.items():
         if way in ((1024, "none"), (512, "full")):
             memory_of(peak, monkeypatch)
-            found = forecast.fit(plan, base, nll, FP32, is_auto=True)
+            found = forecast.fit(plan, base, nll.objective, FP32, is_auto=True)
             assert found.traced is not None
             assert found.traced.peak_bytes <= peak
             assert (found.planned.microbatch_tokens, found.checkpointing) == way
@@ -187,38 +190,48 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
 def test_micro_batches_that_were_asked_for_stay(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned([32] * 16, budget=512, per_step=16)
     memory_of(0, monkeypatch)
-    found = forecast.fit(plan, base, nll, FP32, is_auto=False)
+    found = forecast.fit(plan, base, nll.objective, FP32, is_auto=False)
     assert (found.planned, found.checkpointing) == (plan, "full")
 
 
 def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_of(0, monkeypatch)
     with pytest.raises(MemoryShort, match="smaller max_length") as error:
-        forecast.fit(planned([32] * 16, budget=512), base, nll, FP32, is_auto=True)
+        forecast.fit(planned([32] * 16, budget=512), base, nll.objective, FP32, is_auto=True)
     assert error.value.exit_code == 7
 
 
-# The rehearsal
+# The dry run
 
 
-def test_the_rehearsal_changes_nothing(base: Base) -> None:
+def test_the_dry_run_changes_nothing(base: Base) -> None:
     state = state_of(base)
-    before = {name: weight.clone() for name, weight in state.learner.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
     drawn = torch.get_rng_state()
-    rehearse(state, planned([20, 30], budget=64).step(0).batches[0], nll)
+    dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], nll.objective)
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in state.learner.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())
 
 
-def test_a_rehearsal_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
+def test_a_dry_run_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
     def greedy(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return _Greedy.apply(hidden)
 
-    state, loss = state_of(base), SimpleNamespace(loss=greedy)
+    state, loss = state_of(base), _Objective(greedy)
     with pytest.raises(torch.OutOfMemoryError):
-        rehearse(state, planned([20, 30], budget=64).step(0).batches[0], loss)  # type: ignore[arg-type]
-    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
+        dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], loss)
+    assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
+
+
+class _Objective(NLL):
+    """The objective with another loss."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
+        self._loss = loss
+
+    def __call__(self, *arguments: Any) -> Tally:
+        return replace(super().__call__(*arguments), nll_sum=self._loss(*arguments))
 
 
 class _Greedy(torch.autograd.Function):
@@ -231,11 +244,11 @@ class _Greedy(torch.autograd.Function):
         raise torch.OutOfMemoryError
 
 
-def test_a_run_that_may_not_fit_is_rehearsed_and_says_what_would(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_that_may_not_fit_is_tried_first_and_says_what_would(tmp_path: Path, monkeypatch: Any) -> None:
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(run, "rehearse", full)
+    monkeypatch.setattr(run, "dry_run_step", full)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('"one two three four"\n' * 8)
     settings: dict[str, Any] = {"epochs": 1, "microbatch_tokens": 512, "device": "cpu"}
@@ -286,7 +299,7 @@ def test_a_run_traces_its_largest_micro_batch_alone_before_it_starts(tmp_path: P
     assert len(traced) == 1
 
 
-def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
+def test_a_forecast_far_below_memory_needs_no_dry_run() -> None:
     assert Forecast(0, 4, 8, "none").is_safe
     assert not Forecast(0, 5, 8, "none").is_safe
 
@@ -296,20 +309,6 @@ def test_a_forecast_far_below_memory_needs_no_rehearsal() -> None:
 
 def test_the_memory_is_what_the_process_may_use() -> None:
     assert 2**28 < hardware.memory_bytes(CPU) < 2**50
-
-
-def test_kernels_of_one_micro_batch_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bounds(kernels: int, **given: str) -> list[str | None]:
-        names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-        with monkeypatch.context() as patch:
-            patch.setattr(hardware.os, "environ", dict(given))
-            hardware.bound_kernel_caches(kernels)
-            return [hardware.os.environ.get(name) for name in names]
-
-    assert bounds(64) == ["64", "64"]
-    assert bounds(300, LRU_CACHE_CAPACITY="9") == ["9", "300"]
-    assert [hardware.kept_kernels(sizes, 10**8) for sizes in (0, 160, 200)] == [256, 256, 300]
-    assert [hardware.kept_kernels(sizes, 10**9) for sizes in (0, 42, 200)] == [64, 64, 300]
 
 
 def test_the_doctor_says_what_the_machine_is_and_measures_no_speed_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from states import state_around
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -16,8 +17,7 @@ from deft import compiling, forecast, loader
 from deft.hardware import Machine
 from deft.loss import nll
 from deft.model import selftest
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW
+from deft.model.causal_lm import CausalLM
 from deft.plan.order import Batching
 from deft.training import step
 from deft.training.loop import train
@@ -44,9 +44,9 @@ def new_state() -> TrainState:
     torch.manual_seed(0)
     with DEVICE:
         model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).eval()
-    learner, note = selftest.choose(model)
-    assert not note
-    return TrainState(learner, AdamW(model.named_parameters(), dtype=torch.bfloat16, lr=1e-4))
+    causal_lm = selftest.choose(model)
+    assert not causal_lm.note
+    return state_around(causal_lm, torch.bfloat16)
 
 
 def planned(steps: int = 12) -> loader.Loader:
@@ -63,22 +63,22 @@ def compiled() -> Iterator[tuple[TrainState, loader.Loader]]:
     torch._dynamo.reset()
     counters.clear()
     state, plan, said = new_state(), planned(), list[str]()
-    assert compiling.is_sound(state.learner)
-    compiling.compile_for(state, compiling.rooms(plan), nll, said.append)
-    assert state.learner.compiled is not None, said
+    assert compiling.is_sound(state.causal_lm)
+    compiling.compile_for(state, compiling.buckets(plan), nll.objective, said.append)
+    assert state.causal_lm.compiled is not None, said
     yield state, plan
     torch._dynamo.reset()
 
 
 def steps(state: TrainState, plan: loader.Loader) -> list[Any]:
-    return [*train(state, plan, nll, clip=1.0, factor=lambda step: 1.0)]
+    return [*train(state, plan, nll.objective, clip=1.0, lr=lambda step: 1e-4)]
 
 
-def gradients(learner: Learner, batch: Any) -> dict[str, torch.Tensor]:
-    learner.model.zero_grad()
-    step.nll_sum(learner, batch, nll).backward()
-    found = {name: each.grad.double() for name, each in learner.model.named_parameters() if each.grad is not None}
-    learner.model.zero_grad()
+def gradients(causal_lm: CausalLM, batch: Any) -> dict[str, torch.Tensor]:
+    causal_lm.model.zero_grad()
+    causal_lm(batch, nll.objective).nll_sum.backward()
+    found = {name: each.grad.double() for name, each in causal_lm.model.named_parameters() if each.grad is not None}
+    causal_lm.model.zero_grad()
     return found
 
 
@@ -90,11 +90,11 @@ def error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> floa
 
 def test_compiled_layers_are_as_near_to_fp32_as_layers_alone(compiled: tuple[TrainState, loader.Loader]) -> None:
     state, plan = compiled
-    wide = Learner(copy.deepcopy(state.learner.model).float(), "packed")
-    plain = Learner(state.learner.model, "packed")
-    for batch in plan.step(0).batches[:3]:
+    wide = CausalLM(copy.deepcopy(state.causal_lm.model).float(), "packed")
+    plain = CausalLM(state.causal_lm.model, "packed")
+    for batch in plan.step(0).micro_batches[:3]:
         exact = gradients(wide, batch)
-        assert error(gradients(state.learner, batch), exact) <= 1.2 * error(gradients(plain, batch), exact) + 1e-4
+        assert error(gradients(state.causal_lm, batch), exact) <= 1.2 * error(gradients(plain, batch), exact) + 1e-4
 
 
 def test_nothing_is_compiled_once_training_has_begun(compiled: tuple[TrainState, loader.Loader]) -> None:
@@ -113,22 +113,22 @@ def test_a_step_waits_for_the_device_once(is_compiled: bool, request: Any, monke
     state, plan = request.getfixturevalue("compiled") if is_compiled else (new_state(), planned())
     own, reads = step._read, list[int]()
 
-    def read(*values: torch.Tensor) -> step.StepNumbers:
-        reads.append(len(values))
+    def read(numbers: torch.Tensor) -> step.StepNumbers:
+        reads.append(len(numbers))
         torch.cuda.set_sync_debug_mode("default")
         try:
-            return own(*values)
+            return own(numbers)
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(step, "_read", read)
-    step.take(state, plan.step(0), nll, clip=1.0, factor=1.0)  # kernels are loaded, memory is pinned
+    step.optimizer_step(state, plan.step(0), nll.objective, clip=1.0, lr=1e-5)  # kernels are loaded, memory is pinned
     try:
         torch.cuda.set_sync_debug_mode("error")
-        step.take(state, plan.step(1), nll, clip=1.0, factor=1.0)
+        step.optimizer_step(state, plan.step(1), nll.objective, clip=1.0, lr=1e-5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reads == [2, 2]
+    assert reads == [3, 3]
 
 
 def test_compiled_and_plain_runs_learn_alike(compiled: tuple[TrainState, loader.Loader]) -> None:
@@ -141,7 +141,7 @@ def test_compiled_and_plain_runs_learn_alike(compiled: tuple[TrainState, loader.
 def test_memory_stays_below_what_is_foretold() -> None:
     plan = planned()
     batch, is_alone = forecast.largest(plan)
-    traced = forecast.trace(CONFIG, batch, nll, Machine(DEVICE, torch.bfloat16, 2048), is_alone)
+    traced = forecast.trace(CONFIG, batch, nll.objective, Machine(DEVICE, torch.bfloat16, 2048), is_alone)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from states import state_around
 from test_static_shapes import micro_batches, model
 from torch import Tensor, nn
 
-from deft.loader import Work
 from deft.loss import nll
 from deft.model import attention
-from deft.model.learner import Learner
-from deft.model.static import Compiled
+from deft.model.causal_lm import CausalLM
+from deft.model.static import CompiledLayers
 from deft.optim import adamw as optimizer
-from deft.optim.adamw import AdamW
 from deft.training import step
 from deft.training.state import TrainState
 from deft.training.step import StepNumbers
+from deft.types import StepBatch
 
 
 def varlen_attn(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, *_: Any, scale: float, **__: Any) -> Tensor:
@@ -35,20 +35,20 @@ def state(monkeypatch: pytest.MonkeyPatch) -> TrainState:
     fused = optimizer.adamw
     monkeypatch.setattr(optimizer, "adamw", lambda *each, **settings: fused(*each, **settings | {"fused": True}))
     own = model().to("meta", torch.bfloat16)
-    return TrainState(Learner(own, "packed"), AdamW(own.named_parameters(), dtype=torch.bfloat16, lr=1.0))
+    return state_around(CausalLM(own, "packed"), torch.bfloat16)
 
 
-def work() -> Work:
-    return Work(0, 0, tuple(micro_batches()), 100.0, 1, 1, ())
+def work() -> StepBatch:
+    return StepBatch(0, 0, tuple(micro_batches()), 100.0, 1, 1, ())
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Stands in for the one read."""
-    found: list[tuple[Tensor, ...]] = []
+    found: list[Tensor] = []
 
-    def read(*values: Tensor) -> StepNumbers:
-        found.append(values)
+    def read(numbers: Tensor) -> StepNumbers:
+        found.append(numbers)
         return StepNumbers(1.0, 1.0)
 
     monkeypatch.setattr(step, "_read", read)
@@ -57,20 +57,18 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("is_filled", [False, True])
 def test_a_step_reads_its_loss_and_norm_together_and_nothing_else(
-    state: TrainState, reads: list[tuple[Tensor, ...]], is_filled: bool
+    state: TrainState, reads: list[Tensor], is_filled: bool
 ) -> None:
-    learner = state.learner
+    causal_lm = state.causal_lm
     if is_filled:
-        own: dict[nn.Module, Any] = {layer: layer.forward for layer in learner.model.base_model.layers}
-        state.learner = Learner(learner.model, "packed", compiled=Compiled(own, (64, 72)))
+        own: dict[nn.Module, Any] = {layer: layer.forward for layer in causal_lm.model.base_model.layers}
+        causal_lm.compiled = CompiledLayers(own, (64, 72))
     for _ in range(2):
-        step.take(state, work(), nll, clip=1.0, factor=1.0)
+        step.optimizer_step(state, work(), nll.objective, clip=1.0, lr=1e-5)
     assert state.step == 2
-    assert [[(each.device.type, each.dtype) for each in values] for values in reads] == [
-        [("meta", torch.float64)] * 2
-    ] * 2
+    assert [(each.device.type, each.dtype, each.shape) for each in reads] == [("meta", torch.float64, (3,))] * 2
 
 
 def test_without_it_the_read_is_found(state: TrainState) -> None:
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        step.take(state, work(), nll, clip=1.0, factor=1.0)
+        step.optimizer_step(state, work(), nll.objective, clip=1.0, lr=1e-5)

@@ -55,16 +55,20 @@ def test_a_pack_holds_whole_documents_within_its_budget(lengths: list[int], budg
 def test_packing_changes_neither_members_nor_normalizer(normalize: loader.Normalize) -> None:
     data = examples([5, 9, 3, 30, 12, 7, 7, 2, 18, 4])
     works = [
-        list(loader.make(data, Batching(examples=4), epochs=2, seed=3, microbatch_tokens=n, normalize=normalize).work())
+        list(
+            loader.make(
+                data, Batching(examples=4), epochs=2, seed=3, microbatch_tokens=n, normalize=normalize
+            ).step_batches()
+        )
         for n in (1, 16, 10_000)
     ]
-    assert len({len(work[0].batches) for work in works}) > 1
+    assert len({len(work[0].micro_batches) for work in works}) > 1
     for same_step in zip(*works, strict=True):
         assert len({work.normalizer for work in same_step}) == 1
-        targets = [sorted(int(t) for batch in work.batches for t in batch.targets) for work in same_step]
+        targets = [sorted(int(t) for batch in work.micro_batches for t in batch.targets) for work in same_step]
         assert targets[0] == targets[1] == targets[2]
         assert len({frozenset(row for rows in work.origins for row in rows) for work in same_step}) == 1
-        assert all(list(map(len, work.origins)) == [len(b.documents) for b in work.batches] for work in same_step)
+        assert all(list(map(len, work.origins)) == [len(b.documents) for b in work.micro_batches] for work in same_step)
 
 
 def test_the_normalizer_is_the_weight_of_what_is_predicted() -> None:
@@ -78,19 +82,21 @@ def test_normalize_by_examples_gives_each_row_one_count_whatever_its_length() ->
     data = examples([3, 30, 300])
     (work,) = loader.make(
         data, Batching(examples=3), epochs=1, seed=0, microbatch_tokens=1, normalize="examples"
-    ).work()
+    ).step_batches()
     assert work.normalizer == 3
-    for batch in work.batches:
+    for batch in work.micro_batches:
         assert float(batch.weights.sum()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_parts_of_one_row_go_in_one_step_and_share_its_count() -> None:
     (a,), (b,), (c,) = examples([4, 6, 8])
-    (work, last) = loader.make([(a, b), (c,)], Batching(examples=1), epochs=1, seed=0, microbatch_tokens=5).work()
+    (work, last) = loader.make(
+        [(a, b), (c,)], Batching(examples=1), epochs=1, seed=0, microbatch_tokens=5
+    ).step_batches()
     sizes = sorted([work.target_tokens, last.target_tokens])
     assert sizes == [7, 8]
     by_row = loader.make(
         [(a, b), (c,)], Batching(examples=2), epochs=1, seed=0, microbatch_tokens=99, normalize="examples"
     )
     assert by_row.step(0).normalizer == 2
-    assert float(sum(batch.weights.sum() for batch in by_row.step(0).batches)) == pytest.approx(2, abs=1e-6)
+    assert float(sum(batch.weights.sum() for batch in by_row.step(0).micro_batches)) == pytest.approx(2, abs=1e-6)

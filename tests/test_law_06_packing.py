@@ -18,10 +18,10 @@ from architectures import (
     WINDOW,
     as_batch,
     build,
+    causal_lm_of,
     gpt_like,
     gradients,
     largest_error,
-    learner_of,
     llama_like,
     padded_inputs,
     random_documents,
@@ -30,20 +30,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deft.errors import InputError
-from deft.model import attention, causal, selftest
-from deft.model.learner import Learner
-from deft.types import Batch
+from deft.model import attention, selftest
+from deft.model.causal_lm import CausalLM
+from deft.model.cpu import document_attention
+from deft.types import MicroBatch
 
 PACKED = [name for name, kind in ARCHITECTURES.items() if kind.mode == "packed"]
 WITHOUT_SDPA = ["gemma2", "gpt_oss"]
 
 
-def sums(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = reference.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
-    return loss.detach(), gradients(learner.model, loss)
+def sums(causal_lm: CausalLM, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = reference.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
+    return loss.detach(), gradients(causal_lm.model, loss)
 
 
-def weighted_batch(lengths: tuple[int, ...] = (9, 9, 31, 5, 9, 1, 17, 17)) -> Batch:
+def weighted_batch(lengths: tuple[int, ...] = (9, 9, 31, 5, 9, 1, 17, 17)) -> MicroBatch:
     rng = torch.Generator().manual_seed(0)
     documents = []
     for length in lengths:
@@ -58,8 +59,8 @@ def weighted_batch(lengths: tuple[int, ...] = (9, 9, 31, 5, 9, 1, 17, 17)) -> Ba
 @pytest.mark.parametrize("name", PACKED)
 def test_a_pack_sums_to_its_members(name: str) -> None:
     batch = weighted_batch()
-    loss, our_gradients = sums(learner_of(name, "packed"), batch)
-    expected, their_gradients = sums(learner_of(name, "alone"), batch)
+    loss, our_gradients = sums(causal_lm_of(name, "packed"), batch)
+    expected, their_gradients = sums(causal_lm_of(name, "alone"), batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert largest_error(our_gradients, their_gradients) < 1e-5
 
@@ -67,9 +68,9 @@ def test_a_pack_sums_to_its_members(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
 def test_the_order_of_documents_does_not_matter(name: str) -> None:
     documents = random_documents()
-    learner = learner_of(name, "packed")
-    loss, our_gradients = sums(learner, as_batch(documents))
-    other_loss, other_gradients = sums(learner, as_batch(documents[::-1]))
+    causal_lm = causal_lm_of(name, "packed")
+    loss, our_gradients = sums(causal_lm, as_batch(documents))
+    other_loss, other_gradients = sums(causal_lm, as_batch(documents[::-1]))
     assert float(loss) == pytest.approx(float(other_loss), rel=1e-6)
     assert largest_error(our_gradients, other_gradients) < 1e-5
 
@@ -78,11 +79,11 @@ def test_the_order_of_documents_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2", "qwen3_moe"])
 def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     batch = weighted_batch()
-    learner = learner_of(name, "packed")
-    learner.model.train()
-    loss, expected = sums(learner, batch)
-    learner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, our_gradients = sums(learner, batch)
+    causal_lm = causal_lm_of(name, "packed")
+    causal_lm.model.train()
+    loss, expected = sums(causal_lm, batch)
+    causal_lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, our_gradients = sums(causal_lm, batch)
     assert torch.equal(loss, again)
     assert largest_error(our_gradients, expected) < 1e-6
 
@@ -262,17 +263,17 @@ def test_without_documents_it_generates_as_before(name: str) -> None:
 def test_the_right_mode_is_chosen(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    learner, note = selftest.choose(model)
-    assert learner.mode == ARCHITECTURES[name].mode
-    assert bool(note) == (learner.mode != "packed")
-    assert learner.model is model
-    assert (model.config._attn_implementation == attention.NAME) == (learner.mode == "packed")
+    causal_lm = selftest.choose(model)
+    assert causal_lm.mode == ARCHITECTURES[name].mode
+    assert bool(causal_lm.note) == (causal_lm.mode != "packed")
+    assert causal_lm.model is model
+    assert (model.config._attn_implementation == attention.NAME) == (causal_lm.mode == "packed")
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_the_fallback_has_a_reason() -> None:
-    _, note = selftest.choose(build("bloom"))
-    assert note == (
+    causal_lm = selftest.choose(build("bloom"))
+    assert causal_lm.note == (
         "bloom: attention does not go through transformers' AttentionInterface; documents run one at a time"
     )
 
@@ -289,8 +290,8 @@ def test_training_mode_is_left_as_it_was(training: bool) -> None:
 def test_dropout_does_not_disturb_the_choice() -> None:
     torch.manual_seed(0)
     config = gpt_like("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=64)()
-    learner, _ = selftest.choose(AutoModelForCausalLM.from_config(config).train())
-    assert learner.mode == "packed"
+    causal_lm = selftest.choose(AutoModelForCausalLM.from_config(config).train())
+    assert causal_lm.mode == "packed"
 
 
 class DropsDocuments(transformers.LlamaModel):
@@ -336,10 +337,10 @@ def test_a_body_that_breaks_packing_runs_alone(name: str, body: Callable[..., nn
     broken = body(model.config)
     broken.load_state_dict(model.base_model.state_dict())
     setattr(model, model.base_model_prefix, broken)
-    learner, note = selftest.choose(model.eval())
-    assert learner.mode == "alone"
-    assert note.startswith(reason)
-    assert note.endswith("; documents run one at a time")
+    causal_lm = selftest.choose(model.eval())
+    assert causal_lm.mode == "alone"
+    assert causal_lm.note.startswith(reason)
+    assert causal_lm.note.endswith("; documents run one at a time")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -352,11 +353,11 @@ def test_attention_that_ignores_documents_is_found(
     model = build("llama", dtype)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data *= loudness
-    layout = causal.layout
-    monkeypatch.setattr(causal, "layout", lambda documents, *x: layout((sum(documents),), *x))
-    learner, note = selftest.choose(model)
-    assert learner.mode == "alone"
-    assert "packed documents are not the same as alone" in note
+    layout = document_attention.document_order
+    monkeypatch.setattr(document_attention, "document_order", lambda documents, *x: layout((sum(documents),), *x))
+    causal_lm = selftest.choose(model)
+    assert causal_lm.mode == "alone"
+    assert "packed documents are not the same as alone" in causal_lm.note
 
 
 OTHERS = {
@@ -385,17 +386,17 @@ OTHERS = {
 def test_layers_that_our_attention_cannot_stand_in_for_run_alone(case: str) -> None:
     config, reason = OTHERS[case]
     torch.manual_seed(0)
-    learner, note = selftest.choose(AutoModelForCausalLM.from_config(config()).eval())
-    assert learner.mode == "alone"
-    assert note.startswith(reason)
+    causal_lm = selftest.choose(AutoModelForCausalLM.from_config(config()).eval())
+    assert causal_lm.mode == "alone"
+    assert causal_lm.note.startswith(reason)
 
 
 def test_a_body_that_cannot_be_found_leaves_all_to_the_model() -> None:
     """Llama 4's text model names a base model that it does not have (transformers 5.23)."""
     config = llama_like("Llama4Text", attention_chunk_size=4, intermediate_size_mlp=48, head_dim=8, **EXPERTS)()
-    learner, note = selftest.choose(AutoModelForCausalLM.from_config(config).eval())
-    assert learner.mode == "whole"
-    assert note.startswith("llama4_text: its body cannot be told from its head")
+    causal_lm = selftest.choose(AutoModelForCausalLM.from_config(config).eval())
+    assert causal_lm.mode == "whole"
+    assert causal_lm.note.startswith("llama4_text: its body cannot be told from its head")
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:

@@ -47,7 +47,7 @@ def room(request: pytest.FixtureRequest) -> Any:
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 rows, slices of 1, gradients of 5 rows of the weight at a time."""
     monkeypatch.setattr(nll, "LEAST_ROWS", 4)
-    monkeypatch.setattr(nll, "few_sizes", lambda rows: -(-rows // 4) * 4)
+    monkeypatch.setattr(nll, "round_up_rows", lambda rows: -(-rows // 4) * 4)
     monkeypatch.setattr(nll, "CPU_BLOCK", 1)
     monkeypatch.setattr(nll, "CPU_PIECE", 5)
     monkeypatch.setattr(nll, "NARROWED", 7)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import state_around
 from tiny_models import write_llama
 
 from deft import loader
@@ -18,8 +19,8 @@ from deft.model import load as models
 from deft.model import selftest
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
-from deft.training.state import TrainState
-from deft.training.step import take
+from deft.training.masters import Masters
+from deft.training.step import optimizer_step
 
 ROWS = [
     {"prompt": "What is the capital of France? " * times, "completion": " ".join(["Paris."] * answer)}
@@ -34,25 +35,25 @@ def update(folder: str, examples: list[Example], microbatch_tokens: int, normali
     noise a full-sized change.
     """
     model = models.load(models.inspect(folder), device="cpu", dtype=torch.float32)
-    learner, _ = selftest.choose(model)
-    state = TrainState(learner, AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-5))
+    causal_lm = selftest.choose(model)
+    state = state_around(causal_lm)
     planned = loader.make(
         examples, Batching(len(examples)), epochs=1, seed=0, microbatch_tokens=microbatch_tokens, normalize=normalize
     )
     work = planned.step(0)
     gradients: dict[str, torch.Tensor] = {}
-    state.optimizer.step = _recording(state.optimizer, gradients)  # type: ignore[method-assign]
-    numbers = take(state, work, nll, clip=None, factor=1.0)
+    state.optimizer.step = _recording(state.optimizer, state.masters, gradients)  # type: ignore[method-assign]
+    numbers = optimizer_step(state, work, nll.objective, clip=None, lr=1e-5)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return {"loss": numbers.loss, "gradients": gradients, "weights": weights, "batches": len(work.batches)}
+    return {"loss": numbers.loss, "gradients": gradients, "weights": weights, "batches": len(work.micro_batches)}
 
 
-def _recording(optimizer: AdamW, gradients: dict[str, torch.Tensor]) -> Any:
+def _recording(optimizer: AdamW, masters: Masters, gradients: dict[str, torch.Tensor]) -> Any:
     plain = AdamW.step
 
-    def step(factor: float, scale: torch.Tensor | None) -> None:
-        gradients.update({name: optimizer.gradient(name).clone() for name in optimizer.parameters})
-        plain(optimizer, factor, scale)
+    def step(lr: float, scale: torch.Tensor | None) -> None:
+        gradients.update({name: masters.gradient(name).clone() for name in masters.parameters})
+        plain(optimizer, lr, scale)
 
     return step
 
@@ -105,14 +106,16 @@ def test_a_real_model_on_real_rows(corpus: Path) -> None:
 def test_a_step_in_which_nothing_is_learnt_is_not_taken(tmp_path: Path) -> None:
     folder = str(write_llama(tmp_path / "model"))
     model = models.load(models.inspect(folder), device="cpu", dtype=torch.float32)
-    state = TrainState(selftest.choose(model)[0], AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-2))
+    state = state_around(selftest.choose(model), torch.float32)
     examples = [(part,) for part in encode(ROWS, folder, max_length=128)]
     planned = loader.make(examples, Batching(4), epochs=1, seed=0, microbatch_tokens=10**9)
-    assert take(state, planned.step(0), nll, clip=None, factor=1.0).are_finite  # moments that a next step would apply
+    assert optimizer_step(state, planned.step(0), nll.objective, clip=None, lr=1e-2).are_finite
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     work = planned.step(1)
-    empty = (replace(b, rows=b.rows[:0], targets=b.targets[:0], weights=b.weights[:0]) for b in work.batches)
-    numbers = take(state, replace(work, batches=tuple(empty), normalizer=0.0), nll, clip=None, factor=1.0)
+    empty = (replace(b, rows=b.rows[:0], targets=b.targets[:0], weights=b.weights[:0]) for b in work.micro_batches)
+    numbers = optimizer_step(
+        state, replace(work, micro_batches=tuple(empty), normalizer=0.0), nll.objective, clip=None, lr=1e-5
+    )
     assert not numbers.are_finite
     assert state.step == 1
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -21,6 +21,7 @@ from deft.checkpoint import Checkpoint
 from deft.errors import InputError
 from deft.logs import jsonl
 from deft.reading import Caller
+from deft.training import randomness
 
 ROWS = [
     {
@@ -121,7 +122,7 @@ def test_the_comparison_sees_what_is_not_restored(lost: str, folder: Path, monke
     train(folder, "whole")
     train(folder, "cut", stop=4)
     if lost == "random":
-        monkeypatch.setattr(run, "set_random_state", lambda state: None)
+        monkeypatch.setattr(randomness, "restore", lambda state: None)
     else:
         prefix = "exp_avg" if lost == "optimizer" else "weight"
         read = checkpoint._Stored.__getitem__

@@ -10,10 +10,10 @@ from architectures import (
     ARCHITECTURES,
     as_batch,
     build,
+    causal_lm_of,
     gradients,
     hugging_face,
     largest_error,
-    learner_of,
     random_documents,
 )
 from torch import Tensor, nn
@@ -22,18 +22,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deft.loss import nll
 from deft.model import selftest
-from deft.model.learner import Learner, Mode
-from deft.types import Batch
+from deft.model.causal_lm import CausalLM, Mode
+from deft.types import MicroBatch
 
 TOLERANCE = 1e-5
 
 
-def ours(learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    if learner.mode == "whole":
-        loss = nll.loss_from_logits(learner.logits(batch), batch.targets, batch.weights)
+def ours(causal_lm: CausalLM, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    if causal_lm.mode == "whole":
+        loss = nll.loss_from_logits(causal_lm.logits(batch), batch.targets, batch.weights)
     else:
-        loss = nll.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights)
-    return loss.detach(), gradients(learner.model, loss)
+        loss = nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
+    return loss.detach(), gradients(causal_lm.model, loss)
 
 
 # Each architecture in every mode that is sound for it.
@@ -50,7 +50,7 @@ PACKED = [name for name, mode in CASES if mode == "packed"]
 def test_loss_and_every_gradient_equal_hugging_faces(name: str, mode: Mode) -> None:
     documents = random_documents()
     theirs, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference)
-    loss, our_gradients = ours(learner_of(name, mode), as_batch(documents))
+    loss, our_gradients = ours(causal_lm_of(name, mode), as_batch(documents))
 
     assert their_gradients.keys() == dict(build(name).named_parameters()).keys()
     assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
@@ -61,7 +61,7 @@ def test_loss_and_every_gradient_equal_hugging_faces(name: str, mode: Mode) -> N
 def test_so_do_those_of_a_padded_batch(name: str) -> None:
     documents = random_documents(seed=1)
     theirs, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference, padded=True)
-    loss, our_gradients = ours(learner_of(name, ARCHITECTURES[name].mode), as_batch(documents))
+    loss, our_gradients = ours(causal_lm_of(name, ARCHITECTURES[name].mode), as_batch(documents))
     assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
     assert largest_error(our_gradients, their_gradients) <= TOLERANCE
 
@@ -71,7 +71,7 @@ def test_the_comparison_fails_for_attention_that_ignores_documents(name: str) ->
     documents = random_documents()
     _, their_gradients = hugging_face(build(name), documents, ARCHITECTURES[name].reference)
     batch = as_batch(documents)
-    _, leaking = ours(learner_of(name, "packed"), replace(batch, documents=(len(batch.tokens),)))
+    _, leaking = ours(causal_lm_of(name, "packed"), replace(batch, documents=(len(batch.tokens),)))
     assert largest_error(leaking, their_gradients) > 100 * TOLERANCE
 
 
@@ -92,21 +92,24 @@ def odd_model() -> PreTrainedModel:
 def test_a_head_that_is_not_understood_is_left_to_the_model() -> None:
     documents = random_documents()
     theirs, their_gradients = hugging_face(odd_model(), documents, "sdpa")
-    learner, note = selftest.choose(odd_model())
-    loss, our_gradients = ours(learner, as_batch(documents))
+    causal_lm = selftest.choose(odd_model())
+    loss, our_gradients = ours(causal_lm, as_batch(documents))
 
-    assert learner.mode == "whole"
-    assert note == "llama: its head scales or caps logits in a way of its own; its own forward computes whole logits"
+    assert causal_lm.mode == "whole"
+    assert (
+        causal_lm.note
+        == "llama: its head scales or caps logits in a way of its own; its own forward computes whole logits"
+    )
     assert float(loss) == pytest.approx(float(theirs), rel=TOLERANCE)
     assert largest_error(our_gradients, their_gradients) <= TOLERANCE
 
 
 def test_the_head_is_made_of_the_parameters_as_they_are_now() -> None:
-    learner = learner_of("llama_tied", "packed")
-    embedding = learner.model.get_input_embeddings()
-    assert learner.head.weight is embedding.weight
-    learner.model.set_input_embeddings(nn.Embedding.from_pretrained(embedding.weight.detach() * 2, freeze=False))
-    learner.model.tie_weights()
-    assert learner.head.weight is learner.model.get_input_embeddings().weight
-    assert learner.model.bfloat16() is learner.model
-    assert learner.head.weight.dtype == torch.bfloat16
+    causal_lm = causal_lm_of("llama_tied", "packed")
+    embedding = causal_lm.model.get_input_embeddings()
+    assert causal_lm.head.weight is embedding.weight
+    causal_lm.model.set_input_embeddings(nn.Embedding.from_pretrained(embedding.weight.detach() * 2, freeze=False))
+    causal_lm.model.tie_weights()
+    assert causal_lm.head.weight is causal_lm.model.get_input_embeddings().weight
+    assert causal_lm.model.bfloat16() is causal_lm.model
+    assert causal_lm.head.weight.dtype == torch.bfloat16

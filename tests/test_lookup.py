@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import as_batch, learner_of, random_documents
+from architectures import as_batch, causal_lm_of, random_documents
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deft.loss import nll
-from deft.model import faster, lookup
+from deft.model import fused_layers, lookup
 from deft.types import Head
 
 VOCABULARY, SIZE, PADDING = 11, 8, 4
@@ -61,8 +61,8 @@ def test_tokens_that_occur_often_are_summed_in_fp32() -> None:
 
 
 def test_a_tied_matrix_gets_one_gradient_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner, batch = learner_of("llama_tied", "packed"), as_batch(random_documents())
-    assert faster.install(learner.model)
+    causal_lm, batch = causal_lm_of("llama_tied", "packed"), as_batch(random_documents())
+    assert fused_layers.install(causal_lm.model)
     made: list[int] = []
     backward = lookup._Lookup.backward
 
@@ -71,28 +71,28 @@ def test_a_tied_matrix_gets_one_gradient_of_its_size(monkeypatch: pytest.MonkeyP
         return backward(ctx, grad, total)
 
     monkeypatch.setattr(lookup._Lookup, "backward", staticmethod(watched))
-    nll.loss(*learner.hidden_and_head(batch), batch.targets, batch.weights).backward()
-    gradient = learner.model.get_input_embeddings().weight.grad
+    nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights).backward()
+    gradient = causal_lm.model.get_input_embeddings().weight.grad
     assert made == [gradient.data_ptr()]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_the_head_is_the_models_own(name: str) -> None:
-    learner, batch = learner_of(name, "packed"), as_batch(random_documents())
-    assert faster.install(learner.model)
-    _, head = learner.hidden_and_head(batch)
+    causal_lm, batch = causal_lm_of(name, "packed"), as_batch(random_documents())
+    assert fused_layers.install(causal_lm.model)
+    _, head = causal_lm.hidden_and_head(batch)
     assert isinstance(head, Head)
-    assert torch.equal(head.weight, learner.head.weight)
-    assert (head.weight is learner.head.weight) == (name == "llama")
+    assert torch.equal(head.weight, causal_lm.head.weight)
+    assert (head.weight is causal_lm.head.weight) == (name == "llama")
 
 
 def test_who_listens_to_the_embedding_hears_it() -> None:
-    learner, batch, heard = learner_of("llama_tied", "packed"), as_batch(random_documents()), []
-    assert faster.install(learner.model)
-    embedding = learner.model.get_input_embeddings()
-    expected, _ = learner.hidden_and_head(batch)
+    causal_lm, batch, heard = causal_lm_of("llama_tied", "packed"), as_batch(random_documents()), []
+    assert fused_layers.install(causal_lm.model)
+    embedding = causal_lm.model.get_input_embeddings()
+    expected, _ = causal_lm.hidden_and_head(batch)
     embedding.register_forward_hook(lambda *x: heard.append(x[0]))
-    hidden, head = learner.hidden_and_head(batch)
+    hidden, head = causal_lm.hidden_and_head(batch)
     assert heard == [embedding]
     assert head.weight is embedding.weight
     assert torch.equal(hidden, expected)

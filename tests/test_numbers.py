@@ -81,8 +81,13 @@ class Spied:
         self.after: list[dict[str, Tensor]] = []
 
     def is_as_after_the_last_step(self) -> bool:
-        now, then = self.optimizer.state(), self.after[-1]
+        now, then = _state(self.optimizer), self.after[-1]
         return now.keys() == then.keys() and all(map(_is_same, now.values(), then.values()))
+
+
+def _state(optimizer: AdamW) -> dict[str, Tensor]:
+    """Everything that a step changes."""
+    return optimizer._masters.state() | optimizer.state()
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -92,10 +97,10 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spied:
     spied, plain = Spied(), AdamW.step
 
-    def step(optimizer: AdamW, factor: float, scale: Tensor | None = None) -> None:
-        plain(optimizer, factor, scale)
+    def step(optimizer: AdamW, lr: float, scale: Tensor | None = None) -> None:
+        plain(optimizer, lr, scale)
         spied.optimizer = optimizer
-        spied.after.append({name: tensor.clone() for name, tensor in optimizer.state().items()})
+        spied.after.append({name: tensor.clone() for name, tensor in _state(optimizer).items()})
 
     monkeypatch.setattr(AdamW, "step", step)
     return spied

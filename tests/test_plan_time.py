@@ -14,6 +14,7 @@ import pytest
 import torch
 from encoders import chat
 from rich.console import Console
+from states import state_around
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
 from transformers import AutoModelForCausalLM
@@ -22,13 +23,12 @@ from deft import check, config, loader, plan_time
 from deft.check import Checkup
 from deft.errors import MemoryShort
 from deft.loader import Loader
-from deft.loss import nll
+from deft.loss.nll import objective
 from deft.model import attention
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW
+from deft.model.causal_lm import CausalLM
 from deft.plan.order import Batching
 from deft.training.state import TrainState
-from deft.types import Batch, Encoded, Origin
+from deft.types import Encoded, MicroBatch, Origin
 
 
 def planned(lengths: list[int], budget: int, per_step: int) -> Loader:
@@ -45,7 +45,7 @@ def state(tmp_path: Path) -> TrainState:
     path = write_llama(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
     model.train()
-    return TrainState(Learner(model, "packed"), AdamW(model.named_parameters(), dtype=torch.float32, lr=1e-3))
+    return state_around(CausalLM(model, "packed"), weight_decay=0.1)
 
 
 class Clock:
@@ -60,8 +60,8 @@ class Clock:
         flop = SimpleNamespace(of=lambda model: lambda batch: float(len(batch.tokens)))
         monkeypatch.setattr(plan_time, "_Flop", flop)
 
-    def on_backward(self, state: TrainState, batch: Batch, loss: Any) -> None:
-        self.backward(state, batch, loss)
+    def on_backward(self, state: TrainState, batch: MicroBatch, objective: Any) -> None:
+        self.backward(state, batch, objective)
         self.sizes.append(len(batch.tokens))
         self.now += 2.0 + 0.01 * len(batch.tokens)
 
@@ -77,9 +77,9 @@ def test_all_steps_are_priced_by_those_that_were_run(
 ) -> None:
     monkeypatch.setattr(plan_time, "SECONDS", 25.0)
     plan, clock = planned([5, 12, 40, 33, 21, 8, 16, 27] * 3, budget, per_step), Clock(monkeypatch)
-    found = plan_time.measure(state, plan, nll, clip=1.0)
+    found = plan_time.measure(state, plan, objective, clip=1.0)
     works = [plan.step(step) for step in range(plan.steps)]
-    batches = [batch for work in works for batch in work.batches]
+    batches = [batch for work in works for batch in work.micro_batches]
     seconds = 2.0 * len(batches) + 0.01 * sum(len(batch.tokens) for batch in batches) + 0.5 * len(works)
     assert found.seconds == pytest.approx(seconds)
     assert found.tokens_per_second == pytest.approx(sum(work.tokens for work in works) / seconds)
@@ -94,18 +94,17 @@ def test_gradients_are_summed_as_in_the_steps_of_the_plan(state: TrainState, mon
         with monkeypatch.context() as patch:
             patch.setattr(plan_time, "SECONDS", 0.0)
             clock = Clock(patch)
-            plan_time.measure(state, planned([20] * 8, budget=20, per_step=per_step), nll, clip=1.0)
+            plan_time.measure(state, planned([20] * 8, budget=20, per_step=per_step), objective, clip=1.0)
             assert (len(clock.sizes), clock.updates) == (2 + 4, updates)
 
 
 def test_no_weight_changes(state: TrainState) -> None:
-    before = {name: weight.clone() for name, weight in state.learner.model.state_dict().items()}
-    state.optimizer.weight_decay = 0.1
-    found = plan_time.measure(state, planned([20, 30, 11] * 4, budget=64, per_step=6), nll, clip=None)
+    before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
+    found = plan_time.measure(state, planned([20, 30, 11] * 4, budget=64, per_step=6), objective, clip=None)
     assert 0.0 < found.seconds < math.inf
-    assert state.optimizer.steps > 1
-    assert all(torch.equal(weight, before[name]) for name, weight in state.learner.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in state.learner.model.parameters())
+    assert int(state.optimizer.state()["steps"]) > 1
+    assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
 
 
 def test_the_device_is_waited_for_before_the_clock_is_read(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,19 +112,19 @@ def test_the_device_is_waited_for_before_the_clock_is_read(state: TrainState, mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("waited"))
     clock = SimpleNamespace(perf_counter=lambda: happened.append("read") or 0.0)
     monkeypatch.setattr(plan_time, "time", clock)
-    on_gpu: Any = SimpleNamespace(learner=SimpleNamespace(device=torch.device("cuda")))
+    on_gpu: Any = SimpleNamespace(causal_lm=SimpleNamespace(device=torch.device("cuda")))
     plan_time._timed(on_gpu, lambda: happened.append("ran"))
     assert happened == ["waited", "read", "ran", "waited", "read"]
 
 
 def test_work_counts_the_layers_per_token_and_the_head_per_target(state: TrainState) -> None:
-    flop, model = plan_time._Flop.of(state.learner.model), state.learner.model
+    flop, model = plan_time._Flop.of(state.causal_lm.model), state.causal_lm.model
     embedding = model.get_input_embeddings().weight.numel()
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     total = sum(parameter.numel() for parameter in model.parameters())
     assert (flop.layers, flop.head) == (total - (1 if is_tied else 2) * embedding, embedding)
-    batch = planned([20, 30], budget=64, per_step=2).step(0).batches[0]
-    more = planned([20, 31], budget=64, per_step=2).step(0).batches[0]
+    batch = planned([20, 30], budget=64, per_step=2).step(0).micro_batches[0]
+    more = planned([20, 31], budget=64, per_step=2).step(0).micro_batches[0]
     assert flop(more) - flop(batch) == 6 * (flop.layers + flop.head) + 7 * flop.queries * (30**2 - 29**2)
 
 

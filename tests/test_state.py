@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from tiny_training import dropout_state, planned
 
-from deft.loss import nll
-from deft.training.state import random_state, set_random_state
-from deft.training.step import take
+from deft.loss.nll import objective
+from deft.training import randomness
+from deft.training.step import optimizer_step
 
 
 def test_every_generator_goes_on_where_it_was() -> None:
@@ -19,22 +19,22 @@ def test_every_generator_goes_on_where_it_was() -> None:
         return [random.random() for _ in range(3)], np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
 
     draw()
-    before = json.loads(json.dumps(random_state()))
+    before = randomness.from_json(json.loads(json.dumps(randomness.as_json(randomness.snapshot()))))
     drawn = draw()
     for one, other in zip(drawn, draw(), strict=True):
         assert one != other
-    set_random_state(before)
+    randomness.restore(before)
     assert draw() == drawn
 
 
 def test_buffers_are_restored_like_weights_and_moments() -> None:
     """As of a model that counts or averages while it is trained."""
     state, plan = dropout_state(), planned()
-    state.learner.model.register_buffer("seen", torch.tensor([1.0, 2.0]))
-    take(state, plan.step(0), nll, clip=1.0, factor=1.0)
+    state.causal_lm.model.register_buffer("seen", torch.tensor([1.0, 2.0]))
+    optimizer_step(state, plan.step(0), objective, clip=1.0, lr=1e-2)
     saved = state.tensors()
-    take(state, plan.step(1), nll, clip=1.0, factor=1.0)
-    state.learner.model.seen.mul_(3.0)
+    optimizer_step(state, plan.step(1), objective, clip=1.0, lr=1e-2)
+    state.causal_lm.model.seen.mul_(3.0)
     assert any(not torch.equal(each, saved["model"][name]) for name, each in state.tensors()["model"].items())
     state.restore(saved, 1)
     assert state.step == 1
@@ -42,4 +42,4 @@ def test_buffers_are_restored_like_weights_and_moments() -> None:
     for part, tensors in saved.items():
         assert now[part].keys() == tensors.keys()
         assert all(torch.equal(each, tensors[name]) for name, each in now[part].items()), part
-    assert state.learner.model.seen.tolist() == [1.0, 2.0]
+    assert state.causal_lm.model.seen.tolist() == [1.0, 2.0]

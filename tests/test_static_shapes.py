@@ -9,25 +9,24 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from states import state_around
 from torch._dynamo.utils import counters
 
 from deft import compiling
 from deft.loader import build
 from deft.loss import nll
-from deft.model import attention, faster, static
+from deft.model import attention, fused_layers, static
+from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.learner import Learner
-from deft.model.static import fill
-from deft.optim.adamw import AdamW
+from deft.model.static import pad
 from deft.training.state import TrainState
-from deft.training.step import nll_sum
-from deft.types import Batch
+from deft.types import MicroBatch
 
 LENGTHS = [[40, 25], [33, 20, 9], [60, 5], [30, 10, 20, 5], [1 + 12, 50], [9, 8, 7, 6, 5, 4], [50], [2, 2, 2]]
-ROOMS = (32, 64, 72)
+BUCKETS = (32, 64, 72)
 
 
-def micro_batches() -> list[Batch]:
+def micro_batches() -> list[MicroBatch]:
     draw = np.random.default_rng(0)
     return [
         build([(draw.integers(3, 130, length), (np.arange(length) > 0).astype(np.float32)) for length in lengths])
@@ -42,15 +41,17 @@ def model(name: str = "llama_tied") -> Any:
 
 
 def state_of(name: str = "llama_tied", checkpointing: Checkpointing = "none") -> TrainState:
-    learner = Learner(model(name), "packed", checkpointing=checkpointing)
-    return TrainState(learner, AdamW(learner.model.named_parameters(), dtype=torch.float32, lr=1e-3))
+    causal_lm = CausalLM(model(name), "packed", checkpointing=checkpointing)
+    return state_around(causal_lm, torch.float32)
 
 
-def gradients(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
-    learner.model.zero_grad()
-    total = nll_sum(learner, batch, nll)
+def gradients(causal_lm: CausalLM, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    causal_lm.model.zero_grad()
+    total = causal_lm(batch, nll.objective).nll_sum
     total.backward()
-    found = {name: weight.grad.clone() for name, weight in learner.model.named_parameters() if weight.grad is not None}
+    found = {
+        name: weight.grad.clone() for name, weight in causal_lm.model.named_parameters() if weight.grad is not None
+    }
     return {"loss": total.detach(), **found}
 
 
@@ -65,13 +66,13 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 def test_what_fills_up_changes_neither_sums_nor_gradients(has_blocks: bool) -> None:
     own = model()
     if has_blocks:
-        assert faster.install(own) == 2
-    learner = Learner(own, "packed")
+        assert fused_layers.install(own) == 2
+    causal_lm = CausalLM(own, "packed")
     for batch in micro_batches():
-        filled = fill(batch, 800)
+        filled = pad(batch, 800)
         assert len(filled.tokens) == sum(filled.documents) == 800
         assert filled.positions.tolist() == [place for length in filled.documents for place in range(length)]
-        assert_equal(gradients(learner, filled), gradients(learner, batch), 1e-6)
+        assert_equal(gradients(causal_lm, filled), gradients(causal_lm, batch), 1e-6)
 
 
 @pytest.fixture
@@ -93,28 +94,28 @@ def test_layers_are_compiled_before_the_first_step_and_never_again(
 @pytest.mark.parametrize("name", sorted(static.FAMILIES - {"gemma3_text"} | {"gemma3"} - {"llama"}))
 def test_layers_of_each_family_are_compiled_once(name: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_of(name)
-    assert state.learner.model.config.model_type in static.FAMILIES
+    assert state.causal_lm.model.config.model_type in static.FAMILIES
     check_compiled_once(state, compiler, monkeypatch)
 
 
 def check_compiled_once(state: TrainState, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches, said = micro_batches(), list[str]()
-    plain = state.learner
+    plain = state.causal_lm
     expected = [gradients(plain, batch) for batch in batches]
     plain.model.zero_grad()
-    compiling.compile_for(state, ROOMS, nll, said.append, compiler)
+    compiling.compile_for(state, BUCKETS, nll.objective, said.append, compiler)
     assert said[0].startswith("layers compiled for micro-batches of 32, 64, 72 tokens in ")
-    assert state.learner.compiled is not None
+    assert state.causal_lm.compiled is not None
     assert all(weight.grad is None for weight in plain.model.parameters())
     graphs, calls = counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"]
     assert graphs > 0
     eager = list[str]()
-    count_calls(state.learner.model, eager, monkeypatch)
+    count_calls(state.causal_lm.model, eager, monkeypatch)
     for batch, theirs in zip(batches, expected, strict=True):
-        assert_equal(gradients(state.learner, batch), theirs, 1e-5)
+        assert_equal(gradients(state.causal_lm, batch), theirs, 1e-5)
     assert (counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"]) == (graphs, calls)
     assert not eager, "a micro-batch went past the compiled layers"
-    assert not any("forward" in layer.__dict__ for layer in state.learner.compiled.forwards)
+    assert not any("forward" in layer.__dict__ for layer in state.causal_lm.compiled.forwards)
 
 
 def count_calls(model: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,69 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_training import dropout_state, planned
 
-from deft.loader import Work
-from deft.loss import nll
+from deft.loss.nll import NLL, objective
 from deft.training import badstep
-from deft.training.rehearse import rehearse
+from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
-from deft.training.step import take
+from deft.training.step import optimizer_step
+from deft.types import StepBatch, Tally
+
+LR = 1e-2
 
 
 class Stopped(BaseException):
     """What `poll` raises where a run is to end."""
 
 
-def interrupted(state: TrainState, work: Work) -> None:
+def interrupted(state: TrainState, step_batch: StepBatch) -> None:
     """After one of several micro-batches."""
-    polls = iter(range(len(work.batches)))
+    polls = iter(range(len(step_batch.micro_batches)))
 
     def poll() -> None:
         if next(polls) == 1:
             raise Stopped
 
     with pytest.raises(Stopped):
-        take(state, work, nll, clip=1.0, factor=1.0, poll=poll)
+        optimizer_step(state, step_batch, objective, clip=1.0, lr=LR, poll=poll)
 
 
-def not_finite(state: TrainState, work: Work) -> None:
+def not_finite(state: TrainState, step_batch: StepBatch) -> None:
     """The loss of the last micro-batch is not a number."""
-    left = iter(range(len(work.batches), 0, -1))
+    left = iter(range(len(step_batch.micro_batches), 0, -1))
 
-    def loss(*given: Any) -> torch.Tensor:
-        return nll.loss(*given) * (float("nan") if next(left) == 1 else 1.0)
+    class Spoiled(NLL):
+        def __call__(self, *given: Any) -> Tally:
+            tally = super().__call__(*given)
+            return Tally(tally.nll_sum * (float("nan") if next(left) == 1 else 1.0), tally.weight_sum)
 
-    numbers = take(state, work, SimpleNamespace(loss=loss), clip=1.0, factor=1.0)  # type: ignore[arg-type]
+    numbers = optimizer_step(state, step_batch, Spoiled(), clip=1.0, lr=LR)
     assert not numbers.are_finite
 
 
-def rehearsed(state: TrainState, work: Work) -> None:
-    rehearse(state, work.batches[0], nll)
+def tried(state: TrainState, step_batch: StepBatch) -> None:
+    dry_run_step(state, step_batch.micro_batches[0], objective)
 
 
-def examined(state: TrainState, work: Work) -> None:
-    badstep.examine(state.learner, work, nll)
+def examined(state: TrainState, step_batch: StepBatch) -> None:
+    badstep.examine(state.causal_lm, step_batch, objective)
 
 
-def steps_after(before: Callable[[TrainState, Work], None] | None) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """The numbers of two steps with dropout, and the optimizer's state after them."""
+def steps_after(before: Callable[[TrainState, StepBatch], None] | None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The numbers of two steps with dropout, and the masters and the optimizer's state after them."""
     state, plan = dropout_state(), planned()
     torch.manual_seed(7)
-    assert len(plan.step(0).batches) > 1
+    assert len(plan.step(0).micro_batches) > 1
     if before is not None:
         before(state, plan.step(0))
-    numbers = [take(state, plan.step(step), nll, clip=1.0, factor=1.0) for step in range(2)]
-    return numbers, state.optimizer.state()
+    numbers: list[Any] = [optimizer_step(state, plan.step(step), objective, clip=1.0, lr=LR) for step in range(2)]
+    return numbers, state.masters.state() | state.optimizer.state()
 
 
-@pytest.mark.parametrize("before", [interrupted, not_finite, rehearsed, examined])
-def test_what_is_undone_or_only_tried_leaves_no_trace(before: Callable[[TrainState, Work], None]) -> None:
+@pytest.mark.parametrize("before", [interrupted, not_finite, tried, examined])
+def test_what_is_undone_or_only_tried_leaves_no_trace(before: Callable[[TrainState, StepBatch], None]) -> None:
     """Neither a gradient nor a random number: the steps that follow have the same bits."""
     numbers, state = steps_after(before)
     expected, untouched = steps_after(None)
@@ -75,17 +78,17 @@ def test_what_is_undone_or_only_tried_leaves_no_trace(before: Callable[[TrainSta
 
 
 def test_the_comparison_sees_a_random_number() -> None:
-    drawn, _ = steps_after(lambda state, work: torch.rand(1))
+    drawn, _ = steps_after(lambda state, step_batch: torch.rand(1))
     assert drawn != steps_after(None)[0]
 
 
 def change(factor: float) -> torch.Tensor:
     """What a first step moves the weights by, all together."""
     state = dropout_state()
-    before = [each.detach().clone() for each in state.learner.model.parameters()]
+    before = [each.detach().clone() for each in state.causal_lm.model.parameters()]
     torch.manual_seed(7)
-    take(state, planned().step(0), nll, clip=None, factor=factor)
-    after = state.learner.model.parameters()
+    optimizer_step(state, planned().step(0), objective, clip=None, lr=factor * LR)
+    after = state.causal_lm.model.parameters()
     return torch.cat([(now - then).flatten() for now, then in zip(after, before, strict=True)]).detach()
 
 
@@ -97,9 +100,8 @@ def test_the_factor_multiplies_the_learning_rate() -> None:
 def moments(clip: float | None) -> tuple[float, torch.Tensor]:
     """The gradient's norm as it is told, and the first moments after a first step: a tenth of the gradient."""
     state = dropout_state()
-    state.optimizer.betas = (0.9, 0.95)
     torch.manual_seed(7)
-    numbers = take(state, planned().step(0), nll, clip=clip, factor=1.0)
+    numbers = optimizer_step(state, planned().step(0), objective, clip=clip, lr=LR)
     found = state.optimizer.state()
     return numbers.grad_norm, torch.cat([found[name].flatten() for name in found if name.startswith("exp_avg.")])
 

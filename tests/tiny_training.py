@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from states import state_around
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deft import loader
 from deft.encoding.rows import Example
 from deft.loader import Loader
 from deft.model import selftest
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW
+from deft.model.causal_lm import CausalLM
 from deft.plan.order import Batching
 from deft.training.state import TrainState
 from deft.types import Encoded, Origin
@@ -21,7 +21,7 @@ from deft.types import Encoded, Origin
 VOCABULARY = 64
 
 
-def dropout_learner() -> Learner:
+def dropout_model() -> CausalLM:
     """Two layers, hidden size 16, with dropout in the attention; in training mode; always the same weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -37,15 +37,14 @@ def dropout_learner() -> Learner:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    learner, _ = selftest.choose(model)
+    causal_lm = selftest.choose(model)
     model.train()
-    return learner
+    return causal_lm
 
 
 def dropout_state() -> TrainState:
-    """The learner, and an optimizer that has done nothing yet."""
-    learner = dropout_learner()
-    return TrainState(learner, AdamW(learner.model.named_parameters(), dtype=torch.float32, lr=1e-2))
+    """The model, and an optimizer that has done nothing yet."""
+    return state_around(dropout_model())
 
 
 def random_examples(lengths: tuple[int, ...]) -> list[Example]:

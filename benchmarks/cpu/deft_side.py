@@ -1,11 +1,11 @@
-"""deft's arm: `deft.train` on given rows, as anybody would call it.
+"""deft's arm: a run on given rows, as `deft train` starts it.
 
     python benchmarks/cpu/deft_side.py FOLDER PRECISION OUT [--gate]
 
 FOLDER as for `peer_side.py`, and `train.jsonl`: the same rows as words that the model's tokenizer turns into the same
 ids. OUT gets deft's run folder `run/`, whose metrics.jsonl has a line per optimizer step, and `memory.json`.
 
-With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the learner that a run would use;
+With --gate, instead, the loss and the gradients of all rows in one micro-batch, by the causal_lm that a run would use;
 and with PRECISION hf_fp64, hf_fp32 or hf_bf16 those of the plain Hugging Face model on padded rows.
 """
 
@@ -27,29 +27,32 @@ import torch
 from common.machine import peak_bytes
 from transformers import AutoModelForCausalLM
 
-from deft import api
+from deft import config
+from deft.reading import Caller
+from deft.run import train as run
 
 
 def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> None:
     baseline = peak_bytes()
-    api.train(
-        str(folder / "model"),
-        str(folder / "train.jsonl"),
-        output=str(out / "run"),
-        epochs=1,
-        steps=settings["steps"],
-        batch__examples=settings["examples_per_step"],
-        max_length=settings["max_length"],
-        optimizer__lr=settings["lr"],
-        optimizer__betas=settings["betas"],
-        optimizer__eps=settings["eps"],
-        optimizer__clip=settings["clip"],
-        schedule__name="constant",
-        schedule__warmup=0,
-        precision=precision,
-        device="cpu",
+    asked = {
+        "model": str(folder / "model"),
+        "data__train": str(folder / "train.jsonl"),
+        "output": str(out / "run"),
+        "epochs": 1,
+        "steps": settings["steps"],
+        "batch__examples": settings["examples_per_step"],
+        "max_length": settings["max_length"],
+        "optimizer__lr": settings["lr"],
+        "optimizer__betas": settings["betas"],
+        "optimizer__eps": settings["eps"],
+        "optimizer__clip": settings["clip"],
+        "schedule__name": "constant",
+        "schedule__warmup": 0,
+        "precision": precision,
+        "device": "cpu",
         **settings["deft"],
-    )
+    }
+    run(config.make(config.nested(asked)), Caller(owns_process=True))  # as the command line does
     # What a step needed, not the export that follows.
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     memory = {"baseline_bytes": baseline, "peak_bytes": max(step["peak_bytes"] for step in steps)}
@@ -62,7 +65,7 @@ def gate(folder: Path, precision: str, out: Path, rows: list[dict[str, list[int]
     name = precision.removeprefix("hf_")
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
-    mean = (plain_loss if precision.startswith("hf_") else learner_loss)(model.to(dtype), rows)
+    mean = (plain_loss if precision.startswith("hf_") else deft_loss)(model.to(dtype), rows)
     mean.backward()
     save_gate(out, model, float(mean))
 
@@ -78,7 +81,7 @@ def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels)
 
 
-def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
+def deft_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     import numpy as np
 
     from deft.loader import build
@@ -86,12 +89,12 @@ def learner_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     from deft.model import selftest
     from deft.training.step import mean_share
 
-    learner, note = selftest.choose(model)
-    if note:
-        raise RuntimeError(note)
+    causal_lm = selftest.choose(model)
+    if causal_lm.note:
+        raise RuntimeError(causal_lm.note)
     documents = [(np.array(row["input_ids"]), (np.array(row["labels"]) >= 0).astype(np.float32)) for row in rows]
     batch = build(documents)
-    return mean_share(learner, batch, len(batch.targets), nll)
+    return mean_share(causal_lm, batch, len(batch.targets), nll.objective)
 
 
 def main() -> None:

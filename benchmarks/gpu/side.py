@@ -59,27 +59,29 @@ def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]
     from deft.model import selftest
     from deft.optim.adamw import AdamW
     from deft.training.loop import train
+    from deft.training.masters import Masters
     from deft.training.state import TrainState
 
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
-    learner, note = selftest.choose(new_model(SHAPES[given.model], dtype, given.device).eval())
-    if note:
-        raise SystemExit(note)
-    optimizer = AdamW(learner.model.named_parameters(), dtype=dtype, lr=1e-5)
+    causal_lm = selftest.choose(new_model(SHAPES[given.model], dtype, given.device).eval())
+    if causal_lm.note:
+        raise SystemExit(causal_lm.note)
+    masters = Masters(causal_lm.model.named_parameters(), dtype)
+    optimizer = AdamW(masters)
     tries, first = [], None
     for tokens in given.tokens:
-        state, planned = TrainState(learner, optimizer), plan_of(rows, given.examples, tokens)
+        state, planned = TrainState(causal_lm, masters, optimizer), plan_of(rows, given.examples, tokens)
         found: dict[str, Any] = {"tokens": tokens, "steps": []}
         reset_peak(given.device)
         try:
             if DEFT_ARMS[given.arm]:
                 torch._dynamo.reset()
                 backend = "inductor" if given.device == "cuda" else "aot_eager"
-                compiling.compile_for(state, compiling.rooms(planned), nll, print, backend)
-                if state.learner.compiled is None:
+                compiling.compile_for(state, compiling.buckets(planned), nll.objective, print, backend)
+                if state.causal_lm.compiled is None:
                     raise SystemExit("layers are not compiled")
             began = time.perf_counter()
-            for record in train(state, planned, nll, clip=1.0, factor=lambda step: 1.0):
+            for record in train(state, planned, nll.objective, clip=1.0, lr=lambda step: 1e-5):
                 wait(given.device)
                 first, now = first or time.time() - given.began, time.perf_counter()
                 numbers = {name: getattr(record, name) for name in ("tokens", "target_tokens", "padded_tokens")}

@@ -11,6 +11,7 @@ from deft.errors import user_code
 from deft.reading import Caller
 from deft.run import Run
 from deft.run import train as run_config
+from deft.training import randomness
 
 if TYPE_CHECKING:
     from deft.evaluate import MetricFn
@@ -38,7 +39,8 @@ def train(
                   or {"prompt": ..., more}, or a file of them; `more` goes to `metric_fn` as lists
     metric_fn     (samples, prompts, outputs, **more) -> {name: [one number per sample]}
 
-    Raises DeftError for whatever a user can mend, UserCodeError where a function or an iterable of theirs raises.
+    Settings of the process, random generators among them, are afterwards as they were. Raises DeftError for whatever a
+    user can mend, UserCodeError where a function or an iterable of theirs raises.
     """
     if (data is None) == (samples is None):
         raise configuration.InputError("deft.train: give data or samples, one of the two")
@@ -53,7 +55,8 @@ def train(
     if stop_sequences:
         evaluation["stop_sequences"] = tuple(stop_sequences)
     values["evaluate"] = evaluation
-    return run_config(configuration.make(values), Caller(samples=_listed(samples, "samples"), metric_fn=metric_fn))
+    with randomness.preserved():
+        return run_config(configuration.make(values), Caller(samples=_listed(samples, "samples"), metric_fn=metric_fn))
 
 
 def _listed(values: Any, name: str) -> Any:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from deft import compiling, files, hardware, plan_time, prepare, reading
+from deft.build import build, pretrained, settle_process
 from deft.config import Config
 from deft.dataset import ledger
 from deft.dataset.build import Dataset
 from deft.dataset.data_warnings import Finding
 from deft.dataset.ledger import SourceLedger
+from deft.distributed.world import World
 from deft.forecast import Fit, Forecast, forecast
 from deft.loader import Loader
-from deft.model.outline import Outline, outline
+from deft.model.summary import ModelSummary, summarise
 from deft.plan import summary
 from deft.plan.summary import PlanSummary
 from deft.plan_time import PlanTime
 from deft.reading import Caller, Checked
-from deft.run import assemble
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
 
@@ -45,7 +48,7 @@ class Checkup:
     """
 
     ledgers: tuple[SourceLedger, ...]
-    model: Outline
+    model: ModelSummary
     plan: PlanSummary | None
     expected: Forecast | None
     findings: tuple[Finding, ...]
@@ -81,7 +84,7 @@ def run(
     fit = prepare.fitted(config, checked, data, plan, caller) if plan else None
     checkup = Checkup(
         ledgers=data.ledgers,
-        model=outline(checked.base),
+        model=summarise(checked.base),
         plan=_summary(fit.planned, data) if fit else None,
         expected=forecast(fit, checked.machine) if fit else None,
         findings=tuple(_findings(config, checked, data)),
@@ -102,16 +105,21 @@ def run(
 def _measured(config: Config, checked: Checked, fit: Fit, caller: Caller) -> PlanTime:
     """Loads the model as a run does and times micro-batches of the plan; MemoryShort where they do not fit."""
     caller.say(f"loading {config.model} to time a few micro-batches of it")
-    hardware.bound_kernel_caches(hardware.kept_kernels(0, fit.traced.parameters if fit.traced else 0))
     fix = "a smaller microbatch_tokens or max_length needs less memory"
     with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
-        state, note = assemble(config, checked.base, checked.machine)
-        if note:
-            caller.say(note)
-        state.learner = replace(state.learner, checkpointing=fit.checkpointing)
-        hardware.keep_freed_memory()
-        compiling.begin(state, fit.planned, checked.loss, caller.say)
-        return plan_time.measure(state, fit.planned, checked.loss, config.optimizer.clip)
+        state = build(config, partial(_model, checked, fit), checked.machine, World())
+        if state.causal_lm.note:
+            caller.say(state.causal_lm.note)
+        state.causal_lm.checkpointing = fit.checkpointing
+        compiling.begin(state, fit.planned, checked.objective, caller.say)
+        return plan_time.measure(state, fit.planned, checked.objective, config.optimizer.clip)
+
+
+def _model(checked: Checked, fit: Fit) -> PreTrainedModel:
+    """As the command line loads it for a run: the timing is that of the same process."""
+    model = pretrained(checked.base, checked.machine)
+    settle_process(model, fit.planned)
+    return model
 
 
 def _write(report: str | None, checkup: Checkup) -> None:
@@ -234,7 +242,7 @@ def _source_lines(source: SourceLedger) -> Iterator[str]:
     yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
 
 
-def _model_lines(config: Config, checked: Checked, model: Outline, expected: Forecast | None) -> Iterator[str]:
+def _model_lines(config: Config, checked: Checked, model: ModelSummary, expected: Forecast | None) -> Iterator[str]:
     base, machine = checked.base, checked.machine
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
     yield (

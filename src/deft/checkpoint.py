@@ -34,7 +34,7 @@ PARTS = {
 """Parts that every checkpoint has, and what is said of one that lacks it."""
 
 SHARD = 1 << 32
-"""Tensors of a part go to files of about so many bytes."""
+"""Tensors of a part go to files of about this many bytes."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 _DTYPES = {
@@ -67,7 +67,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the last ones, the best by held-out loss, and those of every so many steps."""
+    """Which checkpoints stay: the last ones, the best by held-out loss, and those of every n-th step."""
 
     last: int
     best: int = 0

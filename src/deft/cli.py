@@ -60,7 +60,7 @@ def train(arguments: Overrides = None) -> None:
             from deft.reading import Caller
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, began=BEGAN))
+        run(made, Caller(signals=handled, began=BEGAN, owns_process=True))
 
 
 @app.command()

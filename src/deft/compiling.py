@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 
 from torch.utils._triton import has_triton
 
@@ -17,64 +16,64 @@ from deft import hardware
 from deft.dataset import cache
 from deft.loader import Loader
 from deft.model import static
-from deft.model.learner import Learner
-from deft.training.rehearse import rehearse
+from deft.model.causal_lm import CausalLM
+from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
+from deft.types import Objective
 
 LEAST_WORK = 1e17
-"""FLOP of a run whose layers are worth compiling. Three rooms take about a minute, and a fifth of five minutes is won
+"""FLOP of a run whose layers are worth compiling. Three buckets take about a minute, and a fifth of five minutes is won
 at 350 TFLOP/s: published figures, not yet measured here."""
 
 
-def begin(state: TrainState, planned: Loader, loss: ModuleType, say: Callable[[str], None]) -> None:
-    """Compiles the learner's layers where that is sound and worth it; nothing is compiled after it.
+def begin(state: TrainState, planned: Loader, objective: Objective, say: Callable[[str], None]) -> None:
+    """Compiles the model's layers where that is sound and worth it; nothing is compiled after it.
 
     One micro-batch of each size is computed and thrown away. Where that fails, layers stay as they are, and `say` is
     told why. Memory that does not suffice is raised.
     """
-    if is_sound(state.learner) and _work(state, planned) >= LEAST_WORK:
-        compile_for(state, rooms(planned), loss, say)
+    if is_sound(state.causal_lm) and _work(state, planned) >= LEAST_WORK:
+        compile_for(state, buckets(planned), objective, say)
 
 
-def is_sound(learner: Learner) -> bool:
-    """Whether the layers of a learner can be compiled: selective checkpointing and dropout have ways of their own."""
-    model = learner.model
-    is_known = learner.mode == "packed" and model.config.model_type in static.FAMILIES
-    is_plain = learner.checkpointing != "selective" and not model.training
-    return learner.device.type == "cuda" and is_known and is_plain and has_triton()
+def is_sound(causal_lm: CausalLM) -> bool:
+    """Whether the layers of a model can be compiled: selective checkpointing and dropout have ways of their own."""
+    model = causal_lm.model
+    is_known = causal_lm.mode == "packed" and model.config.model_type in static.FAMILIES
+    is_plain = causal_lm.checkpointing != "selective" and not model.training
+    return causal_lm.device.type == "cuda" and is_known and is_plain and has_triton()
 
 
-def rooms(planned: Loader) -> tuple[int, ...]:
+def buckets(planned: Loader) -> tuple[int, ...]:
     """What micro-batches are filled up to. A document that is longer than all runs as it is."""
     sizes = [size for step in planned.spread_steps() for size in planned.sizes(step)]
-    return static.choose_rooms(sizes, largest=max(sizes))
+    return static.choose_buckets(sizes, largest=max(sizes))
 
 
 def compile_for(
     state: TrainState,
     sizes: tuple[int, ...],
-    loss: ModuleType,
+    objective: Objective,
     say: Callable[[str], None],
     backend: str | Callable[..., object] = "inductor",
 ) -> None:
-    """Gives the learner layers that are compiled for these rooms, or says why it has none."""
-    began, learner = time.perf_counter(), state.learner
-    _keep_kernels()
-    compiled = static.compiled(learner.model, sizes, backend)
+    """Gives the model layers that are compiled for these buckets, or says why it has none."""
+    began, causal_lm = time.perf_counter(), state.causal_lm
+    compiled = static.compiled(causal_lm.model, sizes, backend)
     try:
-        for room in sizes:
-            state.learner = replace(learner, compiled=replace(compiled, rooms=(room,)))
-            rehearse(state, static.smallest(), loss)
+        for size in sizes:
+            causal_lm.compiled = replace(compiled, buckets=(size,))
+            dry_run_step(state, static.smallest(), objective)
     except Exception as error:  # Whatever a compiler objects to, the run goes on without it.
-        state.learner = learner
+        causal_lm.compiled = None
         if hardware.is_out_of_memory(error):
             raise
         cause = getattr(error, "inner_exception", error)
         reason = str(cause).strip().partition("\n")[0]
         say(f"layers are not compiled, and steps take longer ({type(cause).__name__}: {reason})")
         return
-    state.learner = replace(learner, compiled=replace(compiled, is_warm=True))
-    texts = ", ".join(f"{room:,}" for room in sizes)
+    causal_lm.compiled = replace(compiled, is_warm=True)
+    texts = ", ".join(f"{size:,}" for size in sizes)
     say(f"layers compiled for micro-batches of {texts} tokens in {time.perf_counter() - began:.0f} s")
 
 
@@ -82,11 +81,14 @@ def _work(state: TrainState, planned: Loader) -> float:
     """FLOP of the whole run, about."""
     steps = planned.spread_steps()
     tokens = sum(size for step in steps for size in planned.sizes(step)) * planned.steps / max(1, len(steps))
-    return 6.0 * tokens * sum(parameter.numel() for parameter in state.learner.model.parameters())
+    return 6.0 * tokens * sum(parameter.numel() for parameter in state.causal_lm.model.parameters())
 
 
-def _keep_kernels() -> None:
-    """What is compiled is kept with deft's cache, unless the user keeps it elsewhere: torch's own place is in /tmp."""
+def keep_kernels() -> None:
+    """What is compiled is kept with deft's cache, unless the user keeps it elsewhere: torch's own place is in /tmp.
+
+    It holds for the whole process: for the command line alone.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that other runs are spared
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():  # torch sets it when it is imported

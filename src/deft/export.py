@@ -27,7 +27,7 @@ from deft.errors import DeftError, DiskError
 from deft.files import Staging
 from deft.generate import SAMPLING, evaluation_mode, own_stop_ids
 from deft.model.load import stop_ids as stop_ids_of
-from deft.model.towers import auto_class
+from deft.model.multimodal import auto_class
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""

@@ -14,7 +14,7 @@ from deft import (
 )
 from deft.encoding.rows import as_chat
 from deft.export import ExportError
-from deft.model import towers
+from deft.model import multimodal
 from deft.prepare import Prepared
 from deft.reading import Caller
 from deft.redact import redacted
@@ -26,7 +26,7 @@ EXPORT_ROWS = 3
 
 def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
     """The export, compared with what is in memory before it is called done, and the report."""
-    checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
+    checked, model, tokenizer = prepared.checked, state.causal_lm.model, prepared.checked.tokenizer.hf
     folder = checked.folder / "final"
     masters, stop_ids = _masters(prepared, state), _stop_ids(prepared)
     if not folder.exists():  # else an earlier start was stopped after it was put in place
@@ -39,8 +39,9 @@ def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
             chat_template=None,
             card=_card(prepared),
             weights=masters,
-            processor=towers.processor_files(checked.base.path),
+            processor=multimodal.processor_files(checked.base.path),
         )
+    state.world.wait()
     try:
         check = export.verify(
             folder,
@@ -64,7 +65,7 @@ def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
 def _masters(prepared: Prepared, state: TrainState) -> Mapping[str, torch.Tensor] | None:
     """The fp32 weights to export; None where the model's own already have the dtype that is saved."""
     is_saved_as_is = prepared.checked.base.dtype == prepared.checked.machine.dtype_name
-    return None if is_saved_as_is else state.optimizer.masters
+    return None if is_saved_as_is else state.masters
 
 
 def _stop_ids(prepared: Prepared) -> list[int]:

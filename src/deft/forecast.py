@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,14 +24,15 @@ from deft import hardware
 from deft.errors import MemoryShort
 from deft.hardware import Machine
 from deft.loader import Loader
-from deft.model import attention, faster, towers
+from deft.model import attention, fused_layers, multimodal
+from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.learner import Learner, Mode
 from deft.model.load import Base
 from deft.model.selftest import unpackable
 from deft.optim.adamw import AdamW
-from deft.training.step import nll_sum
-from deft.types import Batch
+from deft.training.masters import Masters
+from deft.training.state import TrainState
+from deft.types import MicroBatch, Objective
 
 PROCESS = 2**30
 """What Python, torch and the plan may take besides, where it is asked whether a run fits."""
@@ -40,11 +40,11 @@ HEAP = 1.06
 """On CPUs: resident memory per byte of live tensors. Freed pieces stay with the allocator."""
 BESIDE = {torch.float32: 48 * 2**20, torch.bfloat16: 192 * 2**20}
 """On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
-keep by shape (`hardware.bound_kernel_caches`) add up to 150 MiB on documents of many lengths, 30 on those of one."""
+keep by shape add up to 150 MiB on documents of many lengths, 30 on those of one."""
 LEAST_TOKENS = 1024
 """Below so many tokens matrix products slow down."""
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
-"""From fast to thrifty."""
+"""From least to most computed twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Fit:
     traced: Trace | None
 
 
-def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, *, is_auto: bool) -> Fit:
+def fit(planned: Loader, base: Base, objective: Objective, machine: Machine, *, is_auto: bool) -> Fit:
     """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
 
     Smaller micro-batches cost less than computing twice, until they are below LEAST_TOKENS. Decided by shapes and the
@@ -127,7 +127,7 @@ def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, *, is_a
     memory = hardware.memory_bytes(machine.device)
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
-        fit = Fit(plan, mode, _attempt(config, batch, loss, machine, is_alone, mode))
+        fit = Fit(plan, mode, _attempt(config, batch, objective, machine, is_alone, mode))
         if fit.traced is None:
             return fit
         if fit.traced.peak_bytes + PROCESS <= memory:
@@ -139,7 +139,7 @@ def fit(planned: Loader, base: Base, loss: ModuleType, machine: Machine, *, is_a
 
 
 def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
-    """From fast to thrifty. Only the last may cut micro-batches down to the longest document."""
+    """From least to most computed twice. Only the last may cut micro-batches down to the longest document."""
     for mode in CHECKPOINTING:
         for plan in _halved(planned, LEAST_TOKENS if mode != CHECKPOINTING[-1] else 1):
             yield plan, mode
@@ -162,7 +162,7 @@ def _too_large(traced: Trace, memory: int) -> str:
     )
 
 
-def largest(planned: Loader) -> tuple[Batch, bool]:
+def largest(planned: Loader) -> tuple[MicroBatch, bool]:
     """The micro-batch with the most tokens, and whether no step has another one, as far as `spread_steps` look."""
     best, most, is_alone = (0, 0), 0, True
     for step in planned.spread_steps():
@@ -171,23 +171,28 @@ def largest(planned: Loader) -> tuple[Batch, bool]:
         if max(sizes) > most:
             most, best = max(sizes), (step, sizes.index(max(sizes)))
     step, index = best
-    return planned.step(step).batches[index], is_alone
+    return planned.step(step).micro_batches[index], is_alone
 
 
 def _attempt(
-    config: PreTrainedConfig, batch: Batch, loss: ModuleType, machine: Machine, is_alone: bool, mode: Checkpointing
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    objective: Objective,
+    machine: Machine,
+    is_alone: bool,
+    mode: Checkpointing,
 ) -> Trace | None:
     """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
     try:
-        return trace(config, batch, loss, machine, is_alone, mode)
+        return trace(config, batch, objective, machine, is_alone, mode)
     except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
         return None
 
 
 def trace(
     config: PreTrainedConfig,
-    batch: Batch,
-    loss: ModuleType,
+    batch: MicroBatch,
+    objective: Objective,
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing = "none",
@@ -200,16 +205,17 @@ def trace(
     """
     layers = config.get_text_config().num_hidden_layers
     if layers <= 3 or not _are_alike(config):
-        return _trace(config, batch, loss, machine, is_alone, checkpointing)
+        return _trace(config, batch, objective, machine, is_alone, checkpointing)
     shallow = (_of_depth(config, depth) for depth in (1, 2))
-    one, two = (_trace(each, batch, loss, machine, is_alone, checkpointing) for each in shallow)
+    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing) for each in shallow)
     return _extended(one, two, layers)
 
 
 def _are_alike(config: PreTrainedConfig) -> bool:
     """Whether nothing in a configuration differs from layer to layer."""
     text = config.get_text_config()
-    return not towers.has_towers(config) and all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+    is_uniform = all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+    return is_uniform and not multimodal.is_multimodal(config)
 
 
 def _by_layer(text: PreTrainedConfig) -> dict[str, list[Any]]:
@@ -246,14 +252,14 @@ def _extended(one: Trace, two: Trace, layers: int) -> Trace:
 
 def _trace(
     config: PreTrainedConfig,
-    batch: Batch,
-    loss: ModuleType,
+    batch: MicroBatch,
+    objective: Objective,
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing,
 ) -> Trace:
     with torch.device("meta"):
-        model = towers.auto_class(config).from_config(
+        model = multimodal.auto_class(config).from_config(
             config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
         )
     device = machine.device
@@ -264,25 +270,26 @@ def _trace(
         model.to_empty(device=device)
         model.tie_weights()
         if mode == "packed":
-            faster.install(model)
+            fused_layers.install(model)
         for parameter in model.parameters():
             live.see(parameter)
-        towers.freeze_towers(model)
+        multimodal.freeze_all_but_text(model)
         model.train()
-        optimizer = AdamW(towers.trained_parameters(model), dtype=machine.dtype, lr=1.0)
+        masters = Masters(model.named_parameters(), machine.dtype)
+        causal_lm = CausalLM(model, mode, checkpointing=checkpointing)
+        state = TrainState(causal_lm, masters, AdamW(masters))
         state_bytes = live.alive
         if not is_alone:
-            for parameter in optimizer.parameters.values():
+            for parameter in masters.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.collect()
+            masters.collect()
         live.peak = live.alive
-        learner = Learner(model, mode, checkpointing=checkpointing)
-        total = nll_sum(learner, _on(batch, fakes, device), loss)
+        total = state.causal_lm(_on(batch, fakes, device), objective).nll_sum
         kept_bytes = live.alive
         total.backward()
         peak_bytes, end_bytes = live.peak, live.alive
     return Trace(
-        parameters=sum(parameter.numel() for parameter in optimizer.parameters.values()),
+        parameters=sum(parameter.numel() for parameter in masters.parameters.values()),
         state_bytes=state_bytes,
         peak_bytes=peak_bytes,
         kept_bytes=kept_bytes,
@@ -290,7 +297,7 @@ def _trace(
     )
 
 
-def _on(batch: Batch, fakes: FakeTensorMode, device: torch.device) -> Batch:
+def _on(batch: MicroBatch, fakes: FakeTensorMode, device: torch.device) -> MicroBatch:
     names = ("tokens", "positions", "rows", "targets", "weights")
     moved: dict[str, Any] = {name: fakes.from_tensor(getattr(batch, name)).to(device) for name in names}
     return replace(batch, **moved)

@@ -20,8 +20,8 @@ from deft.errors import InputError, MemoryShort, UserCodeError
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 """A micro-batch's tokens where nothing is said."""
 
-TRIED = 4096
-"""Sizes of products that are known to have been tried (`few_sizes`)."""
+LINEAR_PRODUCTS = 48
+"""Sizes of products in the linear layers and the head of one micro-batch, forward and backward, at most about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,59 +52,45 @@ def resolve(name: str, precision: str, microbatch_tokens: int | str) -> Machine:
     return Machine(chosen, dtype, microbatch_tokens)
 
 
-def kept_kernels(sizes: int, parameters: int) -> int:
-    """So many kernels of products are worth their memory: 256, and 64 of models of 256 M parameters or more; more where
-    a micro-batch has so many `sizes` that one layer's would be gone when the next one's turn comes.
+def round_up_rows(rows: int) -> int:
+    """The next number of rows that products are made with: a multiple of 16, above 1,024 of 64.
 
-    Each takes 0.6 to 0.8 MiB and 2 to 17 ms to make (Intel Xeon with AMX, torch 2.13). 28 steps of a 40 M model need
-    about 180, with `few_sizes`. Steps of a 0.5 B model take seconds, and where a kernel lies, a tensor of the head's
-    size has no room any more: after ten steps the process has 15.2 GiB with 256 kernels and 10.4 with 64, steps that
-    are the faster by 7 %.
+    On CPUs oneDNN makes and keeps one kernel for each size of product in bf16; rounding keeps the sizes few.
 
-    >>> kept_kernels(40, 40_000_000), kept_kernels(40, 500_000_000), kept_kernels(400, 500_000_000)
-    (256, 64, 600)
-    """
-    return max(256 if parameters < 2**28 else 64, sizes * 3 // 2)
-
-
-def bound_kernel_caches(kernels: int) -> None:
-    """On CPUs torch and oneDNN each keep the kernels of the last so many sizes of products, not of the last 1,024.
-
-    It says nothing to a process that has multiplied in bf16 before.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(kernels))
-
-
-def keeps_kernels(tensor: Tensor) -> bool:
-    """Whether each size of products of such tensors has a kernel that stays: on CPUs in 16 bits."""
-    return tensor.device.type == "cpu" and tensor.dtype.itemsize == 2
-
-
-def few_sizes(rows: int) -> int:
-    """So many rows or a few more, such that the products of all micro-batches are of few sizes.
-
-    Each new size costs 2.7 ms, and its kernel stays, in the midst of tensors that come and go: memory that is free
-    falls to pieces. Products that are tried out before a micro-batch have their kernels in one place. Without both, the
-    first eight steps of a 40 M model take 1.40 s on average, the last 14 of 28 take 1.21 s, and the process ends with
-    2,890 MiB; with both 1.33 s, 1.05 s and 1,560 MiB (Intel Xeon with AMX, torch 2.13; benchmarks/time_split.py 40m
-    --workload gsm8k --tokens 3100 --steps 28 --rate-once).
-
-    >>> few_sizes(0), few_sizes(30), few_sizes(1000), few_sizes(2500)
+    >>> round_up_rows(0), round_up_rows(30), round_up_rows(1000), round_up_rows(2500)
     (0, 32, 1008, 2560)
     """
     step = 16 if rows <= 1024 else 64
     return -(-rows // step) * step
 
 
-def keep_freed_memory() -> None:
-    """Memory of tensors that are gone stays with the process for those to come, where the C library is GNU's.
+def settle_process(parameters: int, products: int) -> None:
+    """Settings of the whole process, which stay after the run: for the command line alone.
 
-    It would give all of it back to the system after a step, and get it again page by page: a training step of a 40 M
-    model takes 2.27 s with this and 2.43 s without (two cores of an AMD EPYC, torch 2.13). Pieces of up to
-    1 GiB are kept, for gradients of large vocabularies: a step of 512 tokens of a 0.5 B model takes 4.6 s, with a limit
-    of 64 MiB 5.4 s, and no model tried takes more memory for it. To be called when the weights are loaded, which takes
-    large pieces for a moment.
+    To be called when the weights are loaded, which takes large pieces of memory for a moment, and before the first
+    product in bf16, which fixes the sizes of the caches.
+
+    parameters  of the model
+    products    how many sizes of matrix products the attention of one micro-batch has
+    """
+    _bound_kernel_caches(max(256 if parameters < 2**28 else 64, (LINEAR_PRODUCTS + products) * 3 // 2))
+    keep_freed_memory()
+
+
+def _bound_kernel_caches(kernels: int) -> None:
+    """On CPUs torch and oneDNN each keep this many kernels of bf16 products, one a size, unless the user sets it.
+
+    With fewer than a micro-batch uses, each layer makes them again. With many, the memory of a large model's process is
+    so fragmented that it grows by half.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(kernels))
+
+
+def keep_freed_memory() -> None:
+    """Freed memory of up to 1 GiB a piece stays with the process, where the C library is GNU's.
+
+    glibc would return it to the system after each step, and get it again page by page.
     """
     trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
     if sys.platform == "linux":
@@ -155,10 +141,10 @@ def describe(device: torch.device) -> str:
     return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {version('torch')}"
 
 
-def sent(tensor: Tensor, to: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor in host memory, on a device; on CUDA nobody waits for the copy, nor for what was queued before it."""
-    is_cuda = to.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
-    return tensor.pin_memory().to(to, non_blocking=True) if is_cuda else tensor.to(to)
+    is_cuda = device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
+    return tensor.pin_memory().to(device, non_blocking=True) if is_cuda else tensor.to(device)
 
 
 @contextmanager

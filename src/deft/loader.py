@@ -14,27 +14,9 @@ from deft.dataset.store import Examples
 from deft.encoding.rows import Example
 from deft.plan.order import Batching, Epoch, plan
 from deft.plan.packs import pack
-from deft.types import Batch, Encoded, Origin
+from deft.types import Encoded, MicroBatch, StepBatch
 
 Normalize = Literal["tokens", "examples"]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One optimizer step's work.
-
-    normalizer  Z of the loss: the sum of the weights of the whole step, or its number of examples
-    tokens      of all its documents, target_tokens those that are learnt
-    origins     of each micro-batch's documents, in their order
-    """
-
-    step: int
-    epoch: int
-    batches: tuple[Batch, ...]
-    normalizer: float
-    tokens: int
-    target_tokens: int
-    origins: tuple[tuple[Origin, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -52,15 +34,15 @@ class Loader:
         total = sum(epoch.steps for epoch in self.epochs)
         return total if self.limit is None else min(total, self.limit)
 
-    def work(self, start: int = 0) -> Generator[Work]:
+    def step_batches(self, start: int = 0) -> Generator[StepBatch]:
         """The steps from `start` on; a thread builds the next one while the caller computes."""
         if start >= self.steps:
             return
         with ThreadPoolExecutor(1, "loader") as ahead:
             following = ahead.submit(self.step, start)
             for step in range(start + 1, self.steps):
-                work, following = following.result(), ahead.submit(self.step, step)
-                yield work
+                step_batch, following = following.result(), ahead.submit(self.step, step)
+                yield step_batch
             yield following.result()
 
     def members(self, step: int) -> list[Example]:
@@ -92,20 +74,20 @@ class Loader:
         epoch, inner = self._locate(max(0, step - 1))
         return [np.array([step, epoch]), self.epochs[epoch].order, self.epochs[epoch].starts[: inner + 2]]
 
-    def step(self, step: int) -> Work:
+    def step(self, step: int) -> StepBatch:
         members = self.members(step)
         parts = [part for example in members for part in example]
         weights = [_scaled(part, example, self.normalize) for example in members for part in example]
         packs = pack([len(part.tokens) for part in parts], self.microbatch_tokens)
-        batches = tuple(build([(parts[i].tokens, weights[i]) for i in indices]) for indices in packs)
+        micro_batches = tuple(build([(parts[i].tokens, weights[i]) for i in indices]) for indices in packs)
         total = sum(float(w[1:].sum(dtype=np.float64)) for w in weights)
-        return Work(
+        return StepBatch(
             step=step,
             epoch=self._locate(step)[0],
-            batches=batches,
+            micro_batches=micro_batches,
             normalizer=total if self.normalize == "tokens" else float(len(members)),
             tokens=sum(len(part.tokens) for part in parts),
-            target_tokens=sum(len(batch.targets) for batch in batches),
+            target_tokens=sum(len(batch.targets) for batch in micro_batches),
             origins=tuple(tuple(parts[i].origin for i in indices) for indices in packs),
         )
 
@@ -143,7 +125,7 @@ def _lengths(examples: Sequence[Example], index: int) -> list[int]:
     return [len(part.tokens) for part in examples[index]]
 
 
-def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
     """Documents (tokens, weights) -> one micro-batch. The one place that shifts: position t predicts token t + 1.
 
     A document ends with the input that predicts its last target; what comes after is seen by nobody.
@@ -165,7 +147,7 @@ def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
         weights.append(learnt[1:][predicted])
         inputs.append(tokens[:length])
         offset += length
-    return Batch(
+    return MicroBatch(
         tokens=_tensor(inputs, np.int64),
         positions=_tensor([np.arange(len(document)) for document in inputs], np.int64),
         documents=tuple(len(document) for document in inputs),

@@ -1,4 +1,4 @@
-"""`loss.name` -> what computes it: a module of the folder `loss`, or a user's own function of the logits.
+"""`loss.name` -> the objective: that of a module in the folder `loss`, or a user's own function of the logits.
 
 Shape suffixes: K targets, H hidden size, V vocabulary.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,42 +14,46 @@ from torch.nn import functional
 
 from deft import loss, registry
 from deft.errors import InputError, user_code
-from deft.types import Head
+from deft.types import Head, Objective, Tally
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def load(name: str) -> Any:
-    """What computes the loss of that name. InputError for a name that is not there."""
+def load(name: str) -> Objective:
+    """The objective of that name. InputError for a name that is not there."""
     if registry.is_own(name):
-        return OwnLoss(name, registry.own(name, "loss.name"))
-    return registry.load(loss, name, "loss.name")
+        return OwnObjective(name, registry.own(name, "loss.name"))
+    found: Objective = registry.load(loss, name, "loss.name").objective
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class OwnLoss:
-    """A user's function (logits_KV, targets_K, weights_K) -> scalar, with the interface of the modules in `loss`.
+class OwnObjective:
+    """A user's function (logits_KV, targets_K, weights_K) -> scalar, as an objective.
 
     The scalar is a sum over the targets, linear in weights_K; means and normalizers are in the weights. logits_KV are
     final, in fp32 (fp64 where the model is), and whole: unlike deft's own loss, this one needs memory for all of them.
 
-    >>> own = OwnLoss("my:loss", lambda logits_KV, targets_K, weights_K: (weights_K * logits_KV.logsumexp(1)).sum())
-    >>> float(own.loss(torch.zeros(2, 3), Head(torch.ones(1, 3)), torch.tensor([0, 0]), torch.tensor([1.0, 0.5])))
-    0.0
+    >>> own = OwnObjective(
+    ...     "my:loss", lambda logits_KV, targets_K, weights_K: (weights_K * logits_KV.logsumexp(1)).sum()
+    ... )
+    >>> tally = own(torch.zeros(2, 3), Head(torch.ones(1, 3)), torch.tensor([0, 0]), torch.tensor([1.0, 0.5]))
+    >>> float(tally.nll_sum), float(tally.weight_sum)
+    (0.0, 1.5)
     """
 
     name: str
     function: Function
 
-    def loss(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+    def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
         """From hidden states, through the head."""
         bias = None if head.bias is None else head.bias.to(hidden_KH.dtype)
         logits_KV = head.scale * _wide(functional.linear(hidden_KH, head.weight.to(hidden_KH.dtype), bias))
         if head.softcap is not None:
             logits_KV = head.softcap * torch.tanh(logits_KV / head.softcap)
-        return self.loss_from_logits(logits_KV, targets_K, weights_K)
+        return self.from_logits(logits_KV, targets_K, weights_K)
 
-    def loss_from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+    def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
         """From final logits. InputError where the function gives no scalar, or one without a gradient."""
         with user_code(self.name):
             total = self.function(_wide(logits_KV), targets_K, weights_K)
@@ -59,7 +62,7 @@ class OwnLoss:
             raise InputError(f"loss.name: {self.name} gave {shape}; it must give the sum over all targets, a scalar")
         if logits_KV.requires_grad and not total.requires_grad:
             raise InputError(f"loss.name: {self.name} gave a number without a gradient; compute it from the logits")
-        return total
+        return Tally(total, weights_K.double().sum())
 
 
 def _wide(logits_KV: Tensor) -> Tensor:

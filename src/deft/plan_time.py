@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
-from types import ModuleType
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from deft.loader import Loader
-from deft.optim.adamw import clip_scale
+from deft.training.masters import clip_scale
 from deft.training.state import TrainState
 from deft.training.step import mean_share
-from deft.types import Batch
+from deft.types import MicroBatch, Objective
 
 SECONDS = 20.0
 LEAST, MOST = 4, 24
@@ -49,16 +48,16 @@ class PlanTime:
         return f"about {_duration(self.seconds)} for all steps, {speed:,.0f} tokens/s ({measured})"
 
 
-def measure(state: TrainState, planned: Loader, loss: ModuleType, clip: float | None) -> PlanTime:
+def measure(state: TrainState, planned: Loader, objective: Objective, clip: float | None) -> PlanTime:
     """Runs the plan's largest micro-batch, then typical ones, and prices all steps by them.
 
     Weights stay as they are, as updates are made at a learning rate of 0; moments do not, so the state must not be
     trained on. Runs out of memory where the plan does.
     """
-    steps, flop = planned.spread_steps(), _Flop.of(state.learner.model)
+    steps, flop = planned.spread_steps(), _Flop.of(state.causal_lm.model)
     micro_batches = sorted(_described(planned, steps, flop))
     per_step = max(1, round(len(micro_batches) / len(steps)))
-    run = partial(_run, state, loss=loss, clip=clip, per_step=per_step)
+    run = partial(_run, state, objective=objective, clip=clip, per_step=per_step)
     warm, _ = run([_built(planned, micro_batches[-1])] * 2)
     count = min(MOST, len(micro_batches), max(LEAST, int(SECONDS / warm[-1])))
     chosen = [part[len(part) // 2] for part in np.array_split(np.arange(len(micro_batches)), count)]
@@ -89,10 +88,10 @@ class _Flop:
         layers = sum(size for key, size in trained.items() if key not in weights)
         return cls(layers, [*weights.values()][-1], text.num_hidden_layers * text.hidden_size)
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: MicroBatch) -> float:
         """Forward and backward: products with weights, and causal attention.
 
-        >>> batch = Batch(torch.zeros(5), torch.zeros(5), (3, 2), torch.zeros(4), torch.zeros(4), torch.ones(4))
+        >>> batch = MicroBatch(torch.zeros(5), torch.zeros(5), (3, 2), torch.zeros(4), torch.zeros(4), torch.ones(4))
         >>> _Flop(100, 10, 8)(batch) == 6 * (5 * 100 + 4 * 10) + 7 * 8 * (9 + 4)
         True
         """
@@ -101,7 +100,7 @@ class _Flop:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class _MicroBatch:
+class _Priced:
     """One of the plan, by its work, and where it is. tokens are those of all its documents."""
 
     flop: float
@@ -110,42 +109,42 @@ class _MicroBatch:
     index: int
 
 
-def _described(planned: Loader, steps: Sequence[int], flop: _Flop) -> Iterator[_MicroBatch]:
+def _described(planned: Loader, steps: Sequence[int], flop: _Flop) -> Iterator[_Priced]:
     for step in steps:
-        for index, batch in enumerate(planned.step(step).batches):
-            yield _MicroBatch(flop(batch), len(batch.tokens) + len(batch.documents), step, index)
+        for index, batch in enumerate(planned.step(step).micro_batches):
+            yield _Priced(flop(batch), len(batch.tokens) + len(batch.documents), step, index)
 
 
-def _built(planned: Loader, micro_batch: _MicroBatch) -> Batch:
-    return planned.step(micro_batch.step).batches[micro_batch.index]
+def _built(planned: Loader, micro_batch: _Priced) -> MicroBatch:
+    return planned.step(micro_batch.step).micro_batches[micro_batch.index]
 
 
 def _run(
-    state: TrainState, batches: Sequence[Batch], *, loss: ModuleType, clip: float | None, per_step: int
+    state: TrainState, batches: Sequence[MicroBatch], *, objective: Objective, clip: float | None, per_step: int
 ) -> tuple[list[float], list[float]]:
     """The seconds of each micro-batch, and of the update after each `per_step` of them."""
     seconds, updates = [], []
     for start in range(0, len(batches), per_step):
         step = batches[start : start + per_step]
-        seconds += [_timed(state, partial(_backward, state, batch, loss)) for batch in step]
+        seconds += [_timed(state, partial(_backward, state, batch, objective)) for batch in step]
         updates.append(_timed(state, partial(_update, state, clip)))
     return seconds, updates
 
 
-def _backward(state: TrainState, batch: Batch, loss: ModuleType) -> None:
-    state.optimizer.collect()
-    mean_share(state.learner, batch, float(len(batch.targets)), loss).backward()
+def _backward(state: TrainState, batch: MicroBatch, objective: Objective) -> None:
+    state.masters.collect()
+    mean_share(state.causal_lm, batch, float(len(batch.targets)), objective).backward()
 
 
 def _update(state: TrainState, clip: float | None) -> None:
-    state.optimizer.step(0.0, clip_scale(state.optimizer.norm(), clip))
+    state.optimizer.step(0.0, clip_scale(state.masters.squared_norm().sqrt(), clip))
 
 
 def _timed(state: TrainState, run: Callable[[], None]) -> float:
-    _synchronize(state.learner.device)
+    _synchronize(state.causal_lm.device)
     began = time.perf_counter()
     run()
-    _synchronize(state.learner.device)
+    _synchronize(state.causal_lm.device)
     return time.perf_counter() - began
 
 

@@ -13,7 +13,6 @@ import torch
 from deft import (
     fits,
     forecast,
-    hardware,
     loader,
     manifest,
     reading,
@@ -37,7 +36,7 @@ from deft.resume import Inputs, Rows
 from deft.types import Fate
 
 SOON_ENCODED = 20_000
-"""So many rows are encoded before those that cannot be read stop the run."""
+"""This many rows are encoded before those that cannot be read stop the run."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Prepared:
 
     config     resolved
     expected   None where the architecture has to be seen running
-    kernels    of matrix products that are kept on CPUs
     batchings  what cuts steps, and from which step on
     found      the checkpoint that the run goes on from
     """
@@ -58,7 +56,6 @@ class Prepared:
     loader: Loader
     checkpointing: Checkpointing
     expected: Forecast | None
-    kernels: int
     rows: Rows
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
@@ -92,7 +89,6 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         loader=fit.planned,
         checkpointing=fit.checkpointing,
         expected=expected,
-        kernels=hardware.kept_kernels(0, fit.traced.parameters if fit.traced else 0),
         rows=Rows.of(data.train),
         inputs=_inputs(resolved, checked, data),
         batchings=batchings,
@@ -207,7 +203,7 @@ def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, cal
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
     """
     is_auto = config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, checked.base, checked.loss, checked.machine, is_auto=is_auto)
+    make = partial(forecast.fit, planned, checked.base, checked.objective, checked.machine, is_auto=is_auto)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make()
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")

@@ -42,14 +42,16 @@ from deft.render.chat import Rules
 from deft.render.choose import Chosen, choose
 from deft.signals import Signals
 from deft.tokenizer import Tokenizer
+from deft.types import Objective
 
 
 @dataclass(frozen=True)
 class Caller:
     """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
 
-    signals  nothing ends the run unless the caller handles signals
-    began    time.perf_counter() when the run was asked for
+    signals       nothing ends the run unless the caller handles signals
+    began         time.perf_counter() when the run was asked for
+    owns_process  whether the run may change settings of the whole process that stay after it
     """
 
     samples: Sequence[Any] | None = None
@@ -57,6 +59,7 @@ class Caller:
     console: Console = field(default_factory=display.of_run)
     signals: Signals = field(default_factory=Signals)
     began: float = field(default_factory=time.perf_counter)
+    owns_process: bool = False
 
     def say(self, text: str) -> None:
         self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
@@ -83,7 +86,7 @@ class Checked(Reading):
     """What is known once nothing in the input is wrong."""
 
     base: Base
-    loss: Any
+    objective: Objective
     machine: Machine
     prompts: tuple[Prompt, ...]
     folder: Path
@@ -91,7 +94,7 @@ class Checked(Reading):
 
 def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), loss, _, machine, asked, _, folder, *rows = preflight.collect(
+    (base, tokenizer), objective, _, machine, asked, _, folder, *rows = preflight.collect(
         [
             lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
             lambda: losses.load(config.loss.name),
@@ -105,7 +108,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
     )
     reading = _reading(config, base, tokenizer, *rows)
     asked = tuple(_as_user(prompt) for prompt in asked) if reading.is_chat else asked
-    return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=asked, folder=folder)
+    return Checked(**vars(reading), base=base, objective=objective, machine=machine, prompts=asked, folder=folder)
 
 
 def read(config: Config, caller: Caller) -> Reading:

@@ -8,12 +8,13 @@ from rich.console import Console
 
 from deft import config as configuration
 from deft import hardware, losses
+from deft.build import build, pretrained
+from deft.distributed.world import World
 from deft.errors import InputError, NumbersError
-from deft.loader import Work
 from deft.model import load as models
-from deft.run import assemble
 from deft.training import badstep, randomness
-from deft.training.badstep import Diagnosis, Part
+from deft.training.badstep import Diagnosis, PartNumbers
+from deft.types import StepBatch
 
 
 def run(path: str, console: Console | None = None) -> None:
@@ -22,22 +23,25 @@ def run(path: str, console: Console | None = None) -> None:
     if not (folder / "step.json").is_file():
         raise InputError(f"{folder}: not a bad step; name a folder RUN/bad-step-N that deft train has written")
     config = configuration.load(str(folder.parent / "config.yaml"))
-    work, random_states = badstep.read(folder)
+    step_batch, random = badstep.read(folder)
     machine = hardware.resolve(config.device, config.precision, config.microbatch_tokens)
-    state, _ = assemble(config, models.inspect(config.model), machine)
-    badstep.put_weights(folder, state.learner.model)
-    randomness.restore(random_states, machine.device)
-    diagnosis = badstep.examine(state.learner, work, losses.load(config.loss.name))
-    for line in described(work, diagnosis):
+    state = build(config, lambda: pretrained(models.inspect(config.model), machine), machine, World())
+    badstep.put_weights(folder, state.causal_lm.model)
+    randomness.restore(random)
+    objective = losses.load(config.loss.name)
+    diagnosis = badstep.examine(state.causal_lm, step_batch, objective)
+    for line in described(step_batch, diagnosis):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if not diagnosis.is_finite:
-        raise NumbersError(f"step {work.step + 1} is not finite again: {badstep.named(diagnosis.rows(work))}")
+        rows = badstep.named(diagnosis.rows(step_batch))
+        raise NumbersError(f"step {step_batch.step + 1} is not finite again: {rows}")
 
 
-def described(work: Work, diagnosis: Diagnosis) -> list[str]:
+def described(step_batch: StepBatch, diagnosis: Diagnosis) -> list[str]:
     """A diagnosis for people."""
-    count, rows = len(work.batches), sum(map(len, work.origins))
-    lines = [f"step {work.step + 1}: {count} micro-batches, {rows} documents, normalizer {work.normalizer:g}"]
+    count, rows = len(step_batch.micro_batches), sum(map(len, step_batch.origins))
+    about = f"{count} micro-batches, {rows} documents, normalizer {step_batch.normalizer:g}"
+    lines = [f"step {step_batch.step + 1}: {about}"]
     for index in range(count):
         parts = [part for part in diagnosis.parts if part.microbatch == index]
         lines += [_line(part, count) for part in parts]
@@ -49,7 +53,7 @@ def described(work: Work, diagnosis: Diagnosis) -> list[str]:
     return lines if not diagnosis.is_finite else [*lines, "every number is finite here"]
 
 
-def _line(part: Part, microbatches: int) -> str:
+def _line(part: PartNumbers, microbatches: int) -> str:
     numbers = f"loss {part.loss:.4f}, gradient norm {part.grad_norm:.4f}"
     return (
         f"    {part.row}: {numbers}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deft import (
     checkpoint,
@@ -22,35 +22,31 @@ from deft import (
     hardware,
     lock,
     manifest,
-    optim,
     preflight,
-    registry,
     resume,
 )
 from deft import config as configuration
+from deft.build import build, pretrained, settle_process
 from deft.checkpoint import Checkpoint, Found, Keep
 from deft.config import Config
+from deft.distributed.world import World
 from deft.errors import DiskError, InputError, NumbersError
 from deft.finish import finish
-from deft.hardware import Machine
 from deft.logs import console as display
 from deft.logs import jsonl
 from deft.logs.jsonl import Logs
-from deft.model import load as models
-from deft.model import selftest, towers
-from deft.model.load import Base
-from deft.model.outline import outline
+from deft.model.summary import summarise
 from deft.prepare import Prepared, prepare
 from deft.reading import Caller
 from deft.redact import redacted
 from deft.saving import Saver
-from deft.schedule import factor
+from deft.schedule import lr_multiplier
 from deft.signals import Preempted
-from deft.training import badstep
+from deft.training import badstep, randomness
+from deft.training.dry_run import dry_run_step
 from deft.training.heldout import held_out_loss
 from deft.training.loop import train as train_steps
-from deft.training.rehearse import rehearse
-from deft.training.state import TrainState, random_state, set_random_state
+from deft.training.state import TrainState
 from deft.types import StepRecord
 
 SHOWN_SAMPLES = 3
@@ -83,7 +79,8 @@ class Run:
 def train(config: Config, caller: Caller | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     caller = caller or Caller()
-    folder = preflight.run_folder(config.output)
+    world = World()
+    folder = world.from_first(lambda: preflight.run_folder(config.output))
     with lock.held(folder) as note:
         if note:
             caller.say(note)
@@ -91,23 +88,21 @@ def train(config: Config, caller: Caller | None = None) -> Run:
         if (earlier := _finished(config)) is not None:
             caller.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
             return earlier
-        return _run(config, caller, _checkpoint_of(config, caller))
+        return _run(config, caller, world, _checkpoint_of(config, caller))
 
 
-def _run(config: Config, caller: Caller, found: Found | None) -> Run:
+def _run(config: Config, caller: Caller, world: World, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
         prepared = prepare(_settled(config, found), caller, found)
-        hardware.bound_kernel_caches(prepared.kernels)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
-            state = _load(prepared, caller)
+            state = _load(prepared, caller, world)
             loading = time.perf_counter() - loading
-        hardware.keep_freed_memory()
         with hardware.within_memory(partial(_too_long, prepared, state)):
-            compiling.begin(state, prepared.loader, prepared.checked.loss, caller.say)
+            compiling.begin(state, prepared.loader, prepared.checked.objective, caller.say)
             if prepared.expected is None or not prepared.expected.is_safe:
-                rehearse(state, forecast.largest(prepared.loader)[0], prepared.checked.loss)
+                dry_run_step(state, forecast.largest(prepared.loader)[0], prepared.checked.objective)
         earlier = _write_beginnings(prepared, caller)
         with caller.signals.deferred():
             with hardware.within_memory(partial(_too_long, prepared, state)):
@@ -119,7 +114,7 @@ def _run(config: Config, caller: Caller, found: Found | None) -> Run:
         raise Preempted(stop.number, stop.saved or saved) from None
     if unsaved:
         raise DiskError(f"{unsaved}; the run is finished, {prepared.checked.folder / 'final'} is whole") from unsaved
-    return Run(prepared.checked.folder, tuple(metrics), (state.learner.model, prepared.checked.tokenizer.hf))
+    return Run(prepared.checked.folder, tuple(metrics), (state.causal_lm.model, prepared.checked.tokenizer.hf))
 
 
 def _finished(config: Config) -> Run | None:
@@ -187,30 +182,13 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     return [*earlier]
 
 
-def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, str]:
-    """The model with its fp32 masters, and the learner that the self-test chose with its note for the user."""
-    torch.manual_seed(config.seed)
-    model = models.load(base, device=machine.device, dtype=_loaded_dtype(base, machine))
-    learner, note = selftest.choose(model)
-    optimizer = registry.load(optim, config.optimizer.name, "optimizer.name").make(
-        towers.trained_parameters(model),
-        dtype=machine.dtype,
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    model.train(config.dropout == "config")
-    return TrainState(learner, optimizer), note
-
-
-def _load(prepared: Prepared, caller: Caller) -> TrainState:
+def _load(prepared: Prepared, caller: Caller, world: World) -> TrainState:
     checked = prepared.checked
-    state, note = assemble(prepared.config, checked.base, checked.machine)
-    state.learner = replace(state.learner, checkpointing=prepared.checkpointing)
-    if note:
-        caller.say(note)
-    parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())
+    state = build(prepared.config, partial(_model, prepared, caller), checked.machine, world)
+    state.causal_lm.checkpointing = prepared.checkpointing
+    if state.causal_lm.note:
+        caller.say(state.causal_lm.note)
+    parameters = sum(parameter.numel() for parameter in state.masters.parameters.values())
     dtype = checked.machine.dtype_name
     caller.say(
         f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
@@ -220,13 +198,20 @@ def _load(prepared: Prepared, caller: Caller) -> TrainState:
         stored = prepared.found.checkpoint
         state.restore(stored.tensors, stored.step)
         state.skipped = stored.values["cursor"]["skipped"]
-        set_random_state(stored.values["random-00000"])
+        randomness.restore(randomness.from_json(stored.values["random-00000"]))
     return state
+
+
+def _model(prepared: Prepared, caller: Caller) -> PreTrainedModel:
+    model = pretrained(prepared.checked.base, prepared.checked.machine)
+    if caller.owns_process:
+        settle_process(model, prepared.loader)
+    return model
 
 
 def _too_large(prepared: Prepared) -> str:
     base, dtype = prepared.checked.base, prepared.checked.machine.dtype
-    need = outline(base).state_bytes(dtype) / 2**30
+    need = summarise(base).state_bytes(dtype) / 2**30
     return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; take a smaller model"
 
 
@@ -239,12 +224,6 @@ def _too_long(prepared: Prepared, state: TrainState) -> str:
     else:
         fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
     return f"step {state.step + 1} with micro-batches of {tokens} tokens; {fix}"
-
-
-def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
-    """bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing."""
-    is_half = base.dtype == machine.dtype_name == "bfloat16"
-    return torch.bfloat16 if is_half else torch.float32
 
 
 def _train(
@@ -263,11 +242,12 @@ def _train(
     logs = Logs.of(folder)
     keep = Keep(config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every)
     saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, caller.say, newest=state.step)
+    schedule = config.schedule
     multiplier = partial(
-        factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
+        lr_multiplier, schedule.name, total=planned.steps, warmup=schedule.warmup, decay=schedule.decay
     )
     lines = list(earlier)
-    pending = None if _is_evaluated(prepared) else random_state()
+    pending = None if _is_evaluated(prepared) else randomness.snapshot()
     with saver, display.steps(caller.console, planned.steps) as shown:
         try:
             if pending is not None:
@@ -277,16 +257,17 @@ def _train(
             for record in train_steps(
                 state,
                 planned,
-                prepared.checked.loss,
+                prepared.checked.objective,
                 clip=config.optimizer.clip,
-                factor=multiplier,
+                lr=lambda step: config.optimizer.lr * multiplier(step),
                 poll=caller.signals.check,
+                wants_to_stop=lambda: caller.signals.arrived is not None,
             ):
                 if not record.is_finite:
                     _skip_or_stop(prepared, state, record, caller)
                 is_due, loss = saver.is_due(record.step, planned.steps), None
                 if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
-                    pending = random_state()
+                    pending = randomness.snapshot()
                 logs.metrics.write(asdict(record))
                 lines.append(asdict(record))
                 shown.show(record)
@@ -302,7 +283,7 @@ def _train(
                 caller.signals.check()
         except BaseException as error:
             if pending is not None:  # the next start evaluates
-                set_random_state(pending)
+                randomness.restore(pending)
             unsaved = _save(prepared, state, saver, logs, is_evaluated=pending is None)
             if isinstance(error, Preempted):
                 raise unsaved or Preempted(error.number, saver.newest or None) from None
@@ -345,7 +326,7 @@ def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss:
     values = {
         "cursor": cursor,
         "schedule": {**config.schedule.model_dump(), "step": state.step, "total": prepared.loader.steps},
-        "random-00000": random_state(),
+        "random-00000": randomness.as_json(randomness.snapshot()),
         "inputs": asdict(prepared.inputs_until(state.step)),
     }
     return Checkpoint(state.step, {**state.tensors(), "rows": columns}, values, loss)
@@ -353,12 +334,12 @@ def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss:
 
 def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, caller: Caller) -> None:
     """Goes past a step whose numbers are not finite, or raises NumbersError; either way the step can be replayed."""
-    most, work = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
+    most, step_batch = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
     folder = prepared.checked.folder / f"bad-step-{record.step}"
-    diagnosis = badstep.examine(state.learner, work, prepared.checked.loss)
-    badstep.write(folder, state, work, diagnosis)
+    diagnosis = badstep.examine(state.causal_lm, step_batch, prepared.checked.objective)
+    badstep.write(folder, state, step_batch, diagnosis)
     what = "gradient" if math.isfinite(record.loss) else "loss"
-    rows = badstep.named(diagnosis.rows(work))
+    rows = badstep.named(diagnosis.rows(step_batch))
     told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {folder}"
     if state.skipped >= most:
         fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
@@ -368,7 +349,7 @@ def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, cal
 
 
 def _is_due(config: Config, record: StepRecord, total: int) -> bool:
-    """Evaluation comes every so many steps and after the last one."""
+    """Evaluation comes every `evaluate.every` steps and after the last one."""
     every = config.evaluate.every
     return record.step == total or (every is not None and record.step % every == 0)
 
@@ -379,10 +360,10 @@ def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller)
     found: dict[str, Any] = {}
     if prepared.data.held_out:
         tokens = checked.machine.microbatch_tokens
-        found["loss"] = held_out_loss(state.learner, prepared.data.held_out, checked.loss, tokens)
+        found["loss"] = held_out_loss(state.causal_lm, prepared.data.held_out, checked.objective, tokens)
         found["perplexity"] = math.exp(min(found["loss"], 700))
     samples = evaluate.sample(
-        state.learner.model,
+        state.causal_lm.model,
         checked.tokenizer,
         checked.prompts,
         evaluation.generate,

@@ -14,7 +14,7 @@ from deft.errors import DiskError, InputError
 
 @dataclass
 class Saver:
-    """Saves every so many steps. A save that fails is told, and tried again half an interval later.
+    """Saves every `every` steps. A save that fails is told, and tried again half an interval later.
 
     folder  that of the checkpoints
     every   steps; None saves nothing

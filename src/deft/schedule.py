@@ -17,14 +17,14 @@ def warmup_steps(warmup: float, total: int) -> int:
     return min(total, round(warmup * total) if warmup < 1 else int(warmup))
 
 
-def factor(name: Name, step: int, total: int, warmup: float = 0.0, decay: float = 0.2) -> float:
+def lr_multiplier(name: Name, step: int, total: int, warmup: float = 0.0, decay: float = 0.2) -> float:
     """The factor of step `step` (from 0) in a run of `total` steps.
 
     Warm-up rises by equal parts and reaches 1 at the first step after it, so no step is lost at 0. Then `cosine` and
     `linear` fall towards 0, `wsd` (warm-up, stable, decay) stays at 1 and falls linearly over the last `decay` share.
     Without warm-up, cosine and linear are those of transformers' `get_cosine_schedule_with_warmup` and its linear one.
 
-    >>> [round(factor("linear", step, 6, warmup=2), 2) for step in range(6)]
+    >>> [round(lr_multiplier("linear", step, 6, warmup=2), 2) for step in range(6)]
     [0.33, 0.67, 1.0, 0.75, 0.5, 0.25]
     """
     rising = warmup_steps(warmup, total)

@@ -1,6 +1,6 @@
 """The arrows: what travels from a file to an optimizer step, each a frozen value with its shapes beside it.
 
-    file -> Row -> Conversation -> Rendered -> Encoded -> Plan -> Batch -> Tally -> StepRecord
+    file -> Row -> Conversation -> Rendered -> Encoded -> StepBatch -> MicroBatch -> Tally -> StepRecord
 
 `Origin` travels with a row to the end, so that every complaint can name its file and line.
 
@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class Fate(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class MicroBatch:
     """One micro-batch: whole documents laid end to end, nothing padded, already shifted.
 
     tokens     int64   [M]
@@ -171,6 +171,25 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The micro-batches of one optimizer step, all of them or one rank's share; the numbers are of the whole step.
+
+    step        from 0
+    normalizer  Z of the loss: the sum of the weights of the whole step, or its number of examples
+    tokens      of all its documents, target_tokens those that are learnt
+    origins     of each micro-batch's documents, in their order
+    """
+
+    step: int
+    epoch: int
+    micro_batches: tuple[MicroBatch, ...]
+    normalizer: float
+    tokens: int
+    target_tokens: int
+    origins: tuple[tuple[Origin, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)).
 
@@ -181,6 +200,33 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What an objective says of a micro-batch: two scalars.
+
+    nll_sum     float   sum over targets of weight times loss, in nats, with its graph
+    weight_sum  float   sum of the weights, without a graph
+    """
+
+    nll_sum: torch.Tensor
+    weight_sum: torch.Tensor
+
+
+class Objective(Protocol):
+    """What is minimised, as a sum over the targets of a micro-batch: nothing in it is divided.
+
+    hidden_KH float [K, H], logits_KV float [K, V], targets_K int64 [K], weights_K float32 [K]. K may be 0.
+    """
+
+    def __call__(self, hidden_KH: torch.Tensor, head: Head, targets_K: torch.Tensor, weights_K: torch.Tensor) -> Tally:
+        """From hidden states and the head to apply to them."""
+        ...
+
+    def from_logits(self, logits_KV: torch.Tensor, targets_K: torch.Tensor, weights_K: torch.Tensor) -> Tally:
+        """From final logits, where the head is not understood: no scale or softcap is applied."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

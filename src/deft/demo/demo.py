@@ -47,7 +47,7 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
     Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`; returns what demo.json holds.
     """
     console = console or Console()
-    caller = Caller(console=console)
+    caller = Caller(console=console, owns_process=True)
     folder = preflight.output_folder(output)
     preflight.make_folder(folder)
     began = time.perf_counter()

@@ -14,7 +14,6 @@ Shape suffixes: K targets, B rows of a block, S of a slice in fp32, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +22,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional
 
-from deft.hardware import TRIED, few_sizes, keeps_kernels
-from deft.types import Head
+from deft.hardware import round_up_rows
+from deft.types import Head, Tally
 
 CPU_BLOCK, GPU_BLOCK, LEAST_ROWS = 2**26, 2**29, 512
 """Bytes of a block's logits, twice as many where that saves a sum in fp32, and its least rows. Each block costs a pass
 over the gradient of the weight; a larger one more memory, which in the first steps is slow to come by."""
 
 NARROW_BLOCKS = 3
-"""So many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that up to three
-are no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
+"""This many blocks are summed in the dtype of the weight. Each product is added before it is rounded, so that three are
+no less exact than three rounded ones that are summed in fp32, and need neither their memory nor their passes."""
 
 CPU_PIECE, GPU_PIECE = 2**12, 2**15
 """Rows of the head's weight whose gradient is summed at a time: on CPUs their product stays in the cache."""
@@ -43,6 +42,19 @@ slices of 16 rows, 15 ms in one (two threads)."""
 
 NARROWED = 2**20
 """Elements that change their dtype at a time."""
+
+
+class NLL:
+    """The objective: weighted negative log-likelihood."""
+
+    def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
+        return Tally(loss(hidden_KH, head, targets_K, weights_K), _total(weights_K))
+
+    def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
+        return Tally(loss_from_logits(logits_KV, targets_K, weights_K), _total(weights_K))
+
+
+objective = NLL()
 
 
 def loss(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tensor:
@@ -65,28 +77,8 @@ def loss_and_statistics(
     return total, statistics[0], statistics[1]
 
 
-def make_kernels(head: Head, targets: int) -> None:
-    """Tries the products that the loss of so many targets needs, unless they have been tried: before a micro-batch has
-    taken its memory (`hardware.few_sizes`)."""
-    weight, has_bias = head.weight, head.bias is not None
-    if keeps_kernels(weight):
-        blocks = _blocks(few_sizes(targets), len(weight) * 2, weight.device, is_narrow=True)
-        for rows in dict.fromkeys(block.stop - block.start for block in blocks):
-            _try_products(rows, *weight.shape, weight.dtype, _dtype_of_sums(blocks, weight.dtype), has_bias)
-
-
-@lru_cache(maxsize=TRIED)
-def _try_products(rows: int, vocabulary: int, size: int, dtype: torch.dtype, sums: torch.dtype, has_bias: bool) -> None:
-    hidden_BH, weight_VH = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocabulary, size, dtype=dtype)
-    logits_BV = _project(hidden_BH, weight_VH, weight_VH[:, 0].contiguous() if has_bias else None, None)
-    torch.mm(logits_BV, weight_VH, out=hidden_BH)
-    total_VH = weight_VH.to(sums)
-    for is_first in (True, False):
-        _add_product(total_VH, logits_BV, hidden_BH, is_first=is_first)
-
-
 def _apply(hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor, statistics: Tensor | None) -> Tensor:
-    missing = few_sizes(len(hidden_KH)) - len(hidden_KH)
+    missing = round_up_rows(len(hidden_KH)) - len(hidden_KH)
     hidden_KH = functional.pad(hidden_KH, (0, 0, 0, missing))
     weights_K = functional.pad(weights_K, (0, missing))
     targets_K = torch.cat([targets_K, targets_K[-1:].expand(missing)])  # others may have a bias of -inf
@@ -311,7 +303,7 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) ->
     size = _on(device, CPU_BLOCK, GPU_BLOCK)
     least, most = (-(-rows // max(LEAST_ROWS, limit // row_bytes)) for limit in (2 * size, size))
     count = max(least, NARROW_BLOCKS) if is_narrow and most > NARROW_BLOCKS else most
-    return _slices(rows, max(1, few_sizes(-(-rows // max(1, count)))))
+    return _slices(rows, max(1, round_up_rows(-(-rows // max(1, count)))))
 
 
 def _dtype_of_sums(blocks: list[slice], dtype: torch.dtype) -> torch.dtype:
@@ -345,6 +337,11 @@ def _spent(gradient: Tensor, factor: Tensor) -> Tensor:
         increment_version(gradient)
         return gradient
     return gradient.mul_(factor)
+
+
+def _total(weights_K: Tensor) -> Tensor:
+    """Their sum: fp64, but on MPS, which has none."""
+    return (weights_K if weights_K.device.type == "mps" else weights_K.double()).sum()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

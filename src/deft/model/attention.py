@@ -26,8 +26,8 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from deft.hardware import sent
-from deft.model import causal
+from deft.hardware import to_device
+from deft.model.cpu import document_attention
 
 NAME = "deft"
 HALF = (torch.bfloat16, torch.float16)
@@ -78,7 +78,7 @@ def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[
         "cu_seq_lens_k": edges,
         "max_length_q": max(documents),
         "max_length_k": max(documents),
-        "seq_idx": sent(seq_idx, device),
+        "seq_idx": to_device(seq_idx, device),
     }
 
 
@@ -92,7 +92,7 @@ def _no_mask(device: torch.device) -> Tensor:
 
 
 def _edges(documents: tuple[int, ...], device: torch.device) -> Tensor:
-    return sent(torch.tensor([0, *accumulate(documents)], dtype=torch.int32), device)
+    return to_device(torch.tensor([0, *accumulate(documents)], dtype=torch.int32), device)
 
 
 @torch.compiler.disable
@@ -161,7 +161,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, lon
 
 
 class _Causal(torch.autograd.Function):
-    """`causal.forward` and `backward` on the tensors of the interface."""
+    """`document_attention.forward` and `backward` on the tensors of the interface."""
 
     @staticmethod
     def forward(
@@ -174,11 +174,11 @@ class _Causal(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         heads, groups = query.shape[1], key.shape[1]
-        order = causal.layout(documents, groups, query.device)
+        order = document_attention.document_order(documents, groups, query.device)
         query_rows = (query[0].transpose(0, 1) * scaling).reshape(-1, heads // groups, query.shape[-1])
         key_rows, value_rows = (x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (key, value))
         query, key, value = order.order(query_rows), order.order(key_rows), order.order(value_rows)
-        out, kept = causal.forward(query, key, value, order, window)
+        out, kept = document_attention.forward(query, key, value, order, window)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.rules = (order, scaling, window)
         return order.restore(out).reshape(1, -1, heads, value.shape[-1])
@@ -189,7 +189,7 @@ class _Causal(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         order, scaling, window = ctx.rules
         grad_rows = order.order_gradient(grad.reshape(-1, query.shape[1], value.shape[-1]))
-        gradients = causal.backward(grad_rows, query, key, value, kept, order, window)
+        gradients = document_attention.backward(grad_rows, query, key, value, kept, order, window)
         d_query, d_key, d_value = (
             order.restore(x).view(grad.shape[1], -1, x.shape[-1]).transpose(0, 1)[None] for x in gradients
         )
@@ -265,8 +265,8 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
             [0, 1, 1, 0],
             [0, 0, 1, 1]], dtype=torch.int32)
     """
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible if window is None else visible.triu(1 - window)
 
 
 def _attend_under_mask(

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from deft.model.blocks import llama
+from deft.model.cpu import llama
 
 Checkpointing = Literal["none", "selective", "full"]
 """none: all that the backward pass needs is kept.
-selective: a block of `blocks/` computes its two MLP projections and the probabilities of its attention again; any other
+selective: a fused layer computes its two MLP projections and the probabilities of its attention again; any other
 layer everything but the products of its linear layers.
 full: only the input of each layer is kept."""
 
@@ -30,23 +30,23 @@ def checkpointed(model: nn.Module, mode: Checkpointing) -> Iterator[None]:
         yield
         return
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    blocks = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
+    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
     try:
         for layer in layers:
-            layer.forward = _thrifty(layer.forward, mode)
+            layer.forward = _recompute(layer.forward, mode)
         yield
     finally:
         for layer in layers:
             del layer.forward
-            if layer in blocks:
-                layer.forward = blocks[layer]
+            if layer in own:
+                layer.forward = own[layer]
 
 
-def _thrifty(forward: Callable[..., Any], mode: Checkpointing) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any], mode: Checkpointing) -> Callable[..., Any]:
     if mode == "full":
         return partial(checkpoint, forward, use_reentrant=False)
     if isinstance(forward, partial) and forward.func is llama.forward:
-        return partial(forward, is_thrifty=True)
+        return partial(forward, recomputes=True)
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from deft import hardware
 from deft.errors import InputError, Problem
-from deft.model import security, towers
+from deft.model import multimodal, security
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         security.check_config(path)
         security.check_index(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if towers.auto_class(config) is None:
+    if multimodal.auto_class(config) is None:
         fix = "name a model that transformers lists under AutoModelForCausalLM"
         raise _refusal(path, f"{config.model_type} is not a causal language model", fix)
     text = config.get_text_config()
@@ -74,7 +74,9 @@ def folder(base: Base) -> Path:
 
 
 def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `dtype` on `device`, in evaluation mode, with transformers' own attention; towers are frozen.
+    """The model in `dtype` on `device`, in evaluation mode, with transformers' own attention.
+
+    Of a multimodal one all but the language model is frozen.
 
     Raises InputError where weights are unreadable, missing, or do not fit the config.
     """
@@ -89,7 +91,7 @@ def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTr
         # transformers would go on with random numbers in their place.
         what = f"{len(missing)} weights are not in its files, {missing[0]} first"
         raise _refusal(base.path, what, "download or save the model again")
-    towers.freeze_towers(model)
+    multimodal.freeze_all_but_text(model)
     return model.to(device).eval()
 
 
@@ -97,7 +99,7 @@ def _read(base: Base, dtype: torch.dtype, attention: str) -> Any:
     """The model and what was missing in its files. The attention is named so that a config.json cannot choose one: that
     could be a kernel to be fetched and run."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    return towers.auto_class(config).from_pretrained(
+    return multimodal.auto_class(config).from_pretrained(
         base.path,
         dtype=dtype,
         attn_implementation=attention,

@@ -17,11 +17,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deft.errors import InputError, Problem
-from deft.model import attention, faster
-from deft.model.learner import Learner, alone_hidden, packed_hidden, whole_logits
+from deft.model import attention, fused_layers
+from deft.model.causal_lm import CausalLM, alone_hidden, packed_hidden, whole_logits
+from deft.model.evaluating import evaluating
 from deft.model.load import can_take_attention, own_attention
-from deft.model.towers import text_body
-from deft.types import Batch
+from deft.model.multimodal import text_body
+from deft.types import MicroBatch
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
 """Relative error of a typical token's hidden state that is taken for rounding. Angles, norms and softmax of a model in
@@ -39,44 +40,45 @@ _ATTENTION_LAYERS = {"full_attention": False, "sliding_attention": True}
 _RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
 
 
-def choose(model: PreTrainedModel) -> tuple[Learner, str]:
-    """The fastest learner that is proven right for this model, and one line for the user where that is a fallback.
+def choose(model: PreTrainedModel) -> CausalLM:
+    """The fastest way through this model that is proven right, with a note for the user where that is a fallback.
 
-    Sets the attention that the learner needs on the model; leaves weights, train() and eval() as they were.
+    Sets the attention that it needs on the model; leaves weights, train() and eval() as they were.
     Raises InputError where the model sees later tokens, so that no causal loss is right for it.
     """
     batch = _probe(model)
-    faster.remove(model)
-    with _evaluating(model), torch.no_grad():
+    fused_layers.remove(model)
+    with evaluating(model), torch.no_grad():
         _use_attention(model, own_attention(model))
         _check_causal(model, batch)
         if fault := _body_fault(model):
             return _whole(model, fault)
         alone_MH = alone_hidden(model, batch)
-        heads = [Learner(model, "alone", *constants) for constants in _head_constants(model)]
-        reasons = [_head_fault(learner, batch, alone_MH) for learner in heads]
+        heads = [CausalLM(model, "alone", *constants) for constants in _head_constants(model)]
+        reasons = [_head_fault(head, batch, alone_MH) for head in heads]
         if all(reasons):
             return _whole(model, reasons[0])
         alone = heads[reasons.index("")]
         if fault := _packing_fault(model, batch, alone_MH):
             _use_attention(model, own_attention(model))
-            return alone, _note(model, f"{fault}; documents run one at a time")
-        _use_blocks(model, batch)
-    return replace(alone, mode="packed"), ""
+            alone.note = _note(model, f"{fault}; documents run one at a time")
+            return alone
+        _use_fused_layers(model, batch)
+    return CausalLM(model, "packed", alone.scale, alone.softcap)
 
 
-def _whole(model: PreTrainedModel, reason: str) -> tuple[Learner, str]:
-    return Learner(model, "whole"), _note(model, f"{reason}; its own forward computes whole logits")
+def _whole(model: PreTrainedModel, reason: str) -> CausalLM:
+    return CausalLM(model, "whole", note=_note(model, f"{reason}; its own forward computes whole logits"))
 
 
-def _probe(model: PreTrainedModel) -> Batch:
+def _probe(model: PreTrainedModel) -> MicroBatch:
     """Documents of 11, 17 and 6 tokens, the last one a prefix of the first."""
     embedding: Any = model.get_input_embeddings().weight
     size = min(model.config.get_text_config().vocab_size, len(embedding))
     tokens = torch.randint(size, (28,), generator=torch.Generator().manual_seed(0))
     documents = [tokens[:11], tokens[11:], tokens[:6]]
     tokens = torch.cat(documents).to(embedding.device)
-    return Batch(
+    return MicroBatch(
         tokens=tokens,
         positions=torch.cat([torch.arange(len(document)) for document in documents]).to(tokens.device),
         documents=tuple(len(document) for document in documents),
@@ -86,7 +88,7 @@ def _probe(model: PreTrainedModel) -> Batch:
     )
 
 
-def _check_causal(model: PreTrainedModel, batch: Batch) -> None:
+def _check_causal(model: PreTrainedModel, batch: MicroBatch) -> None:
     first, _, prefix = whole_logits(model, batch).split(list(batch.documents))
     if _error(prefix, first[: len(prefix)]) > _tolerance(model):
         where, fix = str(model.config.model_type), "choose a causal language model"
@@ -107,9 +109,9 @@ def _body_fault(model: PreTrainedModel) -> str:
     return "" if type(model.get_output_embeddings()) is nn.Linear else "its head is not one linear layer"
 
 
-def _head_fault(learner: Learner, batch: Batch, hidden_MH: Tensor) -> str:
+def _head_fault(causal_lm: CausalLM, batch: MicroBatch, hidden_MH: Tensor) -> str:
     """Why our head is not the model's own, or nothing: hidden states of a telling size go through both."""
-    model, head = learner.model, learner.head
+    model, head = causal_lm.model, causal_lm.head
     factor = float(LOGIT_SIZE / (head.scale * functional.linear(hidden_MH, head.weight)).float().square().mean().sqrt())
     hidden_MH = hidden_MH * factor
     ours_MV = head.scale * functional.linear(hidden_MH, head.weight, head.bias).float()
@@ -130,7 +132,7 @@ def unpackable(model: PreTrainedModel) -> str:
     return "" if can_take_attention(model) else "attention does not go through transformers' AttentionInterface"
 
 
-def _packing_fault(model: PreTrainedModel, batch: Batch, alone_MH: Tensor) -> str:
+def _packing_fault(model: PreTrainedModel, batch: MicroBatch, alone_MH: Tensor) -> str:
     """Why packed documents cannot be trusted in this model, or nothing."""
     if fault := unpackable(model):
         return fault
@@ -155,13 +157,13 @@ def _packing_fault(model: PreTrainedModel, batch: Batch, alone_MH: Tensor) -> st
     return ""
 
 
-def _use_blocks(model: PreTrainedModel, batch: Batch) -> None:
-    """Puts faster blocks in place of the model's layers where there are any, if they compute the same."""
+def _use_fused_layers(model: PreTrainedModel, batch: MicroBatch) -> None:
+    """Puts fused layers in place of the model's own where there are any, if they compute the same."""
     own_MH = packed_hidden(model, batch)
-    if not faster.install(model):
+    if not fused_layers.install(model):
         return
     if not max(_errors(packed_hidden(model, batch), own_MH, batch.documents)) <= _tolerance(model):
-        faster.remove(model)
+        fused_layers.remove(model)
 
 
 def _expected_windows(model: PreTrainedModel) -> list[bool] | str:
@@ -179,17 +181,6 @@ def _expected_windows(model: PreTrainedModel) -> list[bool] | str:
 def _use_attention(model: PreTrainedModel, name: str) -> None:
     if can_take_attention(model) and model.config._attn_implementation != name:
         model.set_attn_implementation(name)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 @contextmanager

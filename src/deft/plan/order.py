@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """One optimizer step: so many examples, or as many as fit in so many tokens. Exactly one of the two is set."""
+    """One optimizer step: this many examples, or those that fit in this many tokens. Exactly one of the two is set."""
 
     examples: int | None = 32
     tokens: int | None = None

@@ -9,7 +9,7 @@ from deft.plan.order import Epoch
 from deft.plan.packs import pack
 
 LOOKED_AT_STEPS = 1000
-"""Numbers of single steps are taken from so many steps of the first epoch; the others are drawn alike."""
+"""Numbers of single steps are taken from this many steps of the first epoch; the others are drawn alike."""
 
 
 @dataclass(frozen=True, slots=True)

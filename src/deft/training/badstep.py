@@ -1,6 +1,6 @@
 """A step whose loss or gradient is not finite: the rows and layers at fault, and a folder to see it again from.
 
-bad-step-37/  step.json  batches.safetensors  weights/*.safetensors  manifest.json
+bad-step-37/  step.json  batches.safetensors  random.json  weights/*.safetensors  manifest.json
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,19 +21,17 @@ from torch import Tensor, nn
 
 from deft import files
 from deft.errors import DamagedError
-from deft.loader import Work
-from deft.model.learner import Learner
+from deft.model.causal_lm import CausalLM
 from deft.training import randomness
 from deft.training.state import TrainState
-from deft.training.step import nll_sum
-from deft.types import Batch, Origin
+from deft.types import MicroBatch, Objective, Origin, StepBatch
 
 SHOWN_ROWS = 5
 _TENSORS = ("tokens", "positions", "rows", "targets", "weights")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartNumbers:
     """A micro-batch, or one of its documents run alone: loss in nats per unit of weight, norm of its gradient.
 
     row  None for the micro-batch as a whole
@@ -59,7 +56,7 @@ class Diagnosis:
     weights    parameters that are not finite themselves
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartNumbers, ...]
     layer: str
     gradients: tuple[str, ...]
     weights: tuple[str, ...]
@@ -68,49 +65,45 @@ class Diagnosis:
     def is_finite(self) -> bool:
         return all(part.is_finite for part in self.parts)
 
-    def rows(self, work: Work) -> tuple[Origin, ...]:
+    def rows(self, step_batch: StepBatch) -> tuple[Origin, ...]:
         """The rows at fault, as narrowly as they are known."""
         bad = [part for part in self.parts if not part.is_finite]
         alone = [part.row for part in bad if part.row is not None]
-        together = [row for part in bad for row in work.origins[part.microbatch]]
-        return tuple(dict.fromkeys(alone or together or [row for batch in work.origins for row in batch]))
+        together = [row for part in bad for row in step_batch.origins[part.microbatch]]
+        return tuple(dict.fromkeys(alone or together or [row for batch in step_batch.origins for row in batch]))
 
 
-def examine(learner: Learner, work: Work, loss: ModuleType) -> Diagnosis:
+def examine(causal_lm: CausalLM, step_batch: StepBatch, objective: Objective) -> Diagnosis:
     """Runs the step's micro-batches again, and the documents of those that are not finite each alone.
 
     Weights stay as they are, gradients and random generators too.
     """
-    learner = replace(learner, compiled=None)  # Whoever listens to parts of a layer has it compiled again.
-    before = randomness.snapshot(learner.device)
-    measure = partial(_measure, learner, loss, work.normalizer)
-    try:
-        wholes = [measure(index, None, batch) for index, batch in enumerate(work.batches)]
+    measure = partial(_measure, causal_lm, objective, step_batch.normalizer)
+    with randomness.preserved(), causal_lm.uncompiled():
+        wholes = [measure(index, None, batch) for index, batch in enumerate(step_batch.micro_batches)]
         alone = [
             measure(whole.part.microbatch, row, document)
-            for whole, rows, batch in zip(wholes, work.origins, work.batches, strict=True)
+            for whole, rows, batch in zip(wholes, step_batch.origins, step_batch.micro_batches, strict=True)
             if not whole.part.is_finite
             for row, document in zip(rows, documents(batch), strict=True)
         ]
-    finally:
-        randomness.restore(before, learner.device)
     bad = next((measured for measured in wholes if not measured.part.is_finite), None)
     return Diagnosis(
         parts=tuple(measured.part for measured in wholes + alone),
         layer=bad.layer if bad else "",
         gradients=bad.gradients if bad else (),
-        weights=tuple(name for name, each in learner.model.named_parameters() if not bool(each.isfinite().all())),
+        weights=tuple(name for name, each in causal_lm.model.named_parameters() if not bool(each.isfinite().all())),
     )
 
 
-def documents(batch: Batch) -> list[Batch]:
+def documents(batch: MicroBatch) -> list[MicroBatch]:
     """The documents of a micro-batch, each as one of its own."""
     found, start = [], 0
     for length in batch.documents:
         targets = (batch.rows >= start) & (batch.rows < start + length)
         here = slice(start, start + length)
         found.append(
-            Batch(
+            MicroBatch(
                 tokens=batch.tokens[here],
                 positions=batch.positions[here],
                 documents=(length,),
@@ -123,39 +116,43 @@ def documents(batch: Batch) -> list[Batch]:
     return found
 
 
-def write(folder: Path, state: TrainState, work: Work, diagnosis: Diagnosis) -> None:
+def write(folder: Path, state: TrainState, step_batch: StepBatch, diagnosis: Diagnosis) -> None:
     """The step as a folder that `read` gives back; one that is there is replaced. DiskError where that fails."""
     if folder.exists():
         files.remove(folder)
     with files.staged(folder) as staging:
-        staging.write_json("step.json", _as_json(work, diagnosis))
-        tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(work.batches) for name in _TENSORS}
-        states = {f"random.{name}": value for name, value in randomness.snapshot(state.learner.device).items()}
-        staging.write("batches.safetensors", [as_safetensors(tensors | states)])
-        for index, (name, weight) in enumerate(state.optimizer.parameters.items()):
+        staging.write_json("step.json", _as_json(step_batch, diagnosis))
+        batches = enumerate(step_batch.micro_batches)
+        tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in batches for name in _TENSORS}
+        staging.write("batches.safetensors", [as_safetensors(tensors)])
+        staging.write_json("random.json", randomness.as_json(randomness.snapshot()))
+        for index, (name, weight) in enumerate(state.masters.parameters.items()):
             staging.write(
                 f"weights/{index:05}.safetensors", [as_safetensors({name: weight.detach().cpu().contiguous()})]
             )
 
 
-def read(folder: Path) -> tuple[Work, dict[str, Tensor]]:
-    """The step, and the states of the random generators. DamagedError where the folder is not as it was written."""
+def read(folder: Path) -> tuple[StepBatch, dict[str, Any]]:
+    """The step, and the random generators' state (`randomness.snapshot`).
+
+    Raises DamagedError where the folder is not as it was written.
+    """
     files.verify(folder)
     found, tensors = json.loads((folder / "step.json").read_text()), load_file(folder / "batches.safetensors")
     batches = tuple(
-        Batch(documents=tuple(lengths), **{name: tensors[f"{index}.{name}"] for name in _TENSORS})
+        MicroBatch(documents=tuple(lengths), **{name: tensors[f"{index}.{name}"] for name in _TENSORS})
         for index, lengths in enumerate(found["documents"])
     )
-    work = Work(
+    step_batch = StepBatch(
         step=found["step"] - 1,
         epoch=found["epoch"],
-        batches=batches,
+        micro_batches=batches,
         normalizer=found["normalizer"],
         tokens=found["tokens"],
         target_tokens=found["target_tokens"],
         origins=tuple(tuple(map(Origin.at, rows)) for rows in found["rows"]),
     )
-    return work, {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
+    return step_batch, randomness.from_json(json.loads((folder / "random.json").read_text()))
 
 
 @torch.no_grad()
@@ -180,18 +177,18 @@ def named(rows: tuple[Origin, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    part: Part
+    part: PartNumbers
     layer: str
     gradients: tuple[str, ...]
 
 
 def _measure(
-    learner: Learner, loss: ModuleType, normalizer: float, microbatch: int, row: Origin | None, batch: Batch
+    causal_lm: CausalLM, objective: Objective, normalizer: float, microbatch: int, row: Origin | None, batch: MicroBatch
 ) -> _Measured:
-    """A batch forward and backward; its gradient is gone again."""
-    parameters = [(name, each) for name, each in learner.model.named_parameters() if each.requires_grad]
-    with _bad_layers(learner.model) as layers:
-        nll = nll_sum(learner, batch, loss)
+    """A batch forward and backward; its gradient is dropped."""
+    parameters = [(name, each) for name, each in causal_lm.model.named_parameters() if each.requires_grad]
+    with _bad_layers(causal_lm.model) as layers:
+        nll = causal_lm(batch, objective).nll_sum
         (nll / normalizer).backward()
     gradients = [(name, each.grad.float()) for name, each in parameters if each.grad is not None]
     for _, parameter in parameters:
@@ -200,7 +197,7 @@ def _measure(
     bad = tuple(name for name, gradient in reversed(gradients) if not bool(gradient.isfinite().all()))
     total, weight = float(nll.detach()), float(batch.weights.sum())
     return _Measured(
-        Part(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
+        PartNumbers(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
     )
 
 
@@ -225,17 +222,17 @@ def _bad_layers(model: nn.Module) -> Iterator[list[str]]:
             each.remove()
 
 
-def _as_json(work: Work, diagnosis: Diagnosis) -> dict[str, Any]:
+def _as_json(step_batch: StepBatch, diagnosis: Diagnosis) -> dict[str, Any]:
     parts = [{**asdict(part), "row": str(part.row) if part.row else None} for part in diagnosis.parts]
     numbers = [{**part, "loss": str(part["loss"]), "grad_norm": str(part["grad_norm"])} for part in parts]
     return {
-        "step": work.step + 1,
-        "epoch": work.epoch,
-        "normalizer": work.normalizer,
-        "tokens": work.tokens,
-        "target_tokens": work.target_tokens,
-        "rows": [[str(row) for row in rows] for rows in work.origins],
-        "documents": [list(batch.documents) for batch in work.batches],
+        "step": step_batch.step + 1,
+        "epoch": step_batch.epoch,
+        "normalizer": step_batch.normalizer,
+        "tokens": step_batch.tokens,
+        "target_tokens": step_batch.target_tokens,
+        "rows": [[str(row) for row in rows] for rows in step_batch.origins],
+        "documents": [list(batch.documents) for batch in step_batch.micro_batches],
         "parts": numbers,
         "layer": diagnosis.layer,
         "gradients": list(diagnosis.gradients),

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 
 import torch
 
 from deft.encoding.rows import Example
 from deft.loader import build
-from deft.model.learner import Learner
+from deft.model.causal_lm import CausalLM
+from deft.model.evaluating import evaluating
 from deft.plan.packs import pack
-from deft.training.step import nll_sum
-from deft.types import Batch
+from deft.types import MicroBatch, Objective
 
 TOGETHER = 1000
-"""So many examples are packed together."""
+"""How many examples are packed together."""
 
 
 @torch.no_grad()
-def held_out_loss(learner: Learner, examples: Sequence[Example], loss: ModuleType, microbatch_tokens: int) -> float:
+def held_out_loss(
+    causal_lm: CausalLM, examples: Sequence[Example], objective: Objective, microbatch_tokens: int
+) -> float:
     """Nats per unit of weight over all targets of `examples`; dropout is off while it is measured."""
-    was_training = learner.model.training
-    learner.model.eval()
     total = weight = 0.0
-    for batch in _batches(examples, microbatch_tokens):
-        total += float(nll_sum(learner, batch, loss))
-        weight += float(batch.weights.double().sum())
-    learner.model.train(was_training)
+    with evaluating(causal_lm.model):
+        for batch in _batches(examples, microbatch_tokens):
+            tally = causal_lm(batch, objective)
+            total += float(tally.nll_sum)
+            weight += float(tally.weight_sum)
     return total / weight
 
 
-def _batches(examples: Sequence[Example], microbatch_tokens: int) -> Iterator[Batch]:
+def _batches(examples: Sequence[Example], microbatch_tokens: int) -> Iterator[MicroBatch]:
     """Micro-batches of `TOGETHER` examples at a time, so that no more are held."""
     for start in range(0, len(examples), TOGETHER):
         parts = [part for example in examples[start : start + TOGETHER] for part in example]

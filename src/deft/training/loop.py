@@ -7,54 +7,60 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from types import ModuleType
 
 import torch
 
 from deft.errors import NumbersError
 from deft.loader import Loader
 from deft.training.state import TrainState
-from deft.training.step import take
-from deft.types import StepRecord
+from deft.training.step import optimizer_step
+from deft.types import Objective, StepRecord
 
 
 def train(
     state: TrainState,
     loader: Loader,
-    loss: ModuleType,
+    objective: Objective,
     *,
     clip: float | None,
-    factor: Callable[[int], float],
+    lr: Callable[[int], float],
     poll: Callable[[], None] = lambda: None,
+    wants_to_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepRecord]:
     """Runs the steps that `state` has not done yet and yields a record after each.
 
-    A record that is not finite is of a step that changed nothing. Whoever takes it calls `state.skip()` to go past
-    the step; NumbersError where they have not.
+    It ends after the last step, or after one at whose end a rank wanted to stop. A record that is not finite is of a
+    step that changed nothing. Whoever takes it calls `state.skip()` to go past the step; NumbersError where they have
+    not.
 
-    factor  step (from 0) -> what the learning rate is multiplied by
-    poll    called before each micro-batch; what it raises ends the loop between two steps
+    lr             step (from 0) -> learning rate
+    poll           called before each micro-batch; what it raises ends the loop between two steps
+    wants_to_stop  whether this rank wants the run to end after the step
     """
     began = time.perf_counter()
-    with closing(loader.work(state.step)) as works:
-        for work in works:
-            multiplier = factor(work.step)
-            numbers = take(state, work, loss, clip=clip, factor=multiplier, poll=poll)
+    with closing(loader.step_batches(state.step)) as step_batches:
+        for step_batch in step_batches:
+            rate = lr(step_batch.step)
+            numbers = optimizer_step(
+                state, step_batch, objective, lr=rate, clip=clip, poll=poll, wants_to_stop=wants_to_stop
+            )
             now = time.perf_counter()
             yield StepRecord(
-                step=work.step + 1,
-                epoch=work.epoch,
+                step=step_batch.step + 1,
+                epoch=step_batch.epoch,
                 loss=numbers.loss,
                 grad_norm=numbers.grad_norm,
-                learning_rate=state.optimizer.lr * multiplier,
-                target_tokens=work.target_tokens,
-                tokens=work.tokens,
-                padded_tokens=sum(map(state.learner.padding, work.batches)),
+                learning_rate=rate,
+                target_tokens=step_batch.target_tokens,
+                tokens=step_batch.tokens,
+                padded_tokens=sum(map(state.causal_lm.padding, step_batch.micro_batches)),
                 seconds=now - began,
                 peak_bytes=peak_bytes(),
             )
-            if state.step == work.step:
-                raise NumbersError(f"step {work.step + 1}: loss or gradient is not finite; no weight was changed")
+            if state.step == step_batch.step:
+                raise NumbersError(f"step {step_batch.step + 1}: loss or gradient is not finite; no weight was changed")
+            if numbers.stops:
+                return
             began = now
 
 

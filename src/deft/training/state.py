@@ -1,20 +1,34 @@
-"""What training changes, and how it is put down and taken up again. It has one owner: the loop."""
+"""What training changes, and how it is saved and restored. It has one owner: the loop."""
 
 from __future__ import annotations
 
-import base64
-import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from deft.distributed.world import World
 from deft.errors import InputError
-from deft.model.learner import Learner
-from deft.optim.adamw import AdamW
+from deft.model.causal_lm import CausalLM
+from deft.training.masters import Masters, check_state
+
+
+class Optimizer(Protocol):
+    """An update rule over `Masters`."""
+
+    def step(self, lr: float, scale: Tensor | None = None) -> None:
+        """One update of all masters that have a gradient, at rate `lr`, with gradients times `scale`."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a resumed run needs beside the masters."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to what `state()` gave. Raises ValueError, with nothing changed, where it does not fit."""
+        ...
 
 
 @dataclass
@@ -26,16 +40,18 @@ class TrainState:
     is_torn  an update was broken off: some weights have had it, some not, and nothing can be saved
     """
 
-    learner: Learner
-    optimizer: AdamW
+    causal_lm: CausalLM
+    masters: Masters
+    optimizer: Optimizer
+    world: World = field(default_factory=World)
     step: int = 0
     skipped: int = 0
     is_torn: bool = False
 
-    def update(self, factor: float, scale: Tensor | None) -> None:
-        """One optimizer step with the gradients that are collected."""
+    def update(self, lr: float, scale: Tensor | None) -> None:
+        """One update with the gradients that are collected, times `scale`."""
         self.is_torn = True
-        self.optimizer.step(factor, scale)
+        self.optimizer.step(lr, scale)
         self.step += 1
         self.is_torn = False
 
@@ -45,57 +61,40 @@ class TrainState:
         self.skipped += 1
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that steps have changed, as copies in host memory: `model` and `optimizer`."""
-        kept = {key: tensor.detach().to("cpu", copy=True) for key, tensor in self.optimizer.state().items()}
-        buffers = {f"buffer.{key}": each.to("cpu", copy=True) for key, each in self.learner.model.named_buffers()}
+        """All that steps have changed, as copies in host memory: `model` and `optimizer`.
+
+        Names are those of the Hugging Face model.
+        """
+        live = self.masters.state() | self.optimizer.state()
+        kept = {key: tensor.detach().to("cpu", copy=True) for key, tensor in live.items()}
+        buffers = {f"buffer.{key}": each.to("cpu", copy=True) for key, each in self._buffers().items()}
         weights = {key: kept.pop(key) for key in [*kept] if key.startswith("weight.")}
         return {"model": weights | buffers, "optimizer": kept}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Goes back to what `tensors()` gave after `step` steps. Raises InputError where it is of another model."""
-        model, buffers = tensors["model"], dict(self.learner.model.named_buffers())
+        """Goes back to what `tensors()` gave after `step` steps.
+
+        Raises InputError, with nothing changed, where it is of another model.
+        """
+        model, optimizer = tensors["model"], tensors["optimizer"]
         weights = [key for key in model if key.startswith("weight.")]
+        low = [key for key in optimizer if key.startswith("low.")]
+        masters = _Joined(dict.fromkeys(weights, model) | dict.fromkeys(low, optimizer))
+        rest = _Joined(dict.fromkeys([key for key in optimizer if key not in masters], optimizer))
         try:
-            self.optimizer.restore(
-                _Joined(dict.fromkeys(weights, model) | dict.fromkeys(tensors["optimizer"], tensors["optimizer"]))
-            )
+            check_state(self.masters.state(), masters)
+            self.optimizer.restore(rest)
+            self.masters.restore(masters)
         except ValueError as error:
             raise InputError(f"resume: the checkpoint is of another model or precision ({error})") from error
-        for key, buffer in buffers.items():
+        for key, buffer in self._buffers().items():
             if f"buffer.{key}" in model:
                 buffer.copy_(model[f"buffer.{key}"])
         self.step = step
 
-
-def random_state() -> dict[str, Any]:
-    """Every random number generator of this process, as JSON."""
-    version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=False)
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": legacy | {"state": {"key": legacy["state"]["key"].tolist(), "pos": legacy["state"]["pos"]}},
-        "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(each) for each in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators back to what `random_state` gave.
-
-    >>> before = random_state()
-    >>> drawn = random.random(), np.random.rand(), torch.rand(1).item()
-    >>> set_random_state(before)
-    >>> drawn == (random.random(), np.random.rand(), torch.rand(1).item())
-    True
-    """
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    inner = state["numpy"]["state"]
-    np.random.set_state(dict(state["numpy"]) | {"state": {**inner, "key": np.array(inner["key"], np.uint32)}})
-    torch.set_rng_state(_tensor(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_tensor(each) for each in state["cuda"]][: torch.cuda.device_count()])
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.causal_lm.model.named_buffers())
 
 
 class _Joined(Mapping[str, Tensor]):
@@ -107,16 +106,8 @@ class _Joined(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._homes[key][key]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
 
     def __len__(self) -> int:
         return len(self._homes)
-
-
-def _text(state: Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode("ascii")
-
-
-def _tensor(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy())

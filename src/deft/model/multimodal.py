@@ -1,12 +1,10 @@
-"""Checkpoints that see or hear as well: trained on text alone, their other towers frozen and saved back whole."""
+"""Multimodal checkpoints: trained on text alone, all other parts frozen and saved back as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -30,9 +28,9 @@ PROCESSOR_FILES = (
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class that makes the model which was saved with `config`, towers included; None where there is none.
+    """The auto class that makes the model which was saved with `config`, all its parts; None where there is none.
 
-    Some configs stand for two models. The plain one would lose the towers (Qwen3.5), so `architectures` decides.
+    Some configs stand for two models. The plain one would lose the other parts (Qwen3.5), so `architectures` decides.
 
     >>> from transformers import GPT2Config, LlavaConfig
     >>> auto_class(GPT2Config()).__name__, auto_class(LlavaConfig()).__name__
@@ -44,11 +42,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return next(named, able[0] if able else None)
 
 
-def has_towers(config: PreTrainedConfig) -> bool:
+def is_multimodal(config: PreTrainedConfig) -> bool:
     """Whether language is one part among others.
 
     >>> from transformers import Gemma3Config, Gemma3TextConfig
-    >>> has_towers(Gemma3Config()), has_towers(Gemma3TextConfig())
+    >>> is_multimodal(Gemma3Config()), is_multimodal(Gemma3TextConfig())
     (True, False)
     """
     return config.get_text_config() is not config
@@ -56,17 +54,12 @@ def has_towers(config: PreTrainedConfig) -> bool:
 
 def text_body(model: PreTrainedModel) -> Any:
     """What turns token ids into the hidden states that the head is applied to."""
-    return model.get_decoder() if has_towers(model.config) else model.base_model
+    return model.get_decoder() if is_multimodal(model.config) else model.base_model
 
 
-def trained_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters, tied ones once, without those of the towers."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def freeze_towers(model: PreTrainedModel) -> None:
-    """Leaves a gradient to the language model and its embeddings alone; nothing happens to a model without towers."""
-    if not has_towers(model.config):
+def freeze_all_but_text(model: PreTrainedModel) -> None:
+    """Leaves a gradient to the language model and its embeddings alone, where a model is multimodal."""
+    if not is_multimodal(model.config):
         return
     model.requires_grad_(False)
     for part in (text_body(model), model.get_input_embeddings(), model.get_output_embeddings()):

@@ -41,12 +41,12 @@ TOGETHER = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class DocumentOrder:
     """How rows of (token, key head) are put in order so that documents of nearly equal length are one batch.
 
-    Documents are padded at their end to few different lengths, and so many of them are a batch that there are few
-    different ones: an unseen shape costs each matrix product 0.6 ms, and memory for its kernel. That is exact: no token
-    sees a later one, and what padding computes is thrown away and gets no gradient.
+    Documents are padded at their end to few different lengths, and batches are of few sizes: an unseen shape costs each
+    matrix product 0.6 ms, and memory for its kernel. That is exact: no token sees a later one, and what padding
+    computes is thrown away and gets no gradient.
 
     runs    (documents, padded length), by length
     forth   int64 [P]: which of the M * G rows comes next, by run, document, key head, token
@@ -98,10 +98,10 @@ def _table(size: int) -> Callable[[Callable[Given, Made]], Callable[Given, Made]
 
 
 @_table(8)
-def layout(documents: tuple[int, ...], groups: int, device: torch.device) -> Layout:
-    """For documents that lie end to end, and so many key heads.
+def document_order(documents: tuple[int, ...], groups: int, device: torch.device) -> DocumentOrder:
+    """For documents that lie end to end, and for `groups` key heads.
 
-    >>> made = layout((16, 9, 16), 1, torch.device("cpu"))
+    >>> made = document_order((16, 9, 16), 1, torch.device("cpu"))
     >>> made.runs, made.forth[16:27].tolist(), made.pads.tolist()
     (((2, 16), (1, 16)), [16, 17, 18, 19, 20, 21, 22, 23, 24, 24, 24], [25, 26, 27, 28, 29, 30, 31])
     """
@@ -122,7 +122,7 @@ def layout(documents: tuple[int, ...], groups: int, device: torch.device) -> Lay
     back = torch.empty(start * groups, dtype=torch.int64)
     back[forth[~is_pad]] = torch.arange(len(forth))[~is_pad]
     sizes = tuple((len(run), padded) for padded, run in runs)
-    return Layout(sizes, forth.to(device), back.to(device), is_pad.nonzero()[:, 0].to(device), groups)
+    return DocumentOrder(sizes, forth.to(device), back.to(device), is_pad.nonzero()[:, 0].to(device), groups)
 
 
 def _batched(documents: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
@@ -143,8 +143,18 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
+def products(documents: tuple[int, ...]) -> int:
+    """How many sizes of matrix products attention on these documents has, forward and backward.
+
+    >>> products((30, 31, 400))
+    24
+    """
+    runs = set(document_order(documents, 1, torch.device("cpu")).runs)
+    return 6 * sum(-(-length // BLOCK) for _, length in runs)
+
+
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, order: Layout, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, order: DocumentOrder, window: int | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Rows that `order` has ordered -> rows of the output, and the probabilities that `backward` is given back.
 
@@ -171,7 +181,7 @@ def backward(
     key: Tensor,
     value: Tensor,
     kept: Sequence[Tensor],
-    order: Layout,
+    order: DocumentOrder,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query (in its dtype), key and value (both summed in fp32), from that of the output.

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig
 
-from deft.model import towers
+from deft.model import multimodal
 from deft.model.load import Base
 from deft.model.selftest import unpackable
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class ModelSummary:
     """parameters, tied ones once; why documents will run one at a time, as far as the config tells, else nothing."""
 
     parameters: int
@@ -28,10 +28,10 @@ class Outline:
         return self.parameters * (4 * 4 + copy)
 
 
-def outline(base: Base) -> Outline:
+def summarise(base: Base) -> ModelSummary:
     """The model as its config describes it, made without memory for its weights."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     with torch.device("meta"):
         # The attention is named so that a config.json cannot choose one, as in `load`.
-        model = towers.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
-    return Outline(sum(parameter.numel() for parameter in model.parameters()), unpackable(model))
+        model = multimodal.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return ModelSummary(sum(parameter.numel() for parameter in model.parameters()), unpackable(model))

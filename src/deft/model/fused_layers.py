@@ -1,4 +1,4 @@
-"""Puts the blocks of `blocks/` in place of a model's layers, instance by instance, and takes them away again."""
+"""Replaces a model's layers by the hand-written ones of `cpu/`, instance by instance, and restores them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from functools import partial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from deft.hardware import keeps_kernels
-from deft.model.blocks import llama
+from deft.model.cpu import llama
 
 
 def install(model: nn.Module) -> int:
-    """Gives each layer on a CPU that a block computes exactly that block's forward; the number of these layers.
+    """Gives each layer on a CPU that `cpu/` computes exactly that forward; returns the number of these layers.
 
     Modules, parameters and their names stay what they are. A call that is not about packed documents goes to the
     layer's own forward.
@@ -29,17 +28,10 @@ def install(model: nn.Module) -> int:
     return len(forms)
 
 
-def make_kernels(model: nn.Module, rows: int, targets: int, documents: tuple[int, ...]) -> None:
-    """Tries the products of all blocks (`llama.make_kernels`)."""
-    for layer in model.modules():
-        if "forward" in layer.__dict__ and keeps_kernels(next(layer.parameters())):
-            llama.make_kernels(layer, layer.__dict__["forward"].args[1], rows, targets, documents)
-
-
 def trims(model: nn.Module) -> bool:
-    """Whether the last layer is a block, which can be told the rows that the head is applied to."""
-    blocks = [layer.__dict__["forward"] for layer in model.modules() if "forward" in layer.__dict__]
-    return bool(blocks) and blocks[-1].args[1].is_last
+    """Whether the last layer is fused, and so can be told the rows that the head is applied to."""
+    forwards = [layer.__dict__["forward"] for layer in model.modules() if "forward" in layer.__dict__]
+    return bool(forwards) and forwards[-1].args[1].is_last
 
 
 def remove(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Models that see as well: trained on text alone, the towers saved back bit for bit, the processor with them."""
+"""Models that see as well: trained on text alone, all other parts saved back bit for bit, the processor with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import deft
 from deft import forecast, loader
 from deft.hardware import Machine
 from deft.loss import nll
-from deft.model import load, selftest, towers
+from deft.model import load, multimodal, selftest
 
 TEXT = {
     "vocab_size": 520,
@@ -71,6 +71,10 @@ def llava() -> Any:
     )
 
 
+def trained(model: Any) -> dict[str, Any]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 FAMILIES = {"gemma3": gemma3, "qwen2_5_vl": qwen2_5_vl, "qwen3_5": qwen3_5, "llava": llava}
 
 
@@ -85,8 +89,8 @@ def write(folder: Path, config: Callable[[], Any]) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_language_model_learns(tmp_path: Path, name: str) -> None:
     model = load.load(load.inspect(str(write(tmp_path / "m", FAMILIES[name]))), device="cpu", dtype=torch.float32)
-    learnt = {parameter for _, parameter in towers.trained_parameters(model)}
-    language = {*towers.text_body(model).parameters(), *model.get_output_embeddings().parameters()}
+    learnt = set(trained(model).values())
+    language = {*multimodal.text_body(model).parameters(), *model.get_output_embeddings().parameters()}
     assert learnt == language
     assert len(language) < len(list(model.parameters()))
 
@@ -94,19 +98,21 @@ def test_only_the_language_model_learns(tmp_path: Path, name: str) -> None:
 def test_only_what_learns_counts_in_the_time_foretold(tmp_path: Path) -> None:
     model = load.load(load.inspect(str(write(tmp_path / "m", llava))), device="cpu", dtype=torch.float32)
     batch = loader.build([(np.arange(20), np.ones(20, np.float32))])
-    traced = forecast.trace(llava(), batch, nll, Machine(torch.device("cpu"), torch.float32, 64), is_alone=True)
-    assert traced.parameters == sum(parameter.numel() for _, parameter in towers.trained_parameters(model))
+    traced = forecast.trace(
+        llava(), batch, nll.objective, Machine(torch.device("cpu"), torch.float32, 64), is_alone=True
+    )
+    assert traced.parameters == sum(parameter.numel() for parameter in trained(model).values())
 
 
 @pytest.mark.parametrize(("name", "mode"), [("gemma3", "packed"), ("qwen2_5_vl", "packed"), ("llava", "packed")])
 def test_its_documents_are_packed(tmp_path: Path, name: str, mode: str) -> None:
     model = load.load(load.inspect(str(write(tmp_path / "m", FAMILIES[name]))), device="cpu", dtype=torch.float32)
-    learner, note = selftest.choose(model)
-    assert (learner.mode, note) == (mode, "")
+    causal_lm = selftest.choose(model)
+    assert (causal_lm.mode, causal_lm.note) == (mode, "")
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "llava"])
-def test_towers_and_processor_are_in_the_export_as_they_were(tmp_path: Path, name: str) -> None:
+def test_other_parts_and_processor_are_in_the_export_as_they_were(tmp_path: Path, name: str) -> None:
     base = write(tmp_path / "model", FAMILIES[name])
     rows = [{"prompt": f"What is {n} + 2?", "completion": f" It is {n + 2}."} for n in range(8)]
     data = tmp_path / "train.jsonl"
@@ -115,13 +121,13 @@ def test_towers_and_processor_are_in_the_export_as_they_were(tmp_path: Path, nam
     final = run.folder / "final"
     assert AutoConfig.from_pretrained(final).architectures == AutoConfig.from_pretrained(base).architectures
     before, after = (load_file(folder / "model.safetensors") for folder in (base, final))
-    trained = {name for name, _ in towers.trained_parameters(run.model)}
+    learnt = trained(run.model).keys()
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(final)
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     sight = {name for name in before if "visi" in name or "visual" in name or "projector" in name}
     assert sight
-    assert sight <= same, "towers keep their bits, though the run computed in bf16 and they are saved in fp32"
+    assert sight <= same, "other parts keep their bits, though the run computed in bf16 and they are saved in fp32"
     assert len(same) < len(before)
-    assert trained <= {name for name, _ in model.named_parameters()}
+    assert learnt <= {name for name, _ in model.named_parameters()}
     assert (final / "preprocessor_config.json").read_text() == (base / "preprocessor_config.json").read_text()

@@ -1,25 +1,27 @@
-"""A model, and how its hidden states are computed: what `training` holds of an architecture.
+"""A causal language model as body and head: the one door from a micro-batch to a loss.
 
 Shape suffixes: M tokens of a micro-batch, K targets, N documents of equal length T, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deft.hardware import few_sizes
-from deft.model import faster, lookup
+from deft.hardware import round_up_rows, to_device
+from deft.model import fused_layers, lookup
 from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
-from deft.model.static import Compiled, fill
-from deft.model.towers import text_body
-from deft.types import Batch, Head
+from deft.model.multimodal import text_body
+from deft.model.static import CompiledLayers, pad
+from deft.types import Head, MicroBatch, Objective, Tally
 
 Mode = Literal["packed", "alone", "whole"]
 """packed: the body once over all documents of a micro-batch, with our attention.
@@ -27,21 +29,38 @@ alone: the body with the model's own attention, documents of equal length togeth
 whole: the model's own forward up to its logits, one document at a time, where its head is not understood."""
 
 
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """A causal language model as body and head. Made by `selftest.choose`, which proves that `mode` is sound.
+class CausalLM(nn.Module):
+    """A Hugging Face model as body and head. Made by `selftest.choose`, which proves that `mode` is sound.
 
-    It never flips train() or eval(); the auxiliary losses of routers are left out. scale and softcap are those of Head.
+    Names in checkpoints and exports are those of `model`, the Hugging Face model inside. It never flips train() or
+    eval(); the auxiliary losses of routers are left out. scale and softcap are those of Head.
 
-    compiled  what gradients are computed with, where layers are compiled; all else goes through the layers themselves
+    checkpointing  what layers keep for their backward pass
+    compiled       layers that gradients are computed with; all else goes through the model's own
+    note           for the user, where `mode` is a fallback: why
     """
 
-    model: PreTrainedModel
-    mode: Mode
-    scale: float = 1.0
-    softcap: float | None = None
-    checkpointing: Checkpointing = "none"
-    compiled: Compiled | None = None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mode: Mode,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        *,
+        checkpointing: Checkpointing = "none",
+        note: str = "",
+    ) -> None:
+        super().__init__()
+        self.model, self.mode, self.scale, self.softcap, self.note = model, mode, scale, softcap, note
+        self.checkpointing = checkpointing
+        self.compiled: CompiledLayers | None = None
+
+    def forward(self, micro_batch: MicroBatch, objective: Objective) -> Tally:
+        """What the objective says of the micro-batch's targets; their hidden states or logits never leave this call."""
+        batch = on_device(micro_batch, self.device)
+        if self.mode == "whole":
+            return objective.from_logits(self.logits(batch), batch.targets, batch.weights)
+        return objective(*self.hidden_and_head(batch), batch.targets, batch.weights)
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +72,16 @@ class Learner:
         output = self.model.get_output_embeddings()
         return Head(output.weight, output.bias, self.scale, self.softcap)
 
-    def hidden_and_head(self, batch: Batch) -> tuple[Tensor, Head]:
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """While it lasts, gradients go through the layers themselves: hooks on parts of a layer see their outputs."""
+        compiled, self.compiled = self.compiled, None
+        try:
+            yield
+        finally:
+            self.compiled = compiled
+
+    def hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Head]:
         """float [K, H] at batch.rows, and the head to apply to it. For the modes packed and alone.
 
         A loss through this head gives a tied matrix one gradient (lookup.py), through `head` the sum of two.
@@ -62,17 +90,17 @@ class Learner:
         if self.mode == "alone":
             with checkpointed(self.model, self.checkpointing):
                 return alone_hidden(self.model, batch)[batch.rows], self.head
-        room = self._room(batch)
-        if self.compiled is not None and room is not None and torch.is_grad_enabled():
+        bucket = self._bucket(batch)
+        if self.compiled is not None and bucket is not None and torch.is_grad_enabled():
             with self.compiled.in_place(), checkpointed(self.model, self.checkpointing):
-                return static_hidden(self.model, fill(batch, room))[batch.rows], self.head
-        is_trimmed = faster.trims(self.model)
+                return static_hidden(self.model, pad(batch, bucket))[batch.rows], self.head
+        is_trimmed = fused_layers.trims(self.model)
         with checkpointed(self.model, self.checkpointing):
             return self._trimmed(batch) if is_trimmed else (packed_hidden(self.model, batch)[batch.rows], self.head)
 
-    def _trimmed(self, batch: Batch) -> tuple[Tensor, Head]:
-        """The same where the last layer is a block, and so the body one that takes embeddings for their tokens."""
-        batch = _filled(batch)
+    def _trimmed(self, batch: MicroBatch) -> tuple[Tensor, Head]:
+        """The same where the last layer is fused, and so the body one that takes embeddings for their tokens."""
+        batch = pad(batch, round_up_rows(len(batch.tokens)))
         head, embedding = self.head, self.model.get_input_embeddings()
         arguments: dict[str, Any] = {"target_rows": batch.rows}
         if lookup.fits(embedding):
@@ -83,51 +111,44 @@ class Learner:
         # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
         return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows], head
 
-    def make_kernels(self, batch: Batch) -> None:
-        """Tries the products that the body will need for this micro-batch's gradient, while memory is free
-        (`hardware.few_sizes`)."""
-        if self._has_blocks:
-            filled = _filled(batch)
-            faster.make_kernels(self.model, len(filled.tokens), few_sizes(len(batch.rows)), filled.documents)
+    def padding(self, batch: MicroBatch) -> int:
+        """The tokens that are added to a micro-batch for its gradient."""
+        tokens, padded = len(batch.tokens), self._bucket(batch)
+        if padded is None:
+            is_rounded = self.mode == "packed" and fused_layers.trims(self.model)
+            padded = round_up_rows(tokens) if is_rounded else tokens
+        return padded - tokens
 
-    def padding(self, batch: Batch) -> int:
-        """The tokens that a micro-batch is filled up with for its gradient."""
-        tokens, room = len(batch.tokens), self._room(batch)
-        if room is None:
-            room = few_sizes(tokens) if self._has_blocks else tokens
-        return room - tokens
+    def _bucket(self, batch: MicroBatch) -> int | None:
+        return None if self.compiled is None else self.compiled.bucket(len(batch.tokens))
 
-    def _room(self, batch: Batch) -> int | None:
-        return None if self.compiled is None else self.compiled.room(len(batch.tokens))
-
-    @property
-    def _has_blocks(self) -> bool:
-        return self.mode == "packed" and faster.trims(self.model)
-
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: MicroBatch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
         assert self.mode == "whole", "where the head is understood, logits are never whole"
         with checkpointed(self.model, self.checkpointing):
             return whole_logits(self.model, batch)
 
 
-def _filled(batch: Batch) -> Batch:
-    return fill(batch, few_sizes(len(batch.tokens)))
+def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its tensors on a device."""
+    names = ("tokens", "positions", "rows", "targets", "weights")
+    moved: dict[str, Any] = {name: to_device(getattr(micro_batch, name), device) for name in names}
+    return replace(micro_batch, **moved)
 
 
-def packed_hidden(model: PreTrainedModel, batch: Batch, **arguments: Any) -> Tensor:
+def packed_hidden(model: PreTrainedModel, batch: MicroBatch, **arguments: Any) -> Tensor:
     """float [M, H]: the body once over all documents, under the attention of `attention.py`."""
     packing = packing_arguments(batch.documents, batch.tokens.device)
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing, **arguments)[0]
 
 
-def static_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+def static_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """float [M, H]: the same for layers that are compiled for M tokens, whichever documents these belong to."""
     packing = sealed_arguments(batch.documents, batch.tokens.device)
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing)[0]
 
 
-def alone_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+def alone_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """float [M, H]: the body on each document; those of equal length together, so none is padded or needs a mask."""
     documents = batch.tokens.split(list(batch.documents))
     order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
@@ -139,7 +160,7 @@ def alone_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.cat([hidden_TH[index] for index in range(len(documents))])
 
 
-def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+def whole_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """float [K, V]: logits of the model's own forward at batch.rows, one document at a time."""
     rows_K = batch.rows.cpu()
     parts, start = [], 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from deft.hardware import TRIED, few_sizes
-from deft.model import causal
-from deft.model.causal import Layout
+from deft.hardware import round_up_rows
+from deft.model.cpu import document_attention
+from deft.model.cpu.document_attention import DocumentOrder
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
@@ -100,70 +99,23 @@ def forward(
     *,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     documents: tuple[int, ...] | None = None,
-    is_thrifty: bool = False,
+    recomputes: bool = False,
     target_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """[1, M, H] -> [1, M, H] over packed documents. All other calls go to `own`, the layer's own forward.
 
     The last layer, if told the int64 [K] rows that the head is applied to, gives [1, K, H]: the others need no MLP.
-    With is_thrifty the gate and up projections and the probabilities are not kept but computed again.
+    With `recomputes` the gate and up projections and the probabilities are not kept but computed again.
     """
     if documents is None or position_embeddings is None or not _is_plain(layer, hidden_states):
         extra = {} if documents is None else {"documents": documents}
         return own(hidden_states, position_embeddings=position_embeddings, **extra, **kwargs)
     cos, sin = (_wide(table[0]) for table in position_embeddings)
-    order = causal.layout(documents, layer.self_attn.k_proj.out_features // form.head_size, hidden_states.device)
+    groups = layer.self_attn.k_proj.out_features // form.head_size
+    order = document_attention.document_order(documents, groups, hidden_states.device)
     rows = target_rows if form.is_last else None
-    return _Layer.apply(hidden_states[0], form, order, rows, is_thrifty, cos, sin, *weights_of(layer).as_tuple())[None]
-
-
-def make_kernels(layer: Any, form: Form, rows: int, targets: int, documents: tuple[int, ...]) -> None:
-    """Tries the products of a layer, forward and backward, for so many rows, and behind its attention for so many
-    targets, unless they have been tried."""
-    w = weights_of(layer)
-    inner = ((w.output, 2, False), (w.gate, None, False), (w.up, None, True), (w.down, 2, False))
-    biases = (None if bias is None else 1 for bias in (w.query_bias, w.key_bias, w.value_bias))
-    outer = zip((w.query, w.key, w.value), biases, (False, True, True), strict=True)
-    for count, projections in ((rows, (*outer, *inner)), (targets, inner)):
-        for weight, dimensions, is_gradient_added in projections:
-            _try_products(count, *weight.shape, weight.dtype, dimensions, is_gradient_added)
-    groups = len(w.key) // form.head_size
-    for run in causal.layout(documents, groups, w.query.device).runs:
-        _try_attention(run, groups, len(w.query) // len(w.key), form, w.query.dtype)
-
-
-@lru_cache(maxsize=TRIED)
-def _try_products(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, dimensions: int | None, is_gradient_added: bool
-) -> None:
-    """A projection and its gradients.
-
-    dimensions         of what the projection is added to: 1 of a bias, 2 of a residual stream
-    is_gradient_added  whether the gradient of its input is added to that of another projection
-    """
-    input_MI, weight = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
-    output_MO = torch.zeros(rows, outputs, dtype=dtype)
-    if dimensions is None:
-        output_MO = functional.linear(input_MI, weight)
-    else:
-        output_MO = torch.addmm(output_MO if dimensions == 2 else output_MO[0], input_MI, weight.T)
-    _weight_gradient(output_MO, input_MI, True)
-    if is_gradient_added:
-        input_MI.addmm_(output_MO, weight)
-    else:
-        torch.mm(output_MO, weight)
-
-
-@lru_cache(maxsize=TRIED)
-def _try_attention(run: tuple[int, int], groups: int, repeat: int, form: Form, dtype: torch.dtype) -> None:
-    """Attention of so many documents of this length."""
-    count, length = run
-    order = causal.layout((length,) * count, groups, torch.device("cpu"))
-    query = torch.zeros(count * length * groups, repeat, form.head_size, dtype=dtype)
-    key = query[:, 0].clone()
-    out, kept = causal.forward(query, key, key, order, form.window)
-    causal.backward(out, query, key, key, kept, order, form.window)
+    return _Layer.apply(hidden_states[0], form, order, rows, recomputes, cos, sin, *weights_of(layer).as_tuple())[None]
 
 
 def _window(layer: Any) -> int | None:
@@ -214,16 +166,16 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         input_MH: Tensor,
         form: Form,
-        order: Layout,
+        order: DocumentOrder,
         rows: Tensor | None,
-        is_thrifty: bool,
+        recomputes: bool,
         cos_MD: Tensor,
         sin_MD: Tensor,
         *weights: Tensor | None,
     ) -> Tensor:
         w = _weights(weights)
         count = len(input_MH) if rows is None else len(rows)
-        rows = _few_sizes(rows)
+        rows = _rounded_up(rows)
         inverse_M1, normed_MH = _size_and_norm(input_MH, w.norm, form.eps)
         raw = (
             functional.linear(normed_MH, w.query, w.query_bias),
@@ -232,7 +184,7 @@ class _Layer(torch.autograd.Function):
         value = order.order(functional.linear(normed_MH, w.value, w.value_bias).view(-1, form.head_size))
         query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
         del normed_MH
-        out, kept = causal.forward(query, key, value, order, form.window)
+        out, kept = document_attention.forward(query, key, value, order, form.window)
         mixed_MW = _at(rows, order.restore(out).view(len(input_MH), -1))
         middle_MH = torch.addmm(_at(rows, input_MH), mixed_MW, w.output.T)
         mlp_inverse_M1, normed_MH = _size_and_norm(middle_MH, w.mlp_norm, form.eps)
@@ -240,7 +192,7 @@ class _Layer(torch.autograd.Function):
         output_MH = torch.addmm(middle_MH, _gated(gate_MI, up_MI), w.down.T)
         if any(ctx.needs_input_grad):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
-            recomputable = () if is_thrifty else (gate_MI, up_MI, *kept)
+            recomputable = () if recomputes else (gate_MI, up_MI, *kept)
             norms = (input_MH, inverse_M1, middle_MH, mlp_inverse_M1)
             ctx.save_for_backward(*norms, cos_MD, sin_MD, *weights, *attention, mixed_MW, *recomputable)
             ctx.form, ctx.order, ctx.rows = form, order, rows
@@ -274,7 +226,7 @@ class _Layer(torch.autograd.Function):
             query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
         d_mixed_MW = _spread(rows, torch.mm(d_middle_MH, w.output), len(input_MH))
         d_out = order.order_gradient(d_mixed_MW.view(-1, *query.shape[1:]))
-        d_query, d_key, d_value = causal.backward(d_out, query, key, value, kept, order, form.window)
+        d_query, d_key, d_value = document_attention.backward(d_out, query, key, value, kept, order, form.window)
         d_raw_query, grads["query_norm"] = _heads_backward(
             d_query, raw[0], w.query_norm, form, order, cos_MD * form.scaling, sin_MD * form.scaling
         )
@@ -287,11 +239,11 @@ class _Layer(torch.autograd.Function):
         return d_input_MH, *[None] * 6, *grads.values()
 
 
-def _few_sizes(rows: Tensor | None) -> Tensor | None:
+def _rounded_up(rows: Tensor | None) -> Tensor | None:
     """The rows and their last one again and again, so that products of them are of few sizes."""
     if rows is None or len(rows) == 0:
         return rows
-    return torch.cat([rows, rows[-1:].expand(few_sizes(len(rows)) - len(rows))])
+    return torch.cat([rows, rows[-1:].expand(round_up_rows(len(rows)) - len(rows))])
 
 
 def _at(rows: Tensor | None, tensor_MX: Tensor) -> Tensor:
@@ -348,7 +300,7 @@ def _weight_gradient(grad_MO: Tensor, input_MI: Tensor, is_needed: Any) -> Tenso
 
 
 def _rotated(
-    raw: tuple[Tensor, Tensor], w: Weights, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor
+    raw: tuple[Tensor, Tensor], w: Weights, form: Form, order: DocumentOrder, cos_MD: Tensor, sin_MD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Queries, scaled, [P, R, D] and keys [P, D] for the attention, from their projections [M, W] and [M, G * D]."""
     rotated = []
@@ -367,7 +319,13 @@ def _rotated(
 
 
 def _heads_backward(
-    d_rows: Tensor, raw_MW: Tensor, weight: Tensor | None, form: Form, order: Layout, cos_MD: Tensor, sin_MD: Tensor
+    d_rows: Tensor,
+    raw_MW: Tensor,
+    weight: Tensor | None,
+    form: Form,
+    order: DocumentOrder,
+    cos_MD: Tensor,
+    sin_MD: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of a projection [M, W], in the dtype of raw_MW, from that of the rows [P, ...] that `_rotated` made
     of it; and that of the weight of its norm. raw_MW is the projection, where there is a norm."""
