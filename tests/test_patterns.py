@@ -131,7 +131,7 @@ def test_whatever_a_template_does_with_words_patterns_render_as_the_proof_does(n
             assert rendered(by_pattern, messages) == rendered(renderer(template), messages)
 
     check()
-    assert name in CHANGED or sum(used) > len(used) / 3 > 10
+    assert name in CHANGED or sum(used) > len(used) / 10
 
 
 LOST = {
@@ -289,7 +289,7 @@ def test_special_tokens_made_by_messages_are_found_among_the_ids() -> None:
 def test_edges_found_between_special_tokens_are_those_that_offsets_give(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = row_encoder()
     rows = [
-        row for row in conversations(3, 300) if row.kind == "chat" and any(m.weight != 0 for m in row.messages[1::2])
+        row for row in conversations(3, 400) if row.kind == "chat" and any(m.weight != 0 for m in row.messages[1::2])
     ]
     found = encoder.encode_many(rows)
     monkeypatch.setattr(Coder, "_between_specials", lambda *_: None)
