@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deft.render.chat import ChatRenderer, Rendered
+from deft.render.chat import ChatRenderer
 from deft.render.provenance import Traced, join
 from deft.render.stop import Marks
 from deft.render.template import Refusal, Template, plain
-from deft.types import Message, ToolCall
+from deft.types import Message, Rendered, ToolCall
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MARKS = Marks("</s>", ("</s>",), ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"))

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 import deft
 from deft.encoding.pieces import Coder
-from deft.render.chat import Rendered
 from deft.tokenizer import Tokenizer
-from deft.types import Span
+from deft.types import Rendered, Span
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
 TEXT = st.text(st.sampled_from("ab \n.?tThecatso 'é你"), min_size=1, max_size=12)

@@ -118,15 +118,13 @@ class Tokenizer:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Tokens(e.ids, [start for start, _ in e.offsets]) for e in encodings]
 
-    def between(self, texts: Sequence[str]) -> list[bytes | None]:
-        """The ids, as int32, of texts that stand between special tokens; None for those in which one stands."""
-        quick = [self._words.ids(text) if self._words else None for text in texts]
-        slow = [text for text, ids in zip(texts, quick, strict=True) if ids is None]
-        found = iter(self._backend.encode_batch_fast(slow, add_special_tokens=False) if slow else [])
-        return [self._without_special(next(found).ids) if ids is None else ids for ids in quick]
-
-    def _without_special(self, ids: list[int]) -> bytes | None:
-        return None if self._special_ids.intersection(ids) else np.array(ids, np.int32).tobytes()
+    def between(self, text: str) -> bytes | None:
+        """The ids, as int32, of a text that stands between special tokens; None where one stands in it."""
+        quick = self._words.ids(text) if self._words else None
+        if quick is not None:
+            return quick
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return None if self._special_ids.intersection(encoding.ids) else _as_bytes(encoding.ids)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -281,6 +279,10 @@ def wrap(tokenizer: Any, name: str = "tokenizer") -> Tokenizer:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; save it with a tokenizer.json")
     return Tokenizer(tokenizer)
+
+
+def _as_bytes(ids: list[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
 
 
 def _advice(path: str) -> str:

@@ -118,6 +118,22 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Rendered:
+    """A text, what is learnt in it, and which of its characters were written by messages and tools.
+
+    In the `written` ranges special tokens are text, never control tokens. At `edges` the text is cut at inference:
+    where prompts end, and where answers do. `notes` say which fallbacks were needed; `turns` are the learnt messages.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    written: tuple[tuple[int, int], ...]
+    edges: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One example, or one part of a row that had to be split: ids and how much each is learnt.
 

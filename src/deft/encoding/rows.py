@@ -5,18 +5,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 from deft.encoding import raw
-from deft.encoding.pieces import Coded, Coder, Sheet
+from deft.encoding.pieces import Coded, Coder
 from deft.render import policy as render_policy
-from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rendered, Rules
+from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rules
 from deft.render.policy import TrainOn
 from deft.render.template import Refusal
-from deft.render.trace import Trace, Tracer
 from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Encoded, Fate, Message
+from deft.types import Conversation, Encoded, Fate, Message, Rendered
 
 Overflow = Literal["turns", "cut", "drop", "error"]
 Render = Literal["auto", "raw", "chat"]
@@ -77,12 +75,7 @@ class _Chat:
     conversation: Conversation
     messages: Sequence[Message]
     weights: Sequence[float]
-    rendered: Trace | Sequence[Rendered]
-
-    def texts(self) -> Sequence[Rendered]:
-        if isinstance(self.rendered, Trace):
-            return [self.rendered.rendered(self.messages, self.weights)]
-        return self.rendered
+    rendered: Sequence[Rendered]
 
 
 @dataclass(frozen=True)
@@ -97,19 +90,13 @@ class RowEncoder:
     def tokenizer(self) -> Tokenizer:
         return self.coder.tokenizer
 
-    @cached_property
-    def _tracer(self) -> Tracer:
-        return Tracer(self.renderer)
-
     def encode(self, conversation: Conversation) -> EncodedRow:
         return self.encode_many([conversation])[0]
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedRow]:
-        """The rows in order; the texts of all chats are encoded in few calls of the tokenizer, so many are faster."""
-        rows = [self._begun(conversation) for conversation in conversations]
-        chats = [row for row in rows if isinstance(row, _Chat)]
-        finished = map(self._chat_row, chats, self._coded(chats))
-        return [next(finished) if isinstance(row, _Chat) else row for row in rows]
+        """The rows in order. All chats are rendered before the first is encoded: a processor's caches like that."""
+        begun = [self._begun(conversation) for conversation in conversations]
+        return [self._finished_chat(row) if isinstance(row, _Chat) else row for row in begun]
 
     def _begun(self, conversation: Conversation) -> EncodedRow | _Chat:
         if conversation.kind != "text" and not self.is_raw(conversation):
@@ -161,42 +148,24 @@ class RowEncoder:
 
     def _chat(self, conversation: Conversation) -> EncodedRow | _Chat:
         messages = as_chat(conversation.messages)
+        weights = render_policy.weights(messages, self.train_on(conversation))
         try:
-            return self._rendered(messages, self._weights(messages, conversation), conversation)
+            return _Chat(conversation, messages, weights, self._rendered(messages, weights, conversation))
         except Refusal as refusal:
             return EncodedRow(conversation, Fate.REFUSED, reason=str(refusal))
 
-    def _weights(self, messages: Sequence[Message], conversation: Conversation) -> list[float]:
-        return render_policy.weights(messages, self.train_on(conversation))
-
-    def _rendered(self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation) -> _Chat:
-        rendered: Trace | Sequence[Rendered]
+    def _rendered(
+        self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation
+    ) -> Sequence[Rendered]:
         if self.train_on(conversation) == "all":
-            rendered = [self.renderer.whole(messages, 1.0, conversation.tools)]
-        else:
-            rendered = self._tracer.render(messages, weights, conversation.tools)
-        return _Chat(conversation, messages, weights, rendered)
+            return [self.renderer.whole(messages, 1.0, conversation.tools)]
+        return self.renderer.render(messages, weights, conversation.tools)
 
-    def _coded(self, chats: Sequence[_Chat]) -> list[list[_Part]]:
-        """The texts of each chat, encoded: by the layout of its trace where it holds, else as rendered."""
-        sheets = [self._sheet(chat) for chat in chats]
-        placed = iter(self.coder.placed([sheet for sheet in sheets if sheet]))
-        traced = [next(placed) if sheet else None for sheet in sheets]
-        texts = [() if coded else chat.texts() for chat, coded in zip(chats, traced, strict=True)]
-        others = iter(self.coder.encode_many([text for each in texts for text in each]))
-        return [
-            [_Part(coded, chat.rendered.turns)]
-            if coded and isinstance(chat.rendered, Trace)
-            else [_Part(next(others), text.turns, text.notes) for text in each]
-            for chat, coded, each in zip(chats, traced, texts, strict=True)
-        ]
+    def _parts(self, rendered: Sequence[Rendered]) -> list[_Part]:
+        return [_Part(self.coder.encode(text), text.turns, text.notes) for text in rendered]
 
-    def _sheet(self, chat: _Chat) -> Sheet | None:
-        if not isinstance(chat.rendered, Trace):
-            return None
-        return self.coder.sheet(chat.rendered, chat.messages, chat.weights)
-
-    def _chat_row(self, chat: _Chat, parts: Sequence[_Part]) -> EncodedRow:
+    def _finished_chat(self, chat: _Chat) -> EncodedRow:
+        parts = self._parts(chat.rendered)
         longest = max(map(_tokens, parts))
         if longest <= self.policy.max_length:
             return self._row_of(chat.conversation, parts, Fate.TRAINED)
@@ -236,7 +205,7 @@ class RowEncoder:
         def fits(start: int) -> bool:
             try:
                 fewer, learnt = [*messages[:body], *messages[start:]], [*weights[:body], *weights[start:]]
-                (tried[start],) = self._coded([self._rendered(fewer, learnt, conversation)])
+                tried[start] = self._parts(self._rendered(fewer, learnt, conversation))
             except Refusal:
                 return False
             return max(map(_tokens, tried[start])) <= self.policy.max_length

@@ -17,33 +17,18 @@ from deft.render import anchor, handing, probe, stop, words
 from deft.render.anchor import Anchor, Anchored, Shot
 from deft.render.handing import DEFAULT, Way
 from deft.render.handing import Marks as Block
+from deft.render.patterns import Pattern, Turn, learn
 from deft.render.provenance import TEMPLATE, Part, Traced, owner_of
 from deft.render.stop import Ending, Marks, Stop
 from deft.render.template import Handed, Refusal, Template
 from deft.render.ways import ways
-from deft.types import Message, Span
+from deft.types import Message, Rendered, Span
 
 Reasoning = Literal["auto", "require", "empty"]
 """Where the prompt opens a reasoning block: answers without reasoning are refused, or close it at once (`empty`).
 
 `require` refuses every learnt answer without reasoning, whatever the template.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A text, what is learnt in it, and which of its characters were written by messages and tools.
-
-    In the `written` ranges special tokens are text, never control tokens. At `edges` the text is cut at inference:
-    where prompts end, and where answers do. `notes` say which fallbacks were needed; `turns` are the learnt messages.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    written: tuple[tuple[int, int], ...]
-    edges: tuple[int, ...] | None = None
-    notes: tuple[str, ...] = ()
-    turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +42,10 @@ class Rules:
 
 DEFAULT_RULES = Rules()
 
+Shape = tuple[Any, ...]
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One learnt turn: the text up to its stop mark, which is the model's own from `start` on."""
-
-    index: int
-    text: Traced
-    start: int
-    spans: tuple[Span, ...]
-    note: str
+_SHAPES = 2_000
+"""So many shapes have patterns; then all are found again."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +90,7 @@ class ChatRenderer:
     marks: Marks
     rules: Rules = DEFAULT_RULES
     _stops: dict[tuple[Any, ...], Stop] = field(default_factory=dict, repr=False)
+    _patterns: dict[Shape, Pattern] = field(default_factory=dict, repr=False)
     _usual: dict[tuple[str, bool], tuple[Anchor, Way] | None] = field(default_factory=dict, repr=False)
 
     def render(
@@ -124,9 +104,44 @@ class ChatRenderer:
         if not learnt:
             text = self.template.render(messages, tools=tools)
             return [Rendered(str.__str__(text), (), words.written(text))]
-        whole = _Whole(self.template.hand(messages[: learnt[-1] + 1], tools))
+        handed = self.template.hand(messages[: learnt[-1] + 1], tools)
+        shape = None if tools else self._shape(handed.messages, learnt)
+        pattern = self._patterns.get(shape) if shape else None
+        rendered = self._by_pattern(pattern, handed, weights) if pattern else None
+        if rendered:
+            return [rendered]
+        whole = _Whole(handed)
         turns = [self._turn(whole, index, weights[index]) for index in learnt]
-        return [_as_rendered(group) for group in _grouped(turns)]
+        groups = _grouped(turns)
+        if shape and len(groups) == 1 and not any(turn.note for turn in turns):
+            self._keep(shape, learn(sorted(turns, key=lambda turn: turn.start), handed, pattern))
+        return [_as_rendered(group) for group in groups]
+
+    def _by_pattern(self, pattern: Pattern, handed: Handed, weights: Sequence[float]) -> Rendered | None:
+        try:
+            return pattern.rendered(handed, weights)
+        except Refusal:
+            return None
+
+    def _keep(self, shape: Shape, pattern: Pattern | None) -> None:
+        if len(self._patterns) >= _SHAPES:
+            self._patterns.clear()
+        if pattern:
+            self._patterns[shape] = pattern
+
+    def _shape(self, messages: Sequence[Message], learnt: Sequence[int]) -> Shape | None:
+        """What of a chat decides the marks around its fields; None for chats that no pattern can stand for."""
+        kinds = tuple(map(self._kind, messages))
+        return None if None in kinds else (kinds, tuple(learnt))
+
+    def _kind(self, message: Message) -> Shape | None:
+        """What of a message shapes the text; None for tool calls, blank fields and reasoning inside the content."""
+        content, reasoning = message.content, message.reasoning
+        if message.tool_calls or content.isspace() or reasoning.isspace():
+            return None
+        if message.role == "assistant" and handing.block_of(message, self.template.marks):
+            return None
+        return message.role, bool(content), bool(reasoning), bool(message.name), bool(message.tool_call_id)
 
     def whole(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]] = ()) -> Rendered:
         """The text of all messages, every character of it learnt (train_on: all)."""
@@ -137,7 +152,7 @@ class ChatRenderer:
         """The marks that ended the turns seen so far."""
         return frozenset(stop.mark for stop in self._stops.values())
 
-    def _turn(self, whole: _Whole, index: int, weight: float) -> _Turn:
+    def _turn(self, whole: _Whole, index: int, weight: float) -> Turn:
         """The first anchor and way that prove the turn; Refusal where none does, with the ordinary reason."""
         messages = whole.messages[: index + 1]
         said = handing.said(messages[-1], self.template.marks)
@@ -146,7 +161,7 @@ class ChatRenderer:
         turn = self._at_once(whole, said, index, weight)
         return turn or self._with_fallbacks(messages, said, whole.tools, weight)
 
-    def _at_once(self, whole: _Whole, said: Message, index: int, weight: float) -> _Turn | None:
+    def _at_once(self, whole: _Whole, said: Message, index: int, weight: float) -> Turn | None:
         """The turn by the prefix law in the text of all messages; None where it takes another way to see it."""
         try:
             text = whole.up_to(index)
@@ -160,7 +175,7 @@ class ChatRenderer:
 
     def _with_fallbacks(
         self, messages: Sequence[Message], said: Message, tools: Sequence[Mapping[str, Any]], weight: float
-    ) -> _Turn:
+    ) -> Turn:
         usual = self._usual_attempt(messages, tools)
         ordinary = self._attempts([*messages[:-1], said], tools)
         return self._first_of([usual] if usual else [], ordinary, messages, said, tools, weight)[0]
@@ -191,7 +206,7 @@ class ChatRenderer:
         said: Message,
         tools: Sequence[Mapping[str, Any]],
         weight: float,
-    ) -> tuple[_Turn, tuple[Anchor, Way]]:
+    ) -> tuple[Turn, tuple[Anchor, Way]]:
         """The first attempt that proves the turn; Refusal with the ordinary reason where none does."""
         reasons: dict[Way, str] = {}
         shots: dict[Way, Shot | None] = {}
@@ -231,7 +246,7 @@ class ChatRenderer:
 
     def _proven(
         self, try_anchor: Anchor, shot: Shot, messages: Sequence[Message], weight: float, handed: Handed
-    ) -> _Turn | None:
+    ) -> Turn | None:
         """The turn where the anchor holds and every check passes; None where it does not hold."""
         found = try_anchor(shot)
         if found is None:
@@ -246,7 +261,7 @@ class ChatRenderer:
         text = found.text[:end] + ended.appended
         spans = tuple(Span(a, b, weight) for a, b in self._learnt(text, found.start, shot) if a < b)
         note = ", ".join(note for note in (str(handed.way), found.how) if note)
-        return _Turn(shot.index, text, found.start, spans, note)
+        return Turn(shot.index, text, found.start, spans, note)
 
     def _stop(self, messages: Sequence[Message], known: Traced, tail: str, handed: Handed) -> Stop:
         """How the last of `messages` ends; `known` is the text up to its last character, `tail` what follows there."""
@@ -352,9 +367,9 @@ def _render(handed: Handed, known: Traced, messages: Sequence[Message]) -> Trace
     return handed.template.render(messages, tools=handed.tools, way=handed.way)
 
 
-def _grouped(turns: Sequence[_Turn]) -> list[list[_Turn]]:
+def _grouped(turns: Sequence[Turn]) -> list[list[Turn]]:
     """Turns that stand in one text, told by the prefix order of their texts; the longest is the first of its group."""
-    groups: list[list[_Turn]] = []
+    groups: list[list[Turn]] = []
     for turn in reversed(turns):
         home = next((group for group in groups if group[0].text.startswith(turn.text)), None)
         if home is None:
@@ -364,7 +379,7 @@ def _grouped(turns: Sequence[_Turn]) -> list[list[_Turn]]:
     return groups[::-1]
 
 
-def _as_rendered(group: Sequence[_Turn]) -> Rendered:
+def _as_rendered(group: Sequence[Turn]) -> Rendered:
     longest = group[0].text
     turns = sorted(group, key=lambda turn: turn.start)
     return Rendered(

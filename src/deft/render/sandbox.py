@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import reduce, wraps
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
@@ -46,6 +46,8 @@ _REMOVED = ("urlize", "wordwrap", "xmlattr", "pprint", "random", "striptags")
 
 _FREE_NUMBERS = {"default", "d", "int", "float", "sum"}
 """Filters whose numbers are values, not sizes."""
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 
 _FORBIDDEN_METHODS = {"translate", "encode", "to_bytes"}
 
@@ -115,6 +117,18 @@ class Generator(CodeGenerator):
         self.write("environment.concat((")
         for argument in node.nodes:
             self.visit(argument, frame)
+            self.write(", ")
+        self.write("))")
+
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
+        """A chain of additions is one call: most of what a template does is putting strings together."""
+        operands: list[nodes.Expr] = [node.right]
+        while isinstance(node.left, nodes.Add):
+            node = node.left
+            operands.append(node.right)
+        self.write("environment.add(context, (")
+        for operand in (node.left, *reversed(operands)):
+            self.visit(operand, frame)
             self.write(", ")
         self.write("))")
 
@@ -209,6 +223,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def concat(self, pieces: Iterable[Any]) -> str:
         return self._joined("", pieces)
+
+    def add(self, context: Context, values: tuple[Any, ...]) -> Any:
+        """The sum of the values, from left to right."""
+        for value in values:
+            if not isinstance(value, str):
+                break
+        else:
+            return self._joined("", values)
+        return reduce(lambda left, right: self.call_binop(context, "+", left, right), values)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As jinja2's, without the exception that it raises and catches for each key of a dict."""
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def made(self, value: Any) -> Any:
         """`value`, counted."""
@@ -335,11 +364,6 @@ class TracingSandbox(Sandbox):
 
     def _own_filters(self) -> dict[str, Callable[..., Any]]:
         return {**super()._own_filters(), "safe": lambda value: value}
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return self._joined("", (left, right))
-        return super().call_binop(context, operator, left, right)
 
     def _put_together(self, separator: str, texts: list[str]) -> str:
         return join(separator, texts)

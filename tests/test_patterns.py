@@ -1,10 +1,10 @@
-"""Chats rendered by the traces of their shapes are rendered as the template itself renders them."""
+"""Chats rendered by the pattern of their shape are those that the whole proof gives."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,22 +19,23 @@ from tiny_tokenizers import CHATML, byte_level, sentencepiece
 from deft import tokenizer as edge
 from deft.data import sources
 from deft.dataset import examples
+from deft.encoding.pieces import Coder
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
-from deft.render import trace
-from deft.render.chat import ChatRenderer, Rendered
+from deft.render import chat as chats
+from deft.render.chat import ChatRenderer
 from deft.render.choose import choose
+from deft.render.patterns import Pattern
 from deft.render.stop import Marks
 from deft.render.template import Refusal, Template
-from deft.render.trace import Trace, Tracer
 from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Message, Origin
+from deft.types import Conversation, Message, Origin, Rendered
 
 LOOP = (
     "{%% for m in messages %%}<|{{ m.role }}|>{%% set c = m.content %%}%s{{ eos_token if m.role == 'assistant' }}"
     "{%% endfor %%}{%% if add_generation_prompt %%}<|assistant|>{%% endif %%}"
 )
 
-FOLLOWED = {
+IN_PLACE = {
     "as it is": "{{ c }}",
     "stripped": "{{ c | trim }}",
     "stripped on one side": "{{ c.lstrip('\\n') }}",
@@ -54,9 +55,9 @@ FOLLOWED = {
     "filters of lists": "{{ c }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
     "a namespace": "{% set n = namespace(s='') %}{% set n.s = n.s + c %}{{ n.s }}",
 }
-"""What a template does with content `c` -> followed, for the words that do not lead into what follows below."""
+"""What a template may do with content `c` that leaves it in its place: patterns render most chats of such templates."""
 
-NOT_FOLLOWED = {
+CHANGED = {
     "length": "{{ c }}{{ c | length }}",
     "a character": "{{ c }}{{ c[0] }}",
     "a slice": "{{ c[1:] }}",
@@ -83,13 +84,6 @@ WORDS = st.lists(st.sampled_from(["hi", "ho", "hi there", "<x>", "</x>", " ", "\
 CONTENT = WORDS.map("".join)
 
 
-@pytest.fixture
-def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces alone decide: no chat is rendered both ways."""
-    monkeypatch.setattr(trace, "CHECKED_FIRST", -1)
-    monkeypatch.setattr(trace, "CHECKED_EVERY", 1 << 40)
-
-
 def renderer(template: str) -> ChatRenderer:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     return ChatRenderer(Template(template, tokens), Marks("</s>", ("</s>",), ("<s>", "</s>")))
@@ -103,37 +97,42 @@ def weights(messages: Sequence[Message]) -> list[float]:
     return [float(message.role == "assistant") for message in messages]
 
 
-def both(tracer: Tracer, messages: Sequence[Message]) -> tuple[list[Rendered] | str, list[Rendered] | str, bool]:
-    """What the tracer gives, what its renderer gives, and whether a trace was used."""
-    learnt = weights(messages)
+def rendered(by: ChatRenderer, messages: Sequence[Message]) -> list[Rendered] | str:
     try:
-        expected: list[Rendered] | str = tracer.renderer.render(messages, learnt)
+        return by.render(messages, weights(messages))
     except Refusal as refusal:
-        expected = str(refusal)
-    try:
-        found = tracer.render(messages, learnt)
-    except Refusal as refusal:
-        return str(refusal), expected, False
-    is_traced = isinstance(found, Trace)
-    return [found.rendered(messages, learnt)] if isinstance(found, Trace) else found, expected, is_traced
+        return str(refusal)
 
 
-@pytest.mark.parametrize("name", [*FOLLOWED, *NOT_FOLLOWED])
-@pytest.mark.usefixtures("_unchecked")
-def test_whatever_a_template_does_with_words_traces_render_as_it_does(name: str) -> None:
-    tracer = Tracer(renderer(LOOP % {**FOLLOWED, **NOT_FOLLOWED}[name]))
-    traced = []
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each chat of a shape that has a pattern: whether the pattern rendered it."""
+    found: list[bool] = []
+    ordinary = Pattern.rendered
+
+    def noted(*args: object) -> Rendered | None:
+        text = ordinary(*args)
+        found.append(text is not None)
+        return text
+
+    monkeypatch.setattr(Pattern, "rendered", noted)
+    return found
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, *CHANGED])
+def test_whatever_a_template_does_with_words_patterns_render_as_the_proof_does(name: str, used: list[bool]) -> None:
+    template = LOOP % {**IN_PLACE, **CHANGED}[name]
+    by_pattern = renderer(template)
 
     @given(chats=st.lists(st.tuples(CONTENT, CONTENT), min_size=4, max_size=6))
     @settings(max_examples=20, deadline=None, derandomize=True, database=None)
     def check(chats: list[tuple[str, str]]) -> None:
         for question, answer in chats:
-            found, expected, is_traced = both(tracer, pair(question, answer))
-            assert found == expected
-            traced.append(is_traced)
+            messages = pair(question, answer)
+            assert rendered(by_pattern, messages) == rendered(renderer(template), messages)
 
     check()
-    assert sum(traced) > len(traced) / 10 if name in FOLLOWED else not any(traced)
+    assert name in CHANGED or sum(used) > len(used) / 10
 
 
 LOST = {
@@ -148,77 +147,81 @@ LOST = {
 
 
 @pytest.mark.parametrize("name", LOST)
-@pytest.mark.usefixtures("_unchecked")
-def test_no_trace_stands_where_the_prompt_law_does_not_hold_at_once(name: str) -> None:
-    tracer = Tracer(renderer(LOOP % LOST[name]))
-    chats = [pair(f"What is {n}?", f"hi {n}") + pair("And?", f"ho {n}") for n in range(4)]
-    compared = [both(tracer, chat) for chat in chats]
-    assert all(found == expected for found, expected, _ in compared)
-    assert not any(is_traced for _, _, is_traced in compared)
+def test_no_pattern_renders_what_the_prompt_law_forbids(name: str, used: list[bool]) -> None:
+    by_pattern = renderer(LOOP % LOST[name])
+    for n in range(4):
+        messages = pair(f"What is {n}?", f"hi {n}") + pair("And?", f"ho {n}")
+        assert rendered(by_pattern, messages) == rendered(renderer(LOOP % LOST[name]), messages)
+    assert not any(used)
 
 
-def test_shapes_differ_by_roles_fields_and_what_is_learnt() -> None:
-    tracer = Tracer(renderer(LOOP % "{{ m.reasoning_content }}{{ m.name }}{{ c }}"))
+WORDS_DECIDE = {
+    "the prompt": "{{ '?' if add_generation_prompt and 'x' in messages[-1].content }}",
+    "the text after the turn": "{{ '!' if not add_generation_prompt and 'x' in messages[-1].content }}",
+    "the beginning": "{{ '' if loop.index > 1 or 'x' not in messages[0].content else '#' }}",
+    "a turn as the last message": "{{ '~' if loop.last and loop.index == 2 and 'x' in c }}",
+}
+"""What a template may write because of words: a pattern of chats without an x must not stand for one with it."""
+
+
+@pytest.mark.parametrize("name", WORDS_DECIDE)
+def test_a_chat_for_which_the_template_writes_something_else_is_proven_by_itself(name: str, used: list[bool]) -> None:
+    inside = "{{ c }}" + WORDS_DECIDE[name] if name == "a turn as the last message" else "{{ c }}"
+    template = LOOP % inside
+    if name == "the beginning":
+        template = LOOP % (WORDS_DECIDE[name] + "{{ c }}")
+    elif inside == "{{ c }}":
+        template += WORDS_DECIDE[name]
+    by_pattern = renderer(template)
+    plain = [pair(f"q {n}", f"a {n}") + pair("And?", f"b {n}") for n in range(3)]
+    for messages in plain:
+        assert rendered(by_pattern, messages) == rendered(renderer(template), messages)
+    assert used == [True, True]
+    special = pair("q x", "a x") + pair("And x?", "b x")
+    assert rendered(by_pattern, special) == rendered(renderer(template), special)
+    assert used == [True, True, False]
+
+
+def test_shapes_differ_by_roles_fields_and_what_is_learnt(used: list[bool]) -> None:
+    by_pattern = renderer(LOOP % "{{ m.reasoning_content }}{{ m.name }}{{ c }}")
     turns = [
         pair("a", "b"),
         [Message("system", "s"), *pair("a", "b")],
-        [Message("user", "a", name="n"), Message("assistant", "b")],
         [Message("user", "a"), Message("assistant", "b", reasoning="r")],
         [Message("user", ""), Message("assistant", "b")],
         [*pair("a", "b"), *pair("c", "d")],
         [Message("user", "a", tool_call_id="1"), Message("assistant", "b")],
     ]
-    for chat in turns * 3:
-        found, expected, _ = both(tracer, chat)
-        assert found == expected
+    for messages in turns * 3:
+        assert rendered(by_pattern, messages) == rendered(renderer(by_pattern.template.source), messages)
+    assert used == [True] * len(turns) * 2
     last = [0.0, 0.0, 0.0, 0.5]
-    for _ in range(3):
-        found_last = tracer.render(turns[5], last)
-    assert isinstance(found_last, Trace)
-    assert found_last.rendered(turns[5], last) == tracer.renderer.render(turns[5], last)[0]
-    assert len(tracer._shapes) == len(turns) + 1
+    found = [by_pattern.render(turns[4], last) for _ in range(2)]
+    assert found[0] == found[1]
+    assert [span.weight for span in found[1][0].spans] == [0.5]
+    assert len(by_pattern._patterns) == len(turns) + 1
 
 
-def test_a_difference_is_said_and_ends_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracer = Tracer(renderer(CHATML))
-    chats = [pair("a", str(n)) for n in range(6)]
-    for chat in chats[:2]:
-        tracer.render(chat, weights(chat))
-    monkeypatch.setattr(Trace, "rendered", lambda *_: None)
-    (said,) = tracer.render(chats[2], weights(chats[2]))
-    assert said.notes == (trace.DIFFERS,)
-    monkeypatch.undo()
-    assert tracer.render(chats[3], weights(chats[3])) == tracer.renderer.render(chats[3], weights(chats[3]))
-
-
-def test_the_first_chats_of_a_trace_and_every_thousandth_are_rendered_both_ways(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tracer = Tracer(renderer(CHATML))
-    rendered = []
-    ordinary = ChatRenderer.render
-    monkeypatch.setattr(ChatRenderer, "render", lambda *args: rendered.append(1) or ordinary(*args))
-    for number in range(2002):
-        tracer.render(pair("a", str(number)), [0.0, 1.0])
-    assert sum(rendered) == 2 + trace.CHECKED_FIRST + 2000 // trace.CHECKED_EVERY
+def test_white_space_seen_later_is_learnt_and_kept(used: list[bool]) -> None:
+    by_pattern = renderer(LOOP % "{{ c | trim }}")
+    for question, answer in [("a", "b"), (" a", "b"), ("a", "b "), (" a ", " b"), ("a", "b")]:
+        messages = pair(question, answer)
+        assert rendered(by_pattern, messages) == rendered(renderer(by_pattern.template.source), messages)
+    assert used == [False, False, True, True]
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "_SHAPES", 5)
-    monkeypatch.setattr(trace, "_BEGINNINGS", 7)
-    tracer = Tracer(renderer(CHATML))
-    for turns in [*range(1, 10), *range(1, 10)] * 2:
-        chat = [message for _ in range(turns) for message in pair("a", "b")]
-        for _ in range(2):
-            found, expected, _ = both(tracer, chat)
-            assert found == expected
-    assert len(tracer._shapes) == 5
-    assert len(tracer._beginnings) == 7
+    monkeypatch.setattr(chats, "_SHAPES", 5)
+    by_pattern = renderer(CHATML)
+    for turns in range(1, 9):
+        by_pattern.render(pair("a", "b") * turns, [0.0, 1.0] * turns)
+        assert len(by_pattern._patterns) <= 5
 
 
 def alone(encoder: RowEncoder, conversation: Conversation) -> EncodedRow:
-    """The row by an encoder that has seen no other, and so traces nothing."""
-    return RowEncoder(encoder.renderer, encoder.coder, encoder.policy).encode(conversation)
+    """The row by an encoder that has seen no other, and so has no pattern."""
+    renderer = ChatRenderer(encoder.renderer.template, encoder.renderer.marks, encoder.renderer.rules)
+    return RowEncoder(renderer, encoder.coder, encoder.policy).encode(conversation)
 
 
 def assert_same(found: EncodedRow, expected: EncodedRow) -> None:
@@ -230,11 +233,6 @@ def assert_same(found: EncodedRow, expected: EncodedRow) -> None:
         assert np.array_equal(part.tokens, other.tokens)
         assert np.array_equal(part.weights, other.weights)
         assert (part.tokens.dtype, part.weights.dtype) == (np.int32, np.float32)
-
-
-def many(encoder: RowEncoder, conversations: Sequence[Conversation], size: int = 64) -> Iterator[EncodedRow]:
-    for start in range(0, len(conversations), size):
-        yield from encoder.encode_many(conversations[start : start + size])
 
 
 HOSTILE = [
@@ -271,11 +269,10 @@ def conversations(seed: int, count: int) -> list[Conversation]:
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_level(puts_bos=True), sentencepiece()])
 @pytest.mark.parametrize("policy", [{}, {"train_on": "all"}, {"max_length": 40}, {"max_length": 30, "overflow": "cut"}])
-@pytest.mark.usefixtures("_unchecked")
 def test_many_rows_are_encoded_as_each_alone(tokenizer: object, policy: dict[str, object]) -> None:
     encoder = row_encoder(tokenizer=tokenizer, **policy)
     rows = conversations(7, 150)
-    for found, conversation in zip(many(encoder, rows), rows, strict=True):
+    for found, conversation in zip(encoder.encode_many(rows), rows, strict=True):
         assert_same(found, alone(encoder, conversation))
 
 
@@ -290,25 +287,16 @@ def test_special_tokens_made_by_messages_are_found_among_the_ids() -> None:
     assert not any(row.apart for row in rows[:6])
 
 
-def test_edges_found_by_counting_special_tokens_are_those_that_offsets_give() -> None:
+def test_edges_found_between_special_tokens_are_those_that_offsets_give(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = row_encoder()
-    coder = encoder.coder
-    chats = [
-        row for row in conversations(3, 300) if row.kind == "chat" and any(m.weight != 0 for m in row.messages[1::2])
+    rows = [
+        row for row in conversations(3, 400) if row.kind == "chat" and any(m.weight != 0 for m in row.messages[1::2])
     ]
-    checked = 0
-    for chat in chats:
-        learnt = [0.5 if message.role == "assistant" else 0.0 for message in chat.messages]
-        try:
-            (rendered,) = encoder.renderer.render(chat.messages, learnt)
-        except Refusal:
-            continue
-        found, expected = coder.encode(rendered), coder._by_offsets(rendered)
-        assert np.array_equal(found.tokens, expected.tokens)
-        assert np.array_equal(found.weights, expected.weights)
-        assert (found.literal, found.apart) == (expected.literal, expected.apart)
-        checked += 1
-    assert checked > 100
+    found = encoder.encode_many(rows)
+    monkeypatch.setattr(Coder, "_between_specials", lambda *_: None)
+    for row, expected in zip(found, encoder.encode_many(rows), strict=True):
+        assert_same(row, expected)
+    assert sum(bool(row.examples) and not row.literal for row in found) > 100
 
 
 FILES = ("gsm8k_train.jsonl", "fastchat_dummy_conversation.json", "v1_sft_demo.jsonl", "tinker_conversations.jsonl")
@@ -326,7 +314,6 @@ def qwen(corpus: Path) -> Tokenizer:
     return edge.load(str(corpus / "tokenizers" / "qwen2.5"))
 
 
-@pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_corpus_chats_are_encoded_as_each_alone(
     corpus: Path, corpus_rows: list[Conversation], qwen: Tokenizer, family: str
@@ -336,5 +323,5 @@ def test_corpus_chats_are_encoded_as_each_alone(
     assert found
     for template in found[:2]:
         encoder = examples.encoder(qwen, choose("auto", template, False), Policy(max_length=4096))
-        for encoded, row in zip(many(encoder, corpus_rows), corpus_rows, strict=True):
+        for encoded, row in zip(encoder.encode_many(corpus_rows), corpus_rows, strict=True):
             assert_same(encoded, alone(encoder, row))
