@@ -44,8 +44,8 @@ TOGETHER = 512
 class DocumentOrder:
     """How rows of (token, key head) are put in order so that documents of nearly equal length are one batch.
 
-    Documents are padded at their end to few different lengths, and batches are of few sizes: an unseen shape costs each
-    matrix product 0.6 ms, and memory for its kernel. That is exact: no token sees a later one, and what padding
+    Documents are padded at their end to few different lengths, and batches are of few sizes: a new shape costs
+    each matrix product 0.6 ms, and memory for its kernel. That is exact: no token sees a later one, and what padding
     computes is thrown away and gets no gradient.
 
     runs    (documents, padded length), by length
