@@ -33,7 +33,7 @@ from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Execution, glance, understand
 from deft.errors import InputError, Problems
 from deft.files import Disk
-from deft.reading import Caller
+from deft.reading import Session
 
 ROWS = [chat(f"What is {n}?", "It is " + "very " * (n % 7) + "big.", weight=0.5 + n % 2) for n in range(60)]
 ROWS += [ROWS[3], {"messages": [{"role": "user", "content": "Hi"}]}, chat("Hi", "long " * 90), chat("Hi", "", weight=0)]
@@ -491,12 +491,12 @@ def test_rows_that_cannot_be_read_stop_a_large_run_before_any_is_encoded(
     encode = build.encode_sources
     monkeypatch.setattr(build, "encode_sources", None)
     with pytest.raises(Problems, match="32 of 94 rows cannot be read, and none was encoded") as raised:
-        prepare.prepare(made, Caller(console=check.Console(quiet=True)))
+        prepare.prepare(made, Session(console=check.Console(quiet=True)))
     assert "rows.jsonl:62: messages: no assistant message" in str(raised.value)
     assert "... and 12 more" in str(raised.value)
     monkeypatch.setattr(build, "encode_sources", encode)
     allowed = made.model_copy(update={"data": made.data.model_copy(update={"allow_refused": 32})})
-    assert prepare.prepare(allowed, Caller(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
+    assert prepare.prepare(allowed, Session(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
 
 
 def test_more_bad_rows_than_are_kept_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

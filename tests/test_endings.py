@@ -19,7 +19,7 @@ from deft.errors import MemoryShort, UserCodeError
 from deft.evaluate import MetricFn
 from deft.logs.console import Steps
 from deft.optim.adamw import AdamW
-from deft.reading import Caller
+from deft.reading import Session
 from deft.training import step
 
 __all__ = ["folder"]
@@ -40,7 +40,7 @@ def train(folder: Path, output: str, metric_fn: MetricFn = well, **more: Any) ->
     made = config.make(settings(folder, output, **{"checkpoint__every": 100, **more}))
     said = io.StringIO()
     try:
-        run.train(made, Caller(metric_fn=metric_fn, console=Console(file=said, width=300)))
+        run.train(made, Session(metric_fn=metric_fn, console=Console(file=said, width=300)))
     finally:
         print(said.getvalue())
     return said.getvalue()

@@ -31,7 +31,7 @@ from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
 from deft.model.load import Base, inspect
 from deft.plan.order import Batching
-from deft.reading import Caller
+from deft.reading import Session
 from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
 from deft.types import Encoded, Origin, Tally
@@ -268,10 +268,10 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
         path = tmp_path / f"{rows}.jsonl"
         path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
-        caller = Caller(console=Console(file=io.StringIO()))
-        checked = reading.check(made, caller)
-        data = prepare.encode(made, checked, checked.encoder(), caller)
-        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), caller)
+        session = Session(console=Console(file=io.StringIO()))
+        checked = reading.check(made, session)
+        data = prepare.encode(made, checked, checked.encoder(), session)
+        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), session)
 
     traced, trace_once = [], forecast.trace
     monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))

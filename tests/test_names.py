@@ -14,7 +14,7 @@ import deft
 from deft import config, loss, optim, reading, registry
 from deft.config import Config, Source
 from deft.errors import InputError, UserCodeError
-from deft.reading import Caller
+from deft.reading import Session
 
 NO = "no_such_name"
 FREE = {"output"}
@@ -43,7 +43,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
 
 def refusal(given: dict[str, Any], **settings: Any) -> str:
     with pytest.raises(InputError) as error:
-        reading.check(config.make(config.nested({**given, **settings})), Caller())
+        reading.check(config.make(config.nested({**given, **settings})), Session())
     return str(error.value)
 
 

@@ -28,7 +28,7 @@ from common.machine import peak_bytes
 from transformers import AutoModelForCausalLM
 
 from deft import config
-from deft.reading import Caller
+from deft.reading import Session
 from deft.run import train as run
 
 
@@ -52,7 +52,7 @@ def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> 
         "device": "cpu",
         **settings["deft"],
     }
-    run(config.make(config.nested(asked)), Caller(owns_process=True))  # as the command line does
+    run(config.make(config.nested(asked)), Session(owns_process=True))  # as the command line does
     # What a step needed, not the export that follows.
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     memory = {"baseline_bytes": baseline, "peak_bytes": max(step["peak_bytes"] for step in steps)}

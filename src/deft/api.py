@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deft import config as configuration
 from deft.errors import user_code
-from deft.reading import Caller
+from deft.reading import Session
 from deft.run import Run
 from deft.run import train as run_config
 from deft.training import randomness
@@ -56,7 +56,7 @@ def train(
         evaluation["stop_sequences"] = tuple(stop_sequences)
     values["evaluate"] = evaluation
     with randomness.preserved():
-        return run_config(configuration.make(values), Caller(samples=_listed(samples, "samples"), metric_fn=metric_fn))
+        return run_config(configuration.make(values), Session(samples=_listed(samples, "samples"), metric_fn=metric_fn))
 
 
 def _listed(values: Any, name: str) -> Any:

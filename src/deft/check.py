@@ -26,7 +26,7 @@ from deft.model.summary import ModelSummary, summarise
 from deft.plan import summary
 from deft.plan.summary import PlanSummary
 from deft.plan_time import PlanTime
-from deft.reading import Caller, Checked
+from deft.reading import Checked, Session
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
 
@@ -77,11 +77,11 @@ def run(
     that are timed do not fit.
     """
     console = console or _console()
-    caller = Caller(console=console)
-    checked = reading.check(config, caller, needs_weights=is_timed)
-    data = prepare.encode(config, checked, checked.encoder(), caller)
+    session = Session(console=console)
+    checked = reading.check(config, session, needs_weights=is_timed)
+    data = prepare.encode(config, checked, checked.encoder(), session)
     plan = prepare.plan(config, checked, data) if data.train else None
-    fit = prepare.fitted(config, checked, data, plan, caller) if plan else None
+    fit = prepare.fitted(config, checked, data, plan, session) if plan else None
     checkup = Checkup(
         ledgers=data.ledgers,
         model=summarise(checked.base),
@@ -93,25 +93,25 @@ def run(
     _write(report, checkup)
     prepare.stop_unless_trainable(config, checked, data)
     if fit and is_timed:
-        checkup = replace(checkup, time=_measured(config, checked, fit, caller))
-        caller.say(f"time      {checkup.time}")
+        checkup = replace(checkup, time=_measured(config, checked, fit, session))
+        session.say(f"time      {checkup.time}")
         _write(report, checkup)
     else:
-        caller.say("time      deft check --time measures it: it loads the model and runs a few micro-batches")
+        session.say("time      deft check --time measures it: it loads the model and runs a few micro-batches")
     console.print("Nothing keeps this run from starting.")
     return checkup
 
 
-def _measured(config: Config, checked: Checked, fit: Fit, caller: Caller) -> PlanTime:
+def _measured(config: Config, checked: Checked, fit: Fit, session: Session) -> PlanTime:
     """Loads the model as a run does and times micro-batches of the plan; MemoryShort where they do not fit."""
-    caller.say(f"loading {config.model} to time a few micro-batches of it")
+    session.say(f"loading {config.model} to time a few micro-batches of it")
     fix = "a smaller microbatch_tokens or max_length needs less memory"
     with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
         state = build(config, partial(_model, checked, fit), checked.machine, World())
         if state.causal_lm.note:
-            caller.say(state.causal_lm.note)
+            session.say(state.causal_lm.note)
         state.causal_lm.checkpointing = fit.checkpointing
-        compiling.begin(state, fit.planned, checked.objective, caller.say)
+        compiling.begin(state, fit.planned, checked.objective, session.say)
         return plan_time.measure(state, fit.planned, checked.objective, config.optimizer.clip)
 
 

@@ -57,10 +57,10 @@ def train(arguments: Overrides = None) -> None:
             from deft import config
 
             made = config.load(files[0] if files else None, overrides)
-            from deft.reading import Caller
+            from deft.reading import Session
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, began=BEGAN, owns_process=True))
+        run(made, Session(signals=handled, began=BEGAN, owns_process=True))
 
 
 @app.command()

@@ -30,7 +30,7 @@ from deft.loader import Loader
 from deft.model import load as models
 from deft.model.checkpointing import Checkpointing
 from deft.plan.order import Batching
-from deft.reading import Caller, Checked, Reading
+from deft.reading import Checked, Reading, Session
 from deft.redact import redacted_json
 from deft.resume import Inputs, Rows
 from deft.types import Fate
@@ -66,19 +66,19 @@ class Prepared:
         return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
 
 
-def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepared:
+def prepare(config: Config, session: Session, found: Found | None = None) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
-    checked = reading.check(config, caller)
+    checked = reading.check(config, session)
     row_encoder = checked.encoder()
-    data = encode(config, checked, row_encoder, caller)
+    data = encode(config, checked, row_encoder, session)
     for line in _described(checked, data):
-        caller.say(line)
+        session.say(line)
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), session)
     expected = forecast.forecast(fit, checked.machine)
     if expected is not None:
-        caller.say(f"expected: {expected}")
+        session.say(f"expected: {expected}")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
     resolved = _resolved(config, checked)
     prepared = Prepared(
@@ -95,11 +95,11 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         found=found,
     )
     if found is not None:
-        _compare(prepared, found, caller)
+        _compare(prepared, found, session)
     return prepared
 
 
-def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
+def encode(config: Config, checked: Checked, row_encoder: RowEncoder, session: Session) -> Dataset:
     """Every row's tokens and fate.
 
     Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
@@ -108,14 +108,14 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Ca
     _stop_if_many_cannot_be_read(config, checked)
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
-    with reading.progress(caller, "encoding", rows) as advance:
+    with reading.progress(session, "encoding", rows) as advance:
         return build.encode_sources(
             checked.train,
             row_encoder,
             held_out=checked.held_out,
             share=share,
             seed=config.seed,
-            execution=reading.execution(caller, advance),
+            execution=reading.execution(session, advance),
         )
 
 
@@ -197,7 +197,7 @@ def plan(
     )
 
 
-def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller) -> Fit:
+def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, session: Session) -> Fit:
     """The plan with micro-batches that fit in memory, and what the largest of them takes.
 
     It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
@@ -208,7 +208,7 @@ def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, cal
         return make()
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
     key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
-    return fits.kept(Cache(cache.root(), caller.say), key, planned, make)
+    return fits.kept(Cache(cache.root(), session.say), key, planned, make)
 
 
 def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:
@@ -236,7 +236,7 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
     )
 
 
-def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
+def _compare(prepared: Prepared, found: Found, session: Session) -> None:
     """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
     step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
     before = Inputs(**found.checkpoint.values["inputs"])
@@ -248,8 +248,8 @@ def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
         heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
         raise Problems(heading, changes.refused)
     for change in changes.applied:
-        caller.say(f"since step {step}: {change}")
-    caller.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
+        session.say(f"since step {step}: {change}")
+    session.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
 
 
 def _resolved(config: Config, checked: Checked) -> Config:

@@ -46,10 +46,10 @@ from deft.types import Objective
 
 
 @dataclass(frozen=True)
-class Caller:
-    """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
+class Session:
+    """What a run has beside its configuration: rows in memory, a metric function, where it reports to, what may end it.
 
-    signals       nothing ends the run unless the caller handles signals
+    signals       no signal ends the run unless the command line handles them
     began         time.perf_counter() when the run was asked for
     owns_process  whether the run may change settings of the whole process that stay after it
     """
@@ -92,7 +92,7 @@ class Checked(Reading):
     folder: Path
 
 
-def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
+def check(config: Config, session: Session, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
     (base, tokenizer), objective, _, machine, asked, _, folder, *rows = preflight.collect(
         [
@@ -103,7 +103,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
             lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
             lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
-            *(partial(_read, sources, caller) for sources in _sources(config, caller)),
+            *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
     reading = _reading(config, base, tokenizer, *rows)
@@ -111,41 +111,41 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
     return Checked(**vars(reading), base=base, objective=objective, machine=machine, prompts=asked, folder=folder)
 
 
-def read(config: Config, caller: Caller) -> Reading:
+def read(config: Config, session: Session) -> Reading:
     """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
     (base, tokenizer), *rows = preflight.collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(survey.glance, sources, execution(caller)) for sources in _sources(config, caller)),
+            *(partial(survey.glance, sources, execution(session)) for sources in _sources(config, session)),
         ]
     )
     return _reading(config, base, tokenizer, *rows)
 
 
-def execution(caller: Caller, advance: Advance = lambda rows: None) -> Execution:
+def execution(session: Session, advance: Advance = lambda rows: None) -> Execution:
     """Whatever is made of rows is kept in the user's cache."""
-    return Execution(Cache(cache.root(), caller.say), advance=advance)
+    return Execution(Cache(cache.root(), session.say), advance=advance)
 
 
 @contextmanager
-def progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
+def progress(session: Session, what: str, total: int | None) -> Iterator[Advance]:
     """A bar that counts rows, where there is a terminal."""
-    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
+    with Progress(console=session.console, transient=True, disable=not session.console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda rows: progress.advance(task, rows)
 
 
-def _read(sources: Sequence[SourceSpec], caller: Caller) -> list[tuple[SourceSpec, Survey]]:
+def _read(sources: Sequence[SourceSpec], session: Session) -> list[tuple[SourceSpec, Survey]]:
     """Reads sources from beginning to end."""
-    with progress(caller, "reading", None) as advance:
-        return survey.understand(sources, execution(caller, advance))
+    with progress(session, "reading", None) as advance:
+        return survey.understand(sources, execution(session, advance))
 
 
-def _sources(config: Config, caller: Caller) -> tuple[list[SourceSpec], list[SourceSpec]]:
+def _sources(config: Config, session: Session) -> tuple[list[SourceSpec], list[SourceSpec]]:
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
     train_sources = [source_spec(source, "train") for source in config.data.train]
-    if caller.samples is not None:
-        train_sources = [SourceSpec("samples", rows=tuple(caller.samples))]
+    if session.samples is not None:
+        train_sources = [SourceSpec("samples", rows=tuple(session.samples))]
     return train_sources, [source_spec(source, "test") for source in held_out]
 
 
