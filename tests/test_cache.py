@@ -26,7 +26,7 @@ from deft.data.readers import jsonl
 from deft.dataset import Dataset, Named, Way
 from deft.errors import InputError, Problems
 from deft.files import Disk
-from deft.reading import Caller
+from deft.reading import Session
 from deft.store import COLUMNS
 
 ROWS = [chat(f"What is {n}?", "It is " + "very " * (n % 7) + "big.", weight=0.5 + n % 2) for n in range(60)]
@@ -417,12 +417,12 @@ def test_rows_that_cannot_be_read_stop_a_large_run_before_any_is_encoded(
     encode = dataset.encode_sources
     monkeypatch.setattr(dataset, "encode_sources", None)
     with pytest.raises(Problems, match="32 of 94 rows cannot be read, and none was encoded") as raised:
-        prepare.prepare(made, Caller(console=check.Console(quiet=True)))
+        prepare.prepare(made, Session(console=check.Console(quiet=True)))
     assert "rows.jsonl:62: messages: no assistant message" in str(raised.value)
     assert "... and 12 more" in str(raised.value)
     monkeypatch.setattr(dataset, "encode_sources", encode)
     allowed = made.model_copy(update={"data": made.data.model_copy(update={"allow_refused": 32})})
-    assert prepare.prepare(allowed, Caller(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
+    assert prepare.prepare(allowed, Session(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
 
 
 def test_more_bad_rows_than_are_kept_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

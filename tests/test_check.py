@@ -26,7 +26,7 @@ from deft.errors import Problems
 from deft.plan.order import Epoch
 from deft.plan.outlook import outlook
 from deft.prepare import prepare
-from deft.reading import Caller
+from deft.reading import Session
 
 ROWS = [chat(f"What is {n}?", "It is " + "very " * n + "big.") for n in range(20)]
 
@@ -105,7 +105,7 @@ def test_its_table_has_a_line_per_source_and_its_json_is_the_run_s_ledger(tmp_pa
     sources = [data(tmp_path, *ROWS), data(tmp_path, *ROWS[:3], ROWS[4], name="more.jsonl")]
     made = config.make({"model": str(model), "data": {"train": sources, "eval": 0.2}, "output": str(tmp_path / "run")})
     found = check.run(made, str(tmp_path / "found.json"), Console(file=io.StringIO(), width=200))
-    ledgers = [each.as_json() for each in prepare(made, Caller(console=Console(quiet=True))).data.ledgers]
+    ledgers = [each.as_json() for each in prepare(made, Session(console=Console(quiet=True))).data.ledgers]
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["sources"] == json.loads(json.dumps(ledgers)) == [each.as_json() for each in found.ledgers]
     assert all(sum(source["fates"].values()) == source["rows"] for source in ledgers)
@@ -117,7 +117,7 @@ def test_the_numbers_of_the_plan_are_those_of_the_steps(tmp_path: Path, model: P
     settings = {"batch__examples": 6, "epochs": 2, "microbatch_tokens": 100, "max_length": 128}
     found, said = checked(model, rows, **settings)
     made = config.make(config.nested({"model": str(model), "data__train": rows, **settings}))
-    planned = prepare(made, Caller(console=Console(quiet=True))).loader
+    planned = prepare(made, Session(console=Console(quiet=True))).loader
     works = [planned.step(step) for step in range(planned.epochs[0].steps)]
     assert found.plan is not None
     assert (found.plan.steps, found.plan.epochs, found.plan.examples) == (planned.steps, 2, 20)

@@ -23,7 +23,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from deft import compiling, config, loader
 from deft.loss import nll
 from deft.plan.order import Batching
-from deft.reading import Caller
+from deft.reading import Session
 from deft.run import train as run_config
 from deft.types import Encoded, Origin
 
@@ -57,7 +57,7 @@ def run(folder: Path, model: Path, **settings: Any) -> tuple[Path, list[dict[str
         **settings,
     }
     console = Console(file=io.StringIO(), width=300)
-    run_config(config.make(values), Caller(console=console))
+    run_config(config.make(values), Session(console=console))
     metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return folder / "run", [json.loads(line) for line in metrics], console.file.getvalue()  # type: ignore[attr-defined]
 

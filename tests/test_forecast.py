@@ -31,7 +31,7 @@ from deft.model.load import Base, inspect
 from deft.optim.adamw import AdamW
 from deft.plan.order import Batching
 from deft.rates import Rates
-from deft.reading import Caller
+from deft.reading import Session
 from deft.training.rehearse import rehearse
 from deft.training.state import TrainState
 from deft.training.step import nll_sum
@@ -383,10 +383,10 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
         path = tmp_path / f"{rows}.jsonl"
         path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
-        caller = Caller(console=Console(file=io.StringIO()))
-        checked = reading.check(made, caller)
-        data = prepare.encode(made, checked, checked.encoder(), caller)
-        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), caller, is_timed=is_timed)
+        session = Session(console=Console(file=io.StringIO()))
+        checked = reading.check(made, session)
+        data = prepare.encode(made, checked, checked.encoder(), session)
+        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), session, is_timed=is_timed)
 
     traced, trace_once = [], forecast.trace
     monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))
@@ -541,7 +541,7 @@ def test_a_run_keeps_the_kernels_of_its_largest_micro_batch(
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(hardware, "kept_kernels", lambda *numbers: asked.append(numbers) or 7)
     given = config.make(config.nested({"model": base.path, "data__train": str(rows), "precision": "fp32"}))
-    prepared = prepare.prepare(given, Caller())
+    prepared = prepare.prepare(given, Session())
     batch = forecast.largest(prepared.loader)[0]
     traced = trace(AutoConfig.from_pretrained(base.path), batch, nll, prepared.checked.machine, is_alone=True)
     assert asked == [(sum(traced.sizes.values()), traced.parameters)]

@@ -19,7 +19,7 @@ from deft import checkpoint, config, run
 from deft.checkpoint import Checkpoint
 from deft.errors import InputError
 from deft.logs import jsonl
-from deft.reading import Caller
+from deft.reading import Session
 
 ROWS = [
     {
@@ -72,7 +72,7 @@ def train(folder: Path, output: str, stop: int | None = None, **more: Any) -> st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train_steps", stopping)
         try:
-            run.train(config.make(settings(folder, output, **more)), Caller(console=Console(file=said, width=300)))
+            run.train(config.make(settings(folder, output, **more)), Session(console=Console(file=said, width=300)))
         except Killed:
             assert stop is not None
     return said.getvalue()
@@ -138,7 +138,7 @@ def test_a_finished_run_says_so(folder: Path) -> None:
     assert "finished at step 5" in train(folder, "whole", epochs=1)
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "whole").rglob("*")}
     made = config.make(settings(folder, "whole", epochs=1))
-    again = run.train(made, Caller(console=Console(file=io.StringIO())))
+    again = run.train(made, Session(console=Console(file=io.StringIO())))
     assert len(again.metrics) == 5
     assert again.model.num_parameters() > 0
     assert again.tokenizer("a")["input_ids"]
@@ -163,7 +163,7 @@ def test_an_export_that_was_stopped_is_made_again(moment: str, folder: Path, mon
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"deft.{where}", killed)
         with pytest.raises(Killed):
-            run.train(made, Caller(console=Console(file=io.StringIO())))
+            run.train(made, Session(console=Console(file=io.StringIO())))
     assert (folder / "cut" / "final").exists() == (moment == "after")
     assert "resumed step 10 of 10" in train(folder, "cut")
     assert differences(folder, "whole", "cut") == []

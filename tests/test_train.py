@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deft
 from deft import config, hardware
 from deft.errors import DeftError, InputError, NumbersError, Problems
-from deft.reading import Caller
+from deft.reading import Session
 from deft.run import Run
 from deft.run import train as run_config
 
@@ -338,7 +338,7 @@ def test_a_caller_s_console_gets_what_is_said(tmp_path: Path, model: Path) -> No
     made = config.make(
         {"model": str(model), "data": rows(tmp_path, CHATS), "epochs": 1, "output": str(tmp_path / "run")}
     )
-    run_config(made, Caller(console=Console(file=said, width=200)))
+    run_config(made, Session(console=Console(file=said, width=200)))
     for part in (
         "messages, 24 rows (24 trained)",
         "deft's plain template",

@@ -68,11 +68,11 @@ def planned_rows(folder: Path) -> Iterator[dict[str, list[int]]]:
 
     from deft import config
     from deft.prepare import prepare
-    from deft.reading import Caller
+    from deft.reading import Session
 
     saved = config.load(str(folder / "deft" / "config.yaml"))
-    caller = Caller(console=Console(quiet=True))
-    planned = prepare(saved.model_copy(update={"output": None}), caller).loader
+    session = Session(console=Console(quiet=True))
+    planned = prepare(saved.model_copy(update={"output": None}), session).loader
     for step in range(planned.steps):
         for example in planned.members(step):
             (part,) = example

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deft import config as configuration
-from deft.reading import Caller
+from deft.reading import Session
 from deft.run import Run
 from deft.run import train as run_config
 
@@ -50,7 +50,7 @@ def train(
     if stop_sequences:
         evaluation["stop_sequences"] = tuple(stop_sequences)
     values["evaluate"] = evaluation
-    return run_config(configuration.make(values), Caller(samples=samples, metric_fn=metric_fn))
+    return run_config(configuration.make(values), Session(samples=samples, metric_fn=metric_fn))
 
 
 def _merged(settings: Any, data: Any) -> Any:

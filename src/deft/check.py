@@ -18,7 +18,7 @@ from deft.ledger import SourceLedger
 from deft.loader import Loader
 from deft.model.outline import Outline, outline
 from deft.plan.outlook import Outlook, outlook
-from deft.reading import Caller, Checked
+from deft.reading import Checked, Session
 from deft.symptoms import Finding
 from deft.tokenizer import Tokenizer
 from deft.types import Fate
@@ -59,14 +59,14 @@ def run(config: Config, report: str | None = None, console: Console | None = Non
     tokens, in one error, then, after everything is printed, what became of the rows.
     """
     console = console or _console()
-    caller = Caller(console=console)
-    checked = reading.check(config, caller, needs_weights=False)
-    data = prepare.encode(config, checked, checked.encoder(), caller)
+    session = Session(console=console)
+    checked = reading.check(config, session, needs_weights=False)
+    data = prepare.encode(config, checked, checked.encoder(), session)
     planned = expected = None
     if data.train:
-        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), caller, is_timed=True)
+        fit = prepare.fitted(config, checked, data, prepare.plan(config, checked, data), session, is_timed=True)
         planned, device = fit.planned, checked.machine.device
-        expected = forecast(fit, device, calibrate.kept(device, caller.say))
+        expected = forecast(fit, device, calibrate.kept(device, session.say))
     checkup = Checkup(
         ledgers=data.ledgers,
         model=outline(checked.base),

@@ -59,10 +59,10 @@ def train(arguments: Overrides = None) -> None:
 
             made = config.load(files[0] if files else None, overrides)
             helpers = _helpers(made)
-            from deft.reading import Caller
+            from deft.reading import Session
             from deft.run import train as run
 
-        run(made, Caller(signals=handled, began=BEGAN, helpers=helpers))
+        run(made, Session(signals=handled, began=BEGAN, helpers=helpers))
 
 
 @app.command()

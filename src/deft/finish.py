@@ -16,7 +16,7 @@ from deft.encoding.rows import as_chat
 from deft.export import ExportError
 from deft.model import towers
 from deft.prepare import Prepared
-from deft.reading import Caller
+from deft.reading import Session
 from deft.redact import redacted
 from deft.training.state import TrainState
 
@@ -24,7 +24,7 @@ EXPORT_ROWS = 3
 """How many training examples are compared between the model in memory and the exported one."""
 
 
-def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
+def finish(prepared: Prepared, state: TrainState, session: Session) -> None:
     """The export, compared with what is in memory before it is called done, and the report."""
     checked, model, tokenizer = prepared.checked, state.learner.model, prepared.checked.tokenizer.hf
     folder = checked.folder / "final"
@@ -55,7 +55,7 @@ def finish(prepared: Prepared, state: TrainState, caller: Caller) -> None:
         files.remove(folder)
         raise
     report.write(checked.folder)
-    caller.say(
+    session.say(
         f"{folder}: {check.dtype}, reloaded by plain transformers and compared: {check.tensors} tensors equal, "
         f"logits within {check.largest_error:.1e}, {check.texts} texts encoded alike"
     )

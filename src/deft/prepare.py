@@ -34,7 +34,7 @@ from deft.loader import Loader
 from deft.model import load as models
 from deft.model.checkpointing import Checkpointing
 from deft.plan.order import Batching
-from deft.reading import Caller, Checked, Reading
+from deft.reading import Checked, Reading, Session
 from deft.redact import redacted_json
 from deft.resume import Inputs, Rows
 from deft.types import Fate
@@ -72,21 +72,21 @@ class Prepared:
         return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
 
 
-def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepared:
+def prepare(config: Config, session: Session, found: Found | None = None) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
-    checked = reading.check(config, caller)
+    checked = reading.check(config, session)
     row_encoder = checked.encoder()
-    data = encode(config, checked, row_encoder, caller)
-    if caller.helpers:
-        caller.helpers.stop()
+    data = encode(config, checked, row_encoder, session)
+    if session.helpers:
+        session.helpers.stop()
     for line in _described(checked, data):
-        caller.say(line)
+        session.say(line)
     stop_unless_trainable(config, checked, data)
     batchings = _batchings(config, found)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), caller)
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), session)
     expected = forecast.forecast(fit, checked.machine.device, rates.saved(checked.machine.device))
     if expected is not None:
-        caller.say(f"expected: {expected}")
+        session.say(f"expected: {expected}")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
     resolved = _resolved(config, checked)
     prepared = Prepared(
@@ -104,7 +104,7 @@ def prepare(config: Config, caller: Caller, found: Found | None = None) -> Prepa
         found=found,
     )
     if found is not None:
-        _compare(prepared, found, caller)
+        _compare(prepared, found, session)
     return prepared
 
 
@@ -114,7 +114,7 @@ def _kernels(traced: Trace | None) -> int:
     return hardware.kept_kernels(sum(traced.sizes.values()), traced.parameters)
 
 
-def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Caller) -> Dataset:
+def encode(config: Config, checked: Checked, row_encoder: RowEncoder, session: Session) -> Dataset:
     """Every row's tokens and fate.
 
     Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
@@ -123,14 +123,14 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, caller: Ca
     _stop_if_many_cannot_be_read(config, checked)
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
-    with reading.progress(caller, "encoding", rows) as advance:
+    with reading.progress(session, "encoding", rows) as advance:
         return dataset.encode_sources(
             checked.train,
             row_encoder,
             held_out=checked.held_out,
             share=share,
             seed=config.seed,
-            way=reading.way(caller, advance),
+            way=reading.way(session, advance),
         )
 
 
@@ -213,7 +213,7 @@ def plan(
 
 
 def fitted(
-    config: Config, checked: Checked, data: Dataset, planned: Loader, caller: Caller, *, is_timed: bool = False
+    config: Config, checked: Checked, data: Dataset, planned: Loader, session: Session, *, is_timed: bool = False
 ) -> Fit:
     """The plan with micro-batches that fit in memory, what the largest of them takes, and if `is_timed` what the time
     of all can be foretold from. That takes seconds: a run, which is about to start, has it only where it is kept.
@@ -226,7 +226,7 @@ def fitted(
         return make(is_timed=is_timed)
     model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
     key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
-    there, timed = Cache(cache.root(), caller.say), f"{key}-timed"
+    there, timed = Cache(cache.root(), session.say), f"{key}-timed"
     is_timed = is_timed or there.has(timed)
     return fits.kept(there, timed if is_timed else key, planned, partial(make, is_timed=is_timed))
 
@@ -256,7 +256,7 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
     )
 
 
-def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
+def _compare(prepared: Prepared, found: Found, session: Session) -> None:
     """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
     step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
     before = Inputs(**found.checkpoint.values["inputs"])
@@ -268,8 +268,8 @@ def _compare(prepared: Prepared, found: Found, caller: Caller) -> None:
         heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
         raise Problems(heading, changes.refused)
     for change in changes.applied:
-        caller.say(f"since step {step}: {change}")
-    caller.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
+        session.say(f"since step {step}: {change}")
+    session.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
 
 
 def _resolved(config: Config, checked: Checked) -> Config:

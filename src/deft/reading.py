@@ -42,11 +42,11 @@ from deft.workers import Helpers
 
 
 @dataclass(frozen=True)
-class Caller:
-    """What only a Python caller can give: rows in memory, a metric function; where the run reports to, what may end it.
+class Session:
+    """What a run has beside its configuration: rows in memory, a metric function, where it reports to, what may end it.
 
-    signals  nothing ends the run unless the caller handles signals
-    helpers  processes that encode rows, if the caller has started some; they are stopped when no more are to come
+    signals  no signal ends the run unless the command line handles them
+    helpers  processes that encode rows, where some were started; they are stopped when no more rows come
     began    time.perf_counter() when the run was asked for
     """
 
@@ -88,7 +88,7 @@ class Checked(Reading):
     folder: Path
 
 
-def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked:
+def check(config: Config, session: Session, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
     (base, tokenizer), loss, machine, prompts, _, folder, *rows = preflight.collect(
         [
@@ -98,7 +98,7 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
             lambda: evaluate.parse_prompts(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
             lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
-            *(partial(_read, sources, caller) for sources in _sources(config, caller)),
+            *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
     reading = _reading(config, base, tokenizer, *rows)
@@ -106,41 +106,41 @@ def check(config: Config, caller: Caller, needs_weights: bool = True) -> Checked
     return Checked(**vars(reading), base=base, loss=loss, machine=machine, prompts=prompts, folder=folder)
 
 
-def read(config: Config, caller: Caller) -> Reading:
+def read(config: Config, session: Session) -> Reading:
     """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
     (base, tokenizer), *rows = preflight.collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(dataset.glance, sources, way(caller)) for sources in _sources(config, caller)),
+            *(partial(dataset.glance, sources, way(session)) for sources in _sources(config, session)),
         ]
     )
     return _reading(config, base, tokenizer, *rows)
 
 
-def way(caller: Caller, advance: Advance = lambda rows: None) -> Way:
+def way(session: Session, advance: Advance = lambda rows: None) -> Way:
     """Whatever is made of rows is kept in the user's cache."""
-    return Way(Cache(cache.root(), caller.say), helpers=caller.helpers, advance=advance)
+    return Way(Cache(cache.root(), session.say), helpers=session.helpers, advance=advance)
 
 
 @contextmanager
-def progress(caller: Caller, what: str, total: int | None) -> Iterator[Advance]:
+def progress(session: Session, what: str, total: int | None) -> Iterator[Advance]:
     """A bar that counts rows, where there is a terminal."""
-    with Progress(console=caller.console, transient=True, disable=not caller.console.is_terminal) as progress:
+    with Progress(console=session.console, transient=True, disable=not session.console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda rows: progress.advance(task, rows)
 
 
-def _read(sources: Sequence[Named], caller: Caller) -> list[tuple[Named, Survey]]:
+def _read(sources: Sequence[Named], session: Session) -> list[tuple[Named, Survey]]:
     """Reads sources from beginning to end."""
-    with progress(caller, "reading", None) as advance:
-        return dataset.understand(sources, way(caller, advance))
+    with progress(session, "reading", None) as advance:
+        return dataset.understand(sources, way(session, advance))
 
 
-def _sources(config: Config, caller: Caller) -> tuple[list[Named], list[Named]]:
+def _sources(config: Config, session: Session) -> tuple[list[Named], list[Named]]:
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
     train_sources = [dataset.named(source, "train") for source in config.data.train]
-    if caller.samples is not None:
-        train_sources = [Named("samples", rows=tuple(caller.samples))]
+    if session.samples is not None:
+        train_sources = [Named("samples", rows=tuple(session.samples))]
     return train_sources, [dataset.named(source, "test") for source in held_out]
 
 

@@ -40,7 +40,7 @@ from deft.model.load import Base
 from deft.model.outline import outline
 from deft.optim.adamw import AdamW
 from deft.prepare import Prepared, prepare
-from deft.reading import Caller
+from deft.reading import Session
 from deft.redact import redacted
 from deft.saving import Saver
 from deft.schedule import factor
@@ -79,41 +79,41 @@ class Run:
         files.copy(self.folder / "final", Path(folder))
 
 
-def train(config: Config, caller: Caller | None = None) -> Run:
+def train(config: Config, session: Session | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
-    caller = caller or Caller()
+    session = session or Session()
     folder = preflight.run_folder(config.output)
     with lock.held(folder) as note:
         if note:
-            caller.say(note)
+            session.say(note)
         config = config.model_copy(update={"output": str(folder)})
         if (earlier := _finished(config)) is not None:
-            caller.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
+            session.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
             return earlier
-        return _run(config, caller, _checkpoint_of(config, caller))
+        return _run(config, session, _checkpoint_of(config, session))
 
 
-def _run(config: Config, caller: Caller, found: Found | None) -> Run:
+def _run(config: Config, session: Session, found: Found | None) -> Run:
     saved = found.checkpoint.step if found else None
     try:
-        prepared = prepare(_settled(config, found), caller, found)
+        prepared = prepare(_settled(config, found), session, found)
         hardware.bound_kernel_caches(prepared.kernels)
         with hardware.within_memory(partial(_too_large, prepared)):
             loading = time.perf_counter()
-            state = _load(prepared, caller)
+            state = _load(prepared, session)
             loading = time.perf_counter() - loading
         hardware.keep_freed_memory()
         with hardware.within_memory(partial(_too_long, prepared, state)):
-            compiling.begin(state, prepared.loader, prepared.checked.loss, caller.say)
+            compiling.begin(state, prepared.loader, prepared.checked.loss, session.say)
             if prepared.expected is None or not prepared.expected.is_safe:
                 rehearse(state, forecast.largest(prepared.loader)[0], prepared.checked.loss)
-        earlier = _write_beginnings(prepared, caller)
-        with caller.signals.deferred():
+        earlier = _write_beginnings(prepared, session)
+        with session.signals.deferred():
             with hardware.within_memory(partial(_too_long, prepared, state)):
-                metrics, unsaved = _train(prepared, state, earlier, caller, loading)
+                metrics, unsaved = _train(prepared, state, earlier, session, loading)
             saved = None if unsaved or config.checkpoint.every is None else state.step
-            with caller.signals.at_once():
-                finish(prepared, state, caller)
+            with session.signals.at_once():
+                finish(prepared, state, session)
     except Preempted as stop:
         raise Preempted(stop.number, stop.saved or saved) from None
     if unsaved:
@@ -137,7 +137,7 @@ def _earlier_run(config: Config) -> Path | None:
     return Path(config.output) if config.output and may_go_on else None
 
 
-def _checkpoint_of(config: Config, caller: Caller) -> Found | None:
+def _checkpoint_of(config: Config, session: Session) -> Found | None:
     """The checkpoint to go on from; what earlier starts left half written is removed."""
     for each in (Path(str(config.output)), Path(str(config.output)) / "checkpoints"):
         files.sweep(each)
@@ -146,7 +146,7 @@ def _checkpoint_of(config: Config, caller: Caller) -> Found | None:
         return None
     found = checkpoint.find(folder / "checkpoints", config.resume)
     for note in found.notes if found else ():
-        caller.say(note)
+        session.say(note)
     return found
 
 
@@ -158,7 +158,7 @@ def _settled(config: Config, found: Found | None) -> Config:
     return configuration.make(values)
 
 
-def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, Any]]:
+def _write_beginnings(prepared: Prepared, session: Session) -> list[Mapping[str, Any]]:
     """The run folder with what is known before the next step: config.yaml, manifest.json, ledger.json.
 
     Nothing in it is then of a later step than the checkpoint; returns the metrics of the earlier ones.
@@ -167,7 +167,7 @@ def _write_beginnings(prepared: Prepared, caller: Caller) -> list[Mapping[str, A
     preflight.make_folder(checked.folder)
     step = prepared.found.checkpoint.step if prepared.found else -1
     for note in checkpoint.set_aside(checked.folder / "checkpoints", step):
-        caller.say(note)
+        session.say(note)
     earlier = jsonl.cut(checked.folder / "metrics.jsonl", step)
     for name in ("eval", "samples"):
         jsonl.cut(checked.folder / f"{name}.jsonl", step if _is_evaluated(prepared) else step - 1)
@@ -203,15 +203,15 @@ def assemble(config: Config, base: Base, machine: Machine) -> tuple[TrainState, 
     return TrainState(learner, optimizer), note
 
 
-def _load(prepared: Prepared, caller: Caller) -> TrainState:
+def _load(prepared: Prepared, session: Session) -> TrainState:
     checked = prepared.checked
     state, note = assemble(prepared.config, checked.base, checked.machine)
     state.learner = replace(state.learner, checkpointing=prepared.checkpointing)
     if note:
-        caller.say(note)
+        session.say(note)
     parameters = sum(parameter.numel() for parameter in state.optimizer.parameters.values())
     dtype = checked.machine.dtype_name
-    caller.say(
+    session.say(
         f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
         f"{prepared.loader.steps} steps -> {checked.folder}"
     )
@@ -247,7 +247,7 @@ def _loaded_dtype(base: Base, machine: Machine) -> torch.dtype:
 
 
 def _train(
-    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], caller: Caller, loading: float
+    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], session: Session, loading: float
 ) -> tuple[list[Mapping[str, Any]], DiskError | None]:
     """The loop. What happens between two steps is written here, as statements.
 
@@ -258,17 +258,17 @@ def _train(
     config, planned, folder = prepared.config, prepared.loader, prepared.checked.folder
     logs = Logs.of(folder)
     keep = Keep(config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every)
-    saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, caller.say, newest=state.step)
+    saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, session.say, newest=state.step)
     multiplier = partial(
         factor, config.schedule.name, total=planned.steps, warmup=config.schedule.warmup, decay=config.schedule.decay
     )
     lines = list(earlier)
     is_evaluated, random = _is_evaluated(prepared), random_state()
-    with saver, display.steps(caller.console, planned.steps) as shown:
+    with saver, display.steps(session.console, planned.steps) as shown:
         try:
             if not is_evaluated:
-                with caller.signals.at_once():
-                    _evaluate(prepared, state, logs, caller)
+                with session.signals.at_once():
+                    _evaluate(prepared, state, logs, session)
                 is_evaluated = True
             for record in train_steps(
                 state,
@@ -276,25 +276,25 @@ def _train(
                 prepared.checked.loss,
                 clip=config.optimizer.clip,
                 factor=multiplier,
-                poll=caller.signals.check,
+                poll=session.signals.check,
             ):
                 if not record.is_finite:
-                    _skip_or_stop(prepared, state, record, caller)
+                    _skip_or_stop(prepared, state, record, session)
                 logs.metrics.write(asdict(record))
                 lines.append(asdict(record))
                 shown.show(record)
                 if len(lines) == len(earlier) + 1:
-                    seconds = time.perf_counter() - caller.began
-                    caller.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
+                    seconds = time.perf_counter() - session.began
+                    session.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
                 is_due, loss = saver.is_due(record.step, planned.steps), None
                 if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
                     is_evaluated, random = False, random_state()
-                    with caller.signals.at_once():
-                        loss = _evaluate(prepared, state, logs, caller)
+                    with session.signals.at_once():
+                        loss = _evaluate(prepared, state, logs, session)
                     is_evaluated = True
                 if is_due:
                     saver.begin(_checkpoint(prepared, state, is_evaluated, loss), logs.flush)
-                caller.signals.check()
+                session.signals.check()
         except Preempted as stop:
             if not is_evaluated:  # the next start evaluates
                 set_random_state(random)
@@ -342,7 +342,7 @@ def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss:
     return Checkpoint(state.step, {**state.tensors(), "rows": columns}, values, loss)
 
 
-def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, caller: Caller) -> None:
+def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, session: Session) -> None:
     """Goes past a step whose numbers are not finite, or raises NumbersError; either way the step can be replayed."""
     most, work = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
     folder = prepared.checked.folder / f"bad-step-{record.step}"
@@ -354,7 +354,7 @@ def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, cal
     if state.skipped >= most:
         fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
         raise NumbersError(f"{told}; {fix}")
-    caller.say(f"{told}; skipped ({state.skipped + 1} of {most} at most)")
+    session.say(f"{told}; skipped ({state.skipped + 1} of {most} at most)")
     state.skip()
 
 
@@ -364,7 +364,7 @@ def _is_due(config: Config, record: StepRecord, total: int) -> bool:
     return record.step == total or (every is not None and record.step % every == 0)
 
 
-def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller) -> float | None:
+def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, session: Session) -> float | None:
     """Held-out loss and sampled answers, as far as either is asked for, to eval.jsonl and samples.jsonl; the loss."""
     checked, evaluation = prepared.checked, prepared.config.evaluate
     found: dict[str, Any] = {}
@@ -378,7 +378,7 @@ def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller)
         checked.prompts,
         evaluation.generate,
         evaluation.stop_sequences,
-        caller.metric_fn,
+        session.metric_fn,
     )
     for row in samples.rows:
         logs.samples.write({"step": state.step, **asdict(row)})
@@ -386,7 +386,7 @@ def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, caller: Caller)
     if found:
         logs.eval.write({"step": state.step, **found})
     if found or samples.rows:
-        caller.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        session.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     for row in samples.rows[:SHOWN_SAMPLES]:
-        caller.say(f"  {row.prompt!r} -> {row.output!r}")
+        session.say(f"  {row.prompt!r} -> {row.output!r}")
     return found.get("loss")

@@ -16,7 +16,7 @@ from deft import config, files, preflight
 from deft.demo import base, world
 from deft.demo.world import Question, World
 from deft.generate import complete
-from deft.reading import Caller
+from deft.reading import Session
 from deft.render.template import plain
 from deft.run import Run
 from deft.run import train as run_config
@@ -47,7 +47,7 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
     Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`; returns what demo.json holds.
     """
     console = console or Console()
-    caller = Caller(console=console)
+    session = Session(console=console)
     folder = preflight.output_folder(output)
     preflight.make_folder(folder)
     began = time.perf_counter()
@@ -55,13 +55,13 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
     _write_data(folder / "data", made)
     base.write_base(folder / "untrained", base.build_tokenizer(made.texts, VOCAB_SIZE), seed)
 
-    caller.say(f"1. Reading: {len(made.texts)} plain texts about {len(made.facts)} people, every token learnt.")
-    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, seed, caller)
+    session.say(f"1. Reading: {len(made.texts)} plain texts about {len(made.facts)} people, every token learnt.")
+    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, seed, session)
     before = _ask(reader, made.heldout)
-    caller.say(
+    session.say(
         f"\n2. Answering: {len(made.dialogues)} dialogues; {_held_out_people(made)} people occur in none of them."
     )
-    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, seed, caller)
+    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, seed, session)
     after, taught = _ask(answerer, made.heldout), _ask(answerer, made.taught)
 
     _show(console, made, before, after)
@@ -74,7 +74,7 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
         "seconds": round(time.perf_counter() - began, 1),
     }
     files.write_json(folder / "demo.json", found)
-    caller.say(
+    session.say(
         f"Questions about people whom no dialogue mentions: {before.accuracy:.1%} right before, "
         f"{after.accuracy:.1%} after ({found['seconds']:.0f} s in all).\n"
         "The dialogues taught it to answer; the facts it had read before.\n"
@@ -91,10 +91,10 @@ def _write_data(folder: Path, made: World) -> None:
 
 
 def _train(
-    folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], seed: int, caller: Caller
+    folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], seed: int, session: Session
 ) -> Run:
     values = {"model": str(folder / model), "data": str(folder / "data" / data), "output": str(folder / output)}
-    return run_config(config.make(config.nested({**settings, **values, "seed": seed})), caller)
+    return run_config(config.make(config.nested({**settings, **values, "seed": seed})), session)
 
 
 def _ask(run: Run, questions: Sequence[Question]) -> Answers:

@@ -12,7 +12,7 @@ from deft.config import Config
 from deft.data.shapes import Survey
 from deft.dataset import Named
 from deft.errors import InputError
-from deft.reading import Caller, read, way
+from deft.reading import Session, read, way
 from deft.show import page, rows, terminal
 from deft.show.rows import Wanted
 from deft.types import Fate
@@ -34,13 +34,13 @@ def run(
     """Shows what is learnt of the rows of a run; `html` names a page to write instead. Nothing is trained."""
     console = console or Console()
     wanted = Wanted(count or (PAGE_ROWS if html else TERMINAL_ROWS), _fate(only), source, from_line)
-    caller = Caller(console=console)
-    reading = read(config, caller)
+    session = Session(console=console)
+    reading = read(config, session)
     names = _names(reading.train + reading.held_out)
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
-    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way(caller))
+    shown = rows.show(reading.train, reading.held_out, reading.encoder(), share, config.seed, wanted, way(session))
     if html is None:
         terminal.write(console, shown)
         return
