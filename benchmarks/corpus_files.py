@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import deft
-from deft.errors import DeftError
+from deft.core.errors import DeftError
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = Path(os.environ.get("DEFT_CORPUS", ROOT.parent / "shared" / "corpus"))

@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import mask_cases as cases  # noqa: E402
 from mask_oracle import Call, Judge, shaped  # noqa: E402
 
+from deft.core.types import Conversation, Fate  # noqa: E402
 from deft.encoding.rows import EncodedRow, RowEncoder  # noqa: E402
-from deft.tokenizer import Tokenizer  # noqa: E402
-from deft.types import Conversation, Fate  # noqa: E402
+from deft.encoding.tokenizer import Tokenizer  # noqa: E402
 
 CORPUS = Path(os.environ.get("DEFT_CORPUS", ROOT.parent / "shared" / "corpus"))
 RESULTS = ROOT / "benchmarks" / "results" / "masks.json"

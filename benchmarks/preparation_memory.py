@@ -60,15 +60,15 @@ def write(path: Path, rows: int, words: int, last: str = "") -> Path:
 def prepare(path: str, cache: str) -> dict[str, Any]:
     """The data half of a run from the file to the plan."""
     began = time.perf_counter()
-    from deft import loader
-    from deft import tokenizer as edge
     from deft.dataset import build, examples
     from deft.dataset.cache import Cache
     from deft.dataset.source import SourceSpec
     from deft.dataset.survey import Execution, understand
+    from deft.encoding import tokenizer as edge
+    from deft.encoding.render.choose import choose
     from deft.encoding.rows import Policy
+    from deft.plan import loader
     from deft.plan.order import Batching
-    from deft.render.choose import choose
 
     held = edge.load(str(TOKENIZER))
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)

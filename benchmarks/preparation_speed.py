@@ -118,10 +118,10 @@ def deft_arm(folder: Path) -> Figures:
 
 
 def deft_encoder() -> Any:
-    from deft import tokenizer as edge
     from deft.dataset import examples
+    from deft.encoding import tokenizer as edge
+    from deft.encoding.render.choose import choose
     from deft.encoding.rows import Policy
-    from deft.render.choose import choose
 
     held = edge.load(str(CORPUS / "tokenizers" / TOKENIZER))
     chosen = choose("auto", held.chat_template, held.puts_bos, held.special_tokens)

@@ -27,19 +27,19 @@ import torch
 from common.machine import described, versions
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deft import checkpoint, loader
-from deft.checkpoint import Checkpoint, Keep
-from deft.loader import Loader
-from deft.loss import nll
+from deft.core.types import Encoded, Origin
 from deft.model import selftest
-from deft.optim.adamw import AdamW
+from deft.plan import loader
+from deft.plan.loader import Loader
 from deft.plan.order import Batching
-from deft.saving import Saver
-from deft.training import randomness
+from deft.training import checkpoint, randomness
+from deft.training.checkpoint import Checkpoint, Keep
+from deft.training.loss import nll
 from deft.training.masters import Masters
+from deft.training.optim.adamw import AdamW
+from deft.training.saving import Saver
 from deft.training.state import TrainState
 from deft.training.step import optimizer_step
-from deft.types import Encoded, Origin
 
 RESULT = Path(__file__).parent / "results" / "saving.json"
 EVERY, ROWS, TOKENS = 100, 8, 200

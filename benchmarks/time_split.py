@@ -34,14 +34,15 @@ from common import machine, workloads
 from common.shapes import SHAPES, Shape, flops
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deft import hardware, loader
-from deft.loss import nll
+from deft.core import hardware
+from deft.core.types import MicroBatch
 from deft.model import selftest
-from deft.optim.adamw import AdamW
+from deft.plan import loader
 from deft.plan.packs import pack
+from deft.training.loss import nll
 from deft.training.masters import Masters, clip_scale
+from deft.training.optim.adamw import AdamW
 from deft.training.state import TrainState
-from deft.types import MicroBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("body_forward", "head", "body_backward", "optimizer")

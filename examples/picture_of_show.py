@@ -20,14 +20,14 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from deft import tokenizer as edge
+from deft.commands.show import rows, terminal
+from deft.commands.show.rows import Wanted
 from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
+from deft.encoding import tokenizer as edge
+from deft.encoding.render.choose import choose
 from deft.encoding.rows import Policy
-from deft.render.choose import choose
-from deft.show import rows, terminal
-from deft.show.rows import Wanted
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 92

@@ -20,7 +20,7 @@ def control() -> Result:
     """The moments of the optimizer are not put back."""
 
     def forget() -> None:
-        from deft.optim.adamw import AdamW
+        from deft.training.optim.adamw import AdamW
 
         restore = AdamW.restore
         AdamW.restore = lambda self, state: restore(

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from deft import files
+from deft.core import files
 from faults import disks, saves
 from faults.disks import Operation
 from faults.harness import Result, Scale, tally

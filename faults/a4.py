@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deft import files
+from deft.core import files
 from faults import disks, runs
 from faults.harness import Result, Scale, tally
 from faults.scenes import scene
@@ -38,7 +38,7 @@ def control() -> Result:
 
     def plant() -> None:
         files.staged = in_place
-        at_call("deft.export._tokenizer_to_save", 1)()
+        at_call("deft.export.folder._tokenizer_to_save", 1)()
 
     with scene() as folder:
         reference, _ = runs.undisturbed(folder)
@@ -55,15 +55,15 @@ def _thrown(chosen: Callable[[Sequence[tuple[str, Any]]], Sequence[tuple[str, An
 def moments() -> list[tuple[str, Callable[[Path], Callable[[], None]]]]:
     """Where a run is killed: (name, run folder -> what plants the kill)."""
     calls = [
-        ("deft.reading.check", 1),
-        ("deft.prepare.plan", 1),
-        ("deft.run.assemble", 1),
-        ("deft.run.selftest.choose", 1),
-        *(("deft.run.held_out_loss", n) for n in (1, 2, 3)),
-        *(("deft.files.write_text", n) for n in (1, 2, 3)),
-        *(("deft.checkpoint.retain", n) for n in (1, 3)),
-        ("deft.export.verify", 1),
-        ("deft.report.write", 1),
+        ("deft.run.reading.check", 1),
+        ("deft.run.prepare.plan", 1),
+        ("deft.run.train.build", 1),
+        ("deft.run.build.selftest.choose", 1),
+        *(("deft.run.train.held_out_loss", n) for n in (1, 2, 3)),
+        *(("deft.core.files.write_text", n) for n in (1, 2, 3)),
+        *(("deft.training.checkpoint.retain", n) for n in (1, 3)),
+        ("deft.export.folder.verify", 1),
+        ("deft.tracking.report.write", 1),
     ]
     found = [(f"{name}, call {n}", lambda folder, name=name, n=n: at_call(name, n)) for name, n in calls]
     places = {".config.yaml": 4, ".ledger.json": 4, "checkpoints": 16, ".final": 12}

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from deft import checkpoint, files
-from deft.errors import DamagedError
+from deft.core import files
+from deft.core.errors import DamagedError
+from deft.training import checkpoint
 from faults import saves
 from faults.harness import Result, Scale, tally
 

@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from deft import checkpoint, files
+from deft.core import files
+from deft.training import checkpoint
 from faults import b1, saves
 from faults.harness import Result, Scale
 

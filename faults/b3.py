@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from deft import checkpoint, files
+from deft.core import files
+from deft.training import checkpoint
 from faults.harness import Result, Scale, tally
 from faults.runs import killed, message, start
 from faults.scenes import scene

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deft import checkpoint, files
-from deft.errors import DeftError, DiskError
+from deft.core import files
+from deft.core.errors import DeftError, DiskError
+from deft.training import checkpoint
 from faults import disks, runs, saves
 from faults.harness import Result, Scale, tally
 from faults.scenes import scene

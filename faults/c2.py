@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deft import files
+from deft.core import files
 from faults import disks, runs
 from faults.harness import Result, Scale, tally
 from faults.scenes import scene
@@ -125,7 +125,7 @@ def _at_save(number: int, action: Action) -> Action:
     """Plants something that happens when the run begins a save."""
 
     def plant(run: Path) -> None:
-        from deft.saving import Saver
+        from deft.training.saving import Saver
 
         begin, calls = Saver.begin, [0]
 

@@ -18,9 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from deft import checkpoint, export, generate, prepare, reading
+from deft.evaluation import generate, heldout
+from deft.export import folder as export
 from deft.model import load as models
-from deft.training import heldout, loop, step
+from deft.run import prepare, reading
+from deft.training import checkpoint, loop, step
 from faults.forking import GENEROUS, HANGS, Child, become, command, deft
 from faults.harness import Result, Scale, tally
 from faults.scenes import CHATS, arguments, ended, scene
@@ -69,7 +71,7 @@ def control() -> Result:
     def deaf() -> None:
         from contextlib import nullcontext
 
-        from deft import signals
+        from deft.core import signals
 
         signals.handled = lambda: nullcontext(signals.Signals())  # type: ignore[assignment]
 

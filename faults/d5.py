@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from deft import lock
+from deft.core import lock
 from faults.forking import Child, deft
 from faults.harness import Result, Scale, spread, tally
 from faults.scenes import Ended, arguments, ended, scene

@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from deft import checkpoint
-from deft.checkpoint import Keep
+from deft.training import checkpoint
+from deft.training.checkpoint import Keep
 from faults import saves
 from faults.harness import Result, Scale, tally
 

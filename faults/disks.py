@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from deft import files
+from deft.core import files
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deft import loader
-from deft.loss import nll
+from deft.core.types import StepBatch
 from deft.model import selftest
+from deft.plan import loader
 from deft.training import loop, step
+from deft.training.loss import nll
 from deft.training.state import TrainState
 from deft.training.step import StepNumbers
-from deft.types import StepBatch
 from faults.harness import Result, Scale, tally
 from faults.scenes import CHATS, arguments, ended, scene
 

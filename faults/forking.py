@@ -99,7 +99,7 @@ def deft(*words: str, log: Path, before: Callable[[], object] = lambda: None) ->
 
 def command(*words: str) -> None:
     """`deft WORDS` in this process."""
-    from deft import cli
+    from deft.commands import cli
 
     sys.argv = ["deft", *words]
     cli.main()

@@ -9,9 +9,9 @@ from pathlib import Path
 from test_template_limits import DEEP, HOSTILE
 from test_template_limits import run as rendered
 
-from deft.render.sandbox import Meter
-from deft.render.template import Template
-from deft.types import Message
+from deft.core.types import Message
+from deft.encoding.render.sandbox import Meter
+from deft.encoding.render.template import Template
 from faults.forking import fork
 from faults.harness import Result, Scale, tally
 from faults.scenes import scene

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from deft import tokenizer
+from deft.encoding import tokenizer
 from deft.model import load
 from faults import poison
 from faults.harness import Result, Scale

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deft import files
+from deft.core import files
 from deft.model import security
 from faults.harness import Result, Scale, tally
 from faults.scenes import Ended, arguments, edit_json, ended, scene

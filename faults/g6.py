@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from deft import crash, finish, manifest, reading
-from deft import run as running
+from deft.core import crash
+from deft.run import finish, manifest, reading
+from deft.run import train as running
 from faults.harness import Result, Scale, tally
 from faults.scenes import arguments, ended, scene
 
@@ -26,7 +27,7 @@ def control() -> Result:
     """Nothing is hidden."""
 
     def open_() -> None:
-        from deft import cli
+        from deft.commands import cli
 
         for module in (crash, manifest, reading, running, finish, cli):
             module.redacted = lambda text: text  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deft.manifest import versions
+from deft.run.manifest import versions
 
 ROOT = Path(__file__).parents[1]
 SHOWN_FAILURES = 5

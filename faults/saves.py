@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from deft import checkpoint, files
-from deft.checkpoint import Checkpoint, Keep
-from deft.errors import DeftError
-from deft.logs import jsonl
-from deft.logs.jsonl import Logs
-from deft.saving import Saver
+from deft.core import files
+from deft.core.errors import DeftError
+from deft.tracking import jsonl
+from deft.tracking.jsonl import Logs
+from deft.training import checkpoint
+from deft.training.checkpoint import Checkpoint, Keep
+from deft.training.saving import Saver
 
 STRANGERS = ("my-notes-step-5", "step-10.backup", "step-000001.old", "step-5")
 """Folders of the user's, in the folder of checkpoints."""

@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deft.core.types import IGNORED, MicroBatch
 from deft.model import attention, selftest
 from deft.model.causal_lm import CausalLM, Mode
-from deft.types import IGNORED, MicroBatch
 
 VOCABULARY = 130
 WINDOW = 8

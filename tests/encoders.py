@@ -7,13 +7,13 @@ from typing import Any
 from tiny_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
-from deft import tokenizer as edge
 from deft.data.shapes import Survey
 from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
+from deft.encoding import tokenizer as edge
+from deft.encoding.render.choose import Chosen
 from deft.encoding.rows import Policy, RowEncoder
-from deft.render.choose import Chosen
 
 
 def row_encoder(

@@ -17,15 +17,20 @@ from mask_oracle import Call, Judge, Row, runs, shaped
 from readers import understand
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from deft.core.errors import DeftError
+from deft.core.types import (
+    Conversation,
+    Fate,
+    Message,
+    Origin,
+)
 from deft.data import sources
 from deft.data.choices import Choices
 from deft.dataset import examples
+from deft.encoding.render.chat import Rules
+from deft.encoding.render.choose import Chosen, choose
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
-from deft.errors import DeftError
-from deft.render.chat import Rules
-from deft.render.choose import Chosen, choose
-from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Fate, Message, Origin
+from deft.encoding.tokenizer import Tokenizer
 
 LOOKS_SPECIAL = re.compile(r"<[^<>\s{}'\"+%]{1,40}>|\[/?[A-Z_]{2,30}\]")
 LENGTH = 32_768

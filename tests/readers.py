@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from deft.core.errors import Problem
+from deft.core.types import Conversation, Origin, Row
 from deft.data import shapes
 from deft.data.choices import Choices
 from deft.data.chunks import HeldRows
-from deft.errors import Problem
-from deft.types import Conversation, Origin, Row
 
 
 @dataclass(frozen=True, slots=True)

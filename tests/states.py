@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from deft.model.causal_lm import CausalLM
-from deft.optim.adamw import AdamW
 from deft.training.masters import Masters
+from deft.training.optim.adamw import AdamW
 from deft.training.state import TrainState
 
 

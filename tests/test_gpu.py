@@ -13,16 +13,17 @@ from states import state_around
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deft import compiling, forecast, loader
-from deft.hardware import Machine
-from deft.loss import nll
+from deft.core.hardware import Machine
+from deft.core.types import Encoded, Origin
 from deft.model import selftest
 from deft.model.causal_lm import CausalLM
+from deft.plan import loader
 from deft.plan.order import Batching
-from deft.training import step
+from deft.run import forecast
+from deft.training import compiling, step
 from deft.training.loop import train
+from deft.training.loss import nll
 from deft.training.state import TrainState
-from deft.types import Encoded, Origin
 
 pytestmark = [
     pytest.mark.gpu,

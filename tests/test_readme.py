@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from deft import config
-from deft.cli import app
+from deft.commands.cli import app
 from deft.data import shapes
+from deft.run import config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

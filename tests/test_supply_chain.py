@@ -11,10 +11,10 @@ import pytest
 from tiny_models import write_llama
 
 import deft
-from deft import tokenizer
-from deft.errors import InputError
+from deft.core.errors import InputError
+from deft.core.redact import MARK, redacted, redacted_json
+from deft.encoding import tokenizer
 from deft.model.load import inspect
-from deft.redact import MARK, redacted, redacted_json
 
 SOURCE = Path(deft.__file__).parent
 UNSAFE = {

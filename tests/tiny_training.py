@@ -9,14 +9,14 @@ import torch
 from states import state_around
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deft import loader
+from deft.core.types import Encoded, Origin
 from deft.encoding.rows import Example
-from deft.loader import Loader
 from deft.model import selftest
 from deft.model.causal_lm import CausalLM
+from deft.plan import loader
+from deft.plan.loader import Loader
 from deft.plan.order import Batching
 from deft.training.state import TrainState
-from deft.types import Encoded, Origin
 
 VOCABULARY = 64
 

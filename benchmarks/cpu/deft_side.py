@@ -27,9 +27,9 @@ import torch
 from common.machine import peak_bytes
 from transformers import AutoModelForCausalLM
 
-from deft import config
-from deft.reading import Session
-from deft.run import train as run
+from deft.run import config
+from deft.run.reading import Session
+from deft.run.train import train as run
 
 
 def train(folder: Path, precision: str, out: Path, settings: dict[str, Any]) -> None:
@@ -84,9 +84,9 @@ def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
 def deft_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     import numpy as np
 
-    from deft.loader import build
-    from deft.loss import nll
     from deft.model import selftest
+    from deft.plan.loader import build
+    from deft.training.loss import nll
     from deft.training.step import mean_share
 
     causal_lm = selftest.choose(model)

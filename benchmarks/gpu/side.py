@@ -54,12 +54,12 @@ def steps_of(rows: Sequence[Row], examples: int) -> Iterator[Sequence[Row]]:
 def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A try for each number of micro-batch tokens, until one does not fit: the plan, the loop and the compilation of
     a user's run."""
-    from deft import compiling
-    from deft.loss import nll
     from deft.model import selftest
-    from deft.optim.adamw import AdamW
+    from deft.training import compiling
     from deft.training.loop import train
+    from deft.training.loss import nll
     from deft.training.masters import Masters
+    from deft.training.optim.adamw import AdamW
     from deft.training.state import TrainState
 
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
@@ -96,9 +96,9 @@ def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]
 
 def plan_of(rows: Sequence[Row], examples: int, tokens: int) -> Any:
     """The rows in steps of so many, as deft plans them."""
-    from deft import loader
+    from deft.core.types import Encoded, Origin
+    from deft.plan import loader
     from deft.plan.order import Batching
-    from deft.types import Encoded, Origin
 
     encoded = [
         (Encoded(Origin("rows", n), np.array(row.ids, np.int32), (np.array(row.labels) >= 0).astype(np.float32)),)

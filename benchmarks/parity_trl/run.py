@@ -66,9 +66,9 @@ def planned_rows(folder: Path) -> Iterator[dict[str, list[int]]]:
     """{"input_ids", "labels"} of every example of deft's run in `folder`/deft, step by step in the plan's order."""
     from rich.console import Console
 
-    from deft import config
-    from deft.prepare import prepare
-    from deft.reading import Session
+    from deft.run import config
+    from deft.run.prepare import prepare
+    from deft.run.reading import Session
 
     saved = config.load(str(folder / "deft" / "config.yaml"))
     session = Session(console=Console(quiet=True))

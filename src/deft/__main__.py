@@ -1,5 +1,5 @@
 """`python -m deft`, as torchrun starts it."""
 
-from deft.cli import main
+from deft.commands.cli import main
 
 main()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from deft.errors import Problem
-from deft.types import Origin, Row
+from deft.core.errors import Problem
+from deft.core.types import Origin, Row
 
 FIRST_ROWS, MOST_ROWS = 16, 512
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deft.core.registry import closest
 from deft.data import json_text
-from deft.registry import closest
 
 LARGEST_WEIGHT = 1e6
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from deft import registry
+from deft.core import registry
+from deft.core.errors import UserCodeError, user_code
+from deft.core.types import Conversation, Row
 from deft.data import formats
 from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, described, shortened, weight_of
-from deft.errors import UserCodeError, user_code
-from deft.types import Conversation, Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from deft.errors import InputError
-from deft.types import Origin, Row
+from deft.core.errors import InputError
+from deft.core.types import Origin, Row
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -9,6 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deft.core.types import (
+    Conversation,
+    Message,
+    Row,
+    ToolCall,
+)
 from deft.data.fields import (
     RowError,
     json_of,
@@ -21,7 +27,6 @@ from deft.data.fields import (
     text_of,
     weight_of,
 )
-from deft.types import Conversation, Message, Row, ToolCall
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool", "developer")} | {"function": "tool"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}

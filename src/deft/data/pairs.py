@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from deft.core.types import Conversation, Message, Row
 from deft.data import messages
 from deft.data.choices import Choices
 from deft.data.fields import RowError, text_of
-from deft.types import Conversation, Message, Row
 
 Side = str | list[Message]
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
+from deft.core.errors import Problem, Problems
+from deft.core.types import Conversation, Origin, Row
 from deft.data.choices import Choices
 from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, kind_of
 from deft.data.format import Format, keys_of, load, names, reading
-from deft.errors import Problem, Problems
-from deft.types import Conversation, Origin, Row
 
 T = TypeVar("T")
 

@@ -17,12 +17,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from deft.core.errors import InputError, Problem
+from deft.core.registry import closest
+from deft.core.types import Origin, Row
 from deft.data import hub
 from deft.data.chunks import Chunk, of
 from deft.data.readers import csv, json, jsonl, tables, text
-from deft.errors import InputError, Problem
-from deft.registry import closest
-from deft.types import Origin, Row
 
 STDIN, PIPED = "-", "stdin"
 """The name of standard input as a source, and what its rows call it."""

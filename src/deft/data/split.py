@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from deft.types import Conversation, Message
+from deft.core.types import Conversation, Message
 
 
 def digest(conversations: Sequence[Conversation]) -> int:

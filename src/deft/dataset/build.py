@@ -13,8 +13,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from deft import tokenizer as edge
-from deft import workers
+from deft.core import workers
+from deft.core.errors import InputError, user_code
+from deft.core.files import Staging
+from deft.core.types import Encoded, Origin
 from deft.data import sources
 from deft.data.shapes import Survey
 from deft.dataset import cache as caches
@@ -26,14 +28,12 @@ from deft.dataset.source import SourceSpec, items
 from deft.dataset.splits import ContentIndex, SplitRows, SplitRule, assign_splits
 from deft.dataset.store import EncodedChunk, Examples, Selection, Store
 from deft.dataset.survey import NOT_KEPT, Execution
+from deft.encoding import tokenizer as edge
 from deft.encoding.raw import Side
+from deft.encoding.render.chat import Reasoning, Rules
+from deft.encoding.render.choose import choose
+from deft.encoding.render.policy import TrainOn
 from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
-from deft.errors import InputError, user_code
-from deft.files import Staging
-from deft.render.chat import Reasoning, Rules
-from deft.render.choose import choose
-from deft.render.policy import TrainOn
-from deft.types import Encoded, Origin
 
 Surveyed = tuple[SourceSpec, Survey]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deft import files, lock
-from deft.errors import DamagedError, DiskError, InputError
-from deft.files import Staging
+from deft.core import files, lock
+from deft.core.errors import DamagedError, DiskError, InputError
+from deft.core.files import Staging
 
 _IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w.]+))", re.MULTILINE)
 _NAME = re.compile(r"(\w+)(?: as \w+)?(?: *#.*)?")

@@ -10,9 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deft.core.types import (
+    Conversation,
+    Encoded,
+    Fate,
+    Message,
+)
+from deft.encoding.render import policy
 from deft.encoding.rows import EncodedRow, RowEncoder
-from deft.render import policy
-from deft.types import Conversation, Encoded, Fate, Message
 
 DECODED_ROWS = 50
 """Of rows with the same kinds of messages this number is decoded to see whether the template shows every field."""

@@ -12,22 +12,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deft import tokenizer as edge
+from deft.core.errors import DeftError, Problem
+from deft.core.types import (
+    Conversation,
+    Encoded,
+    Fate,
+    Origin,
+)
 from deft.data import shapes, split
 from deft.data.choices import Choices
 from deft.data.shapes import Outcome
 from deft.dataset import data_warnings
 from deft.dataset.source import Item, SourceSpec
 from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage
+from deft.encoding import tokenizer as edge
 from deft.encoding.pieces import Coder
+from deft.encoding.render.chat import ChatRenderer
+from deft.encoding.render.choose import Chosen
+from deft.encoding.render.stop import Marks
+from deft.encoding.render.template import Template
 from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
-from deft.errors import DeftError, Problem
-from deft.render.chat import ChatRenderer
-from deft.render.choose import Chosen
-from deft.render.stop import Marks
-from deft.render.template import Template
-from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Encoded, Fate, Origin
+from deft.encoding.tokenizer import Tokenizer
 
 
 def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequence[int] = ()) -> RowEncoder:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from deft.core.errors import Problem
+from deft.core.types import Fate
 from deft.dataset.data_warnings import BIT, WARNINGS, Finding
 from deft.dataset.splits import SplitRows
 from deft.dataset.store import FATES, RowGroup
-from deft.errors import Problem
-from deft.types import Fate
 
 NAMED_ROWS = 100
 """The rows of each fate that are named in ledger.json; the counts are of all."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deft.core.types import Origin
 from deft.data import chunks, sources
 from deft.data.choices import Choices
 from deft.data.chunks import Chunk
-from deft.types import Origin
 
 
 @dataclass(frozen=True, slots=True)

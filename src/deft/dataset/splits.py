@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from deft.core.types import Fate, Origin
 from deft.data import mixture, split
 from deft.dataset.data_warnings import BIT
 from deft.dataset.source import SourceSpec
 from deft.dataset.store import FATES, RowGroup, Selection, Stage, Store
-from deft.types import Fate, Origin
 
 _NUMBER = {fate: place for place, fate in enumerate(FATES)}
 

@@ -19,9 +19,9 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from deft.core.files import Staging, Writer
+from deft.core.types import Encoded, Fate, Origin
 from deft.encoding.rows import Example
-from deft.files import Staging, Writer
-from deft.types import Encoded, Fate, Origin
 
 FATES = tuple(Fate)
 """What the numbers in the column `fate` mean."""

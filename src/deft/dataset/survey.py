@@ -9,16 +9,16 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
-from deft import workers
+from deft.core import workers
+from deft.core.errors import InputError, Problem, Problems
+from deft.core.files import Staging
+from deft.core.types import Conversation, Message, Origin
 from deft.data import hub, shapes, sources
 from deft.data.shapes import Survey
 from deft.dataset import cache as caches
 from deft.dataset import examples
 from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
-from deft.errors import InputError, Problem, Problems
-from deft.files import Staging
-from deft.types import Conversation, Message, Origin
 
 Advance = Callable[[int], None]
 """Called with a number of rows, for a progress bar."""

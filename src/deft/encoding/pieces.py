@@ -21,8 +21,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from deft.tokenizer import Tokenizer, Tokens
-from deft.types import Rendered
+from deft.core.types import Rendered
+from deft.encoding.tokenizer import Tokenizer, Tokens
 
 _REMEMBERED = 256
 """So many texts between special tokens are remembered: headers are the same in all chats."""

@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from deft.tokenizer import Tokenizer
-from deft.types import Message
+from deft.core.types import Message
+from deft.encoding.tokenizer import Tokenizer
 
 Side = Literal["left", "right"]
 

@@ -7,14 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from deft.core.types import (
+    Conversation,
+    Encoded,
+    Fate,
+    Message,
+    Rendered,
+)
 from deft.encoding import raw
 from deft.encoding.pieces import Coded, Coder
-from deft.render import policy as render_policy
-from deft.render.chat import DEFAULT_RULES, ChatRenderer, Rules
-from deft.render.policy import TrainOn
-from deft.render.template import Refusal
-from deft.tokenizer import Tokenizer
-from deft.types import Conversation, Encoded, Fate, Message, Rendered
+from deft.encoding.render import policy as render_policy
+from deft.encoding.render.chat import DEFAULT_RULES, ChatRenderer, Rules
+from deft.encoding.render.policy import TrainOn
+from deft.encoding.render.template import Refusal
+from deft.encoding.tokenizer import Tokenizer
 
 Overflow = Literal["turns", "cut", "drop", "error"]
 Render = Literal["auto", "raw", "chat"]

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from deft.hardware import to_device
+from deft.core.hardware import to_device
 from deft.model.cpu import document_attention
 
 NAME = "deft"

@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deft.hardware import round_up_rows, to_device
+from deft.core.hardware import round_up_rows, to_device
+from deft.core.types import (
+    Head,
+    MicroBatch,
+    Objective,
+    Tally,
+)
 from deft.model import fused_layers, lookup
 from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.multimodal import text_body
 from deft.model.static import CompiledLayers, pad
-from deft.types import Head, MicroBatch, Objective, Tally
 
 Mode = Literal["packed", "alone", "whole"]
 """packed: the body once over all documents of a micro-batch, with our attention.

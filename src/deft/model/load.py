@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from deft import hardware
-from deft.errors import InputError, Problem
+from deft.core import hardware
+from deft.core.errors import InputError, Problem
 from deft.model import multimodal, security
 
 

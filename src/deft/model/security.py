@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from deft.errors import InputError, Problem
+from deft.core.errors import InputError, Problem
 
 INDEX = "model.safetensors.index.json"
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")

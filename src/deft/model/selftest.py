@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from deft.errors import InputError, Problem
+from deft.core.errors import InputError, Problem
+from deft.core.types import MicroBatch
 from deft.model import attention, fused_layers
 from deft.model.causal_lm import CausalLM, alone_hidden, packed_hidden, whole_logits
 from deft.model.evaluating import evaluating
 from deft.model.load import can_take_attention, own_attention
 from deft.model.multimodal import text_body
-from deft.types import MicroBatch
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
 """Relative error of a typical token's hidden state that is taken for rounding. Angles, norms and softmax of a model in

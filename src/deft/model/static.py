@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deft.core.types import MicroBatch
 from deft.model.multimodal import text_body
-from deft.types import MicroBatch
 
 FAMILIES = frozenset(
     {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deft.types import StepBatch
+from deft.core.types import StepBatch
 
 
 def share(step: StepBatch, rank: int, ranks: int) -> StepBatch:

@@ -19,12 +19,17 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
-from deft import files
-from deft.errors import DamagedError
+from deft.core import files
+from deft.core.errors import DamagedError
+from deft.core.types import (
+    MicroBatch,
+    Objective,
+    Origin,
+    StepBatch,
+)
 from deft.model.causal_lm import CausalLM
 from deft.training import randomness
 from deft.training.state import TrainState
-from deft.types import MicroBatch, Objective, Origin, StepBatch
 
 SHOWN_ROWS = 5
 _TENSORS = ("tokens", "positions", "rows", "targets", "weights")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from deft.core.types import MicroBatch, Objective
 from deft.training import randomness
 from deft.training.state import TrainState
-from deft.types import MicroBatch, Objective
 
 
 def dry_run_step(state: TrainState, micro_batch: MicroBatch, objective: Objective) -> None:

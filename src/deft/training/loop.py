@@ -10,11 +10,11 @@ from contextlib import closing
 
 import torch
 
-from deft.errors import NumbersError
-from deft.loader import Loader
+from deft.core.errors import NumbersError
+from deft.core.types import Objective, StepRecord
+from deft.plan.loader import Loader
 from deft.training.state import TrainState
 from deft.training.step import optimizer_step
-from deft.types import Objective, StepRecord
 
 
 def train(

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deft.core.errors import InputError
 from deft.distributed.world import World
-from deft.errors import InputError
 from deft.model.causal_lm import CausalLM
 from deft.training.masters import Masters, check_state
 

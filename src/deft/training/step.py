@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deft.core.types import MicroBatch, Objective, StepBatch
 from deft.model.causal_lm import CausalLM
 from deft.plan.share import share
 from deft.training import randomness
 from deft.training.masters import clip_scale
 from deft.training.state import TrainState
-from deft.types import MicroBatch, Objective, StepBatch
 
 
 @dataclass(frozen=True, slots=True)

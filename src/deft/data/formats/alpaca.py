@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deft.core.types import Conversation, Message, Row
 from deft.data import messages
 from deft.data.choices import Choices
 from deft.data.fields import RowError, kind_of, text_of
-from deft.types import Conversation, Message, Row
 
 KEYS = ({"instruction", "output"}, {"instruction", "response"}, {"instruction", "input"}, {"instruction", "context"})
 

@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from deft.core.types import Conversation, Origin, Row
 from deft.data import messages, pairs
 from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, label_of, need, number_of, shortened, text_of
 from deft.data.pairs import Side
-from deft.types import Conversation, Origin, Row
 
 KEYS = ({"type", "prompt", "output"}, {"type", "prompt", "output_A"}, {"type", "prompt", "output_A", "output_B"})
 OPTIONS = {"answers", "control"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from deft.core.types import Conversation, Row
 from deft.data import messages
 from deft.data.choices import Choices
-from deft.types import Conversation, Row
 
 KEYS = ({"messages"}, {"<list of objects>"})
 

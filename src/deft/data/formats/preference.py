@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deft.core.types import Conversation, Message, Row
 from deft.data import pairs
 from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, kind_of, label_of, text_of
 from deft.data.formats import alpaca, sharegpt
 from deft.data.pairs import Side
-from deft.types import Conversation, Message, Row
 
 _PROMPTS = ("prompt", "messages", "conversations", "question", "instruction")
 _RATED = ({"messages", "label"}, {"conversations", "label"}, {"prompt", "completion", "label"})

@@ -5,10 +5,10 @@ Two strings are never put in a chat template; messages always are.
 
 from __future__ import annotations
 
+from deft.core.types import Conversation, Row
 from deft.data import pairs
 from deft.data.choices import Choices
 from deft.data.fields import need
-from deft.types import Conversation, Row
 
 KEYS = ({"prompt", "completion"},)
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from deft.core.errors import InputError, Problem
+from deft.core.types import Origin, Row
 from deft.data.readers.jsonl import BOM
-from deft.errors import InputError, Problem
-from deft.types import Origin, Row
 
 LONGEST_FIELD = 2**31 - 1
 

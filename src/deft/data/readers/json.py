@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from deft.core.errors import Problem
+from deft.core.types import Origin, Row
 from deft.data import json_text
 from deft.data.chunks import Chunk, of
 from deft.data.readers import jsonl
-from deft.errors import Problem
-from deft.types import Origin, Row
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from deft.core.errors import Problem
+from deft.core.types import Origin, Row
 from deft.data import json_text
 from deft.data.chunks import sizes
-from deft.errors import Problem
-from deft.types import Origin, Row
 
 BOM = b"\xef\xbb\xbf"
 FIRST_BYTES, MOST_BYTES = 1 << 14, 1 << 19

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from deft.errors import InputError, Problem
-from deft.types import Origin, Row
+from deft.core.errors import InputError, Problem
+from deft.core.types import Origin, Row
 
 if TYPE_CHECKING:
     import pyarrow as pa

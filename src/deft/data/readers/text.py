@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from deft.core.errors import Problem
+from deft.core.types import Origin, Row
 from deft.data.readers.jsonl import BOM
-from deft.errors import Problem
-from deft.types import Origin, Row
 
 
 def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:

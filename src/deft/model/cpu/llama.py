@@ -25,7 +25,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from deft.hardware import round_up_rows
+from deft.core.hardware import round_up_rows
 from deft.model.cpu import document_attention
 from deft.model.cpu.document_attention import DocumentOrder
 

@@ -1,0 +1,129 @@
+"""`deft generate` and `deft chat`: answers to prompts, and a conversation, written as the model generates them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deft.core.errors import InputError
+from deft.encoding import tokenizer as tokenizers
+from deft.encoding.tokenizer import Tokenizer
+from deft.evaluation.generate import (
+    Messages,
+    check_stops,
+    load,
+    resolve,
+)
+from deft.evaluation.streaming import stream
+
+
+def run_generate(
+    model_path: str | Path,
+    prompts: Sequence[str],
+    *,
+    raw: bool = False,
+    generate: Mapping[str, Any] | None = None,
+    stop_sequences: Sequence[str] = (),
+) -> list[str]:
+    """`deft generate`: writes the answers to standard output as they come and returns them.
+
+    Where the tokenizer has a chat template and not `raw`, each prompt is the user's message in it. Several answers
+    stand under a line with their prompt.
+    """
+    settings = resolve(generate or {})
+    check_stops(stop_sequences)
+    model, tokenizer = load(model_path)
+    answers = []
+    for prompt in prompts:
+        if len(prompts) > 1:
+            _write(f"--- {prompt.strip().partition(chr(10))[0] or '(empty)'}\n")
+        shown = prompt if raw or tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
+        pieces = stream(model, tokenizer, shown, generate=settings, stop_sequences=stop_sequences)
+        answers.append(_written(pieces, _write))
+    return answers
+
+
+def run_chat(model_path: str | Path, system: str | None = None, generate: Mapping[str, Any] | None = None) -> None:
+    """`deft chat`: a prompt on a terminal, plain lines from a pipe; the end of the input ends it."""
+    settings = resolve(generate or {})
+    model, tokenizer = load(model_path)
+    chat(model, tokenizer, _typed_lines(), _write, system=system, generate=settings)
+
+
+def chat(
+    model: Any,
+    tokenizer: Any,
+    lines: Iterable[str],
+    write: Callable[[str], None],
+    *,
+    system: str | None = None,
+    generate: Mapping[str, Any],
+) -> None:
+    """A conversation: each line is the user's next message, each answer is written piece by piece.
+
+    The history goes through the chat template. `/reset` forgets it, `/quit` or the end of the lines ends. A message
+    that does not fit the context, and an answer that Ctrl-C stops, are left out of the history.
+    Raises InputError where the tokenizer has no chat template.
+    """
+    held = tokenizers.wrap(tokenizer)
+    if held.chat_template is None:
+        raise InputError("this model has no chat template, so it cannot chat; use `deft generate`")
+    start = [{"role": "system", "content": system}] if system else []
+    history = start
+    for line in lines:
+        text = line.strip()
+        if text == "/quit":
+            return
+        if text == "/reset":
+            history = start
+        elif text:
+            history = [*history, {"role": "user", "content": text}]
+            answer = _answer(model, held, history, write, generate)
+            history = history[:-1] if answer is None else [*history, {"role": "assistant", "content": answer}]
+
+
+def _answer(
+    model: Any, held: Tokenizer, history: Messages, write: Callable[[str], None], generate: Mapping[str, Any]
+) -> str | None:
+    """The answer to a conversation, written piece by piece; None where it does not fit, or Ctrl-C stops it."""
+    try:
+        # Templates put their own white space around an answer; the one that the model wrote is not repeated.
+        return _written(stream(model, held, history, generate=generate), write, is_stripped=True).rstrip()
+    except InputError as error:
+        write(f"[{error}; /reset starts anew]\n")
+    except KeyboardInterrupt:
+        write("\n")
+    return None
+
+
+def _written(pieces: Iterator[str], write: Callable[[str], None], is_stripped: bool = False) -> str:
+    """Writes the pieces of an answer and the end of its line; `is_stripped`: without white space at its beginning."""
+    answer = ""
+    for piece in pieces:
+        text = piece.lstrip() if is_stripped and not answer else piece
+        answer += text
+        write(text)
+    write("\n")
+    return answer
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _typed_lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    console = Console()
+    console.print("[dim]/reset forgets the conversation, /quit ends[/dim]")
+    while True:
+        try:
+            yield console.input("[bold]> [/bold]")
+        except (EOFError, KeyboardInterrupt):
+            return

@@ -1,0 +1,269 @@
+"""`deft check`: everything but training: what a run would learn and do, and what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from deft.core import files, hardware
+from deft.core.types import Fate
+from deft.dataset import ledger
+from deft.dataset.build import Dataset
+from deft.dataset.data_warnings import Finding
+from deft.dataset.ledger import SourceLedger
+from deft.distributed.world import World
+from deft.encoding.tokenizer import Tokenizer
+from deft.model.summary import ModelSummary, summarise
+from deft.plan import summary
+from deft.plan.loader import Loader
+from deft.plan.summary import PlanSummary
+from deft.run import plan_time, prepare, reading
+from deft.run.build import build, pretrained, settle_process
+from deft.run.config import Config
+from deft.run.forecast import Fit, Forecast, forecast
+from deft.run.plan_time import PlanTime
+from deft.run.reading import Checked, Session
+from deft.training import compiling
+
+BAR = 24
+"""Width of the longest bar of a histogram."""
+PIPED_WIDTH = 140
+"""Cells of a line where there is no terminal."""
+LOST_SHARE = 0.05
+"""From this share of rows on, what max_length takes away is a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What `deft check` found.
+
+    plan      None where no row is left to plan with
+    expected  None there, and where the architecture has to be seen running
+    time      None unless it is asked for
+    """
+
+    ledgers: tuple[SourceLedger, ...]
+    model: ModelSummary
+    plan: PlanSummary | None
+    expected: Forecast | None
+    findings: tuple[Finding, ...]
+    time: PlanTime | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "sources": [source.as_json() for source in self.ledgers],
+            "model": asdict(self.model),
+            "plan": None if self.plan is None else asdict(self.plan),
+            "expected": None if self.expected is None else asdict(self.expected),
+            "findings": [asdict(finding) for finding in self.findings],
+            "time": None if self.time is None else asdict(self.time),
+        }
+
+
+def run(
+    config: Config, report: str | None = None, console: Console | None = None, *, is_timed: bool = False
+) -> Checkup:
+    """Prints what is found, writes it to `report` (JSON) if that is named; makes no output folder.
+
+    Weights are loaded only if `is_timed`: micro-batches of the plan are then run, and all its steps priced by them.
+
+    Raises DeftError, with exit code 2, for whatever would keep the run from starting: first all that needs no row's
+    tokens, in one error, then, after everything is printed, what became of the rows. MemoryShort where micro-batches
+    that are timed do not fit.
+    """
+    console = console or _console()
+    session = Session(console=console)
+    checked = reading.check(config, session, needs_weights=is_timed)
+    data = prepare.encode(config, checked, checked.encoder(), session)
+    plan = prepare.plan(config, checked, data) if data.train else None
+    fit = prepare.fitted(config, checked, data, plan, session) if plan else None
+    checkup = Checkup(
+        ledgers=data.ledgers,
+        model=summarise(checked.base),
+        plan=_summary(fit.planned, data) if fit else None,
+        expected=forecast(fit, checked.machine) if fit else None,
+        findings=tuple(_findings(config, checked, data)),
+    )
+    _print(console, config, checked, checkup)
+    _write(report, checkup)
+    prepare.stop_unless_trainable(config, checked, data)
+    if fit and is_timed:
+        checkup = replace(checkup, time=_measured(config, checked, fit, session))
+        session.say(f"time      {checkup.time}")
+        _write(report, checkup)
+    else:
+        session.say("time      deft check --time measures it: it loads the model and runs a few micro-batches")
+    console.print("Nothing keeps this run from starting.")
+    return checkup
+
+
+def _measured(config: Config, checked: Checked, fit: Fit, session: Session) -> PlanTime:
+    """Loads the model as a run does and times micro-batches of the plan; MemoryShort where they do not fit."""
+    session.say(f"loading {config.model} to time a few micro-batches of it")
+    fix = "a smaller microbatch_tokens or max_length needs less memory"
+    with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
+        state = build(config, partial(_model, checked, fit), checked.machine, World())
+        if state.causal_lm.note:
+            session.say(state.causal_lm.note)
+        state.causal_lm.checkpointing = fit.checkpointing
+        compiling.begin(state, fit.planned, checked.objective, session.say)
+        return plan_time.measure(state, fit.planned, checked.objective, config.optimizer.clip)
+
+
+def _model(checked: Checked, fit: Fit) -> PreTrainedModel:
+    """As the command line loads it for a run: the timing is that of the same process."""
+    model = pretrained(checked.base, checked.machine)
+    settle_process(model, fit.planned)
+    return model
+
+
+def _write(report: str | None, checkup: Checkup) -> None:
+    if report:
+        files.write_json(Path(report), checkup.as_json())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def _summary(planned: Loader, data: Dataset) -> PlanSummary:
+    examples = data.train
+    return summary.summarise(
+        planned.epochs, planned.steps, examples.lengths, examples.targets, planned.microbatch_tokens
+    )
+
+
+def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Finding]:
+    """What a user should know, the gravest kinds first: rows, then tokens that stop the model, then the folder."""
+    yield from ledger.findings(data.ledgers)
+    yield from _too_long(checked, data.ledgers)
+    if config.data.train_on == "all" and checked.is_chat:
+        what = "data.train_on is all: what users and tools say is learnt as well"
+        yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
+    if remade := checked.tokenizer.remade:
+        yield Finding("warning", str(remade), "whoever serves the model with transformers gets its ids as well")
+    yield from stop_findings(checked.tokenizer, checked.base.stop_ids, data.marks)
+    folder = Path(checked.base.path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        yield Finding("warning", f"{folder} has no weights", "deft train needs its *.safetensors files")
+
+
+def _too_long(checked: Checked, ledgers: Sequence[SourceLedger]) -> Iterator[Finding]:
+    """Rows that max_length took something from, or altogether."""
+    rows = sum(source.rows for source in ledgers)
+    for fate, what in ((Fate.CUT, "cut"), (Fate.TOO_LONG, "left out")):
+        lost = ledger.met(ledgers, fate)
+        if lost:
+            first = tuple(problem.where for problem in ledger.named(ledgers, fate)[: ledger.FIRST_ROWS])
+            yield Finding(
+                "warning" if lost >= LOST_SHARE * rows else "note",
+                f"{what}, as longer than {checked.policy.max_length} tokens: {lost} of {rows} rows",
+                "raise max_length, or choose another overflow",
+                first if len(first) == lost else (*first, "..."),
+            )
+
+
+def stop_findings(tokenizer: Tokenizer, stop_ids: Sequence[int], marks: frozenset[str]) -> Iterator[Finding]:
+    """Where tokenizer, generation_config and chat template disagree on what ends an answer.
+
+    stop_ids  those of generation_config
+    marks     what ended the learnt turns of chats
+    """
+    eos, eos_id = tokenizer.hf.eos_token, tokenizer.eos_id
+    stops = ", ".join(str(tokenizer.hf.convert_ids_to_tokens(index)) for index in stop_ids)
+    if eos_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        yield Finding("warning", "the tokenizer has no EOS token, so strings without roles are not closed", fix)
+    elif stop_ids and eos_id not in stop_ids:
+        what = f"the tokenizer's EOS {eos!r} is not among the stop tokens of generation_config ({stops})"
+        yield Finding("warning", what, "see which of them the model was trained with; final/ will name all of them")
+    for mark in sorted(marks):
+        mark_id = tokenizer.special_tokens.get(mark)
+        if mark_id is None:
+            what = f"the chat template ends turns with {mark!r}, which is no token of this tokenizer"
+            yield Finding("warning", what, "name another with template=, or stop at this text when serving")
+        elif mark_id != eos_id and mark_id not in stop_ids:
+            what = f"the chat template ends turns with {mark!r}, which is not yet a stop token of the model"
+            yield Finding("note", what, "final/generation_config.json will name it")
+    if eos_id is not None and tokenizer.hf.pad_token_id == eos_id:
+        what = f"padding and EOS are the same token {eos!r}"
+        yield Finding("note", what, "harmless: deft pads nothing, and takes no mask from a token's id")
+
+
+def _print(console: Console, config: Config, checked: Checked, checkup: Checkup) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    console.print(_table(checkup.ledgers))
+    for source in checkup.ledgers:
+        for line in _source_lines(source):
+            say(line)
+    say("")
+    if checked.is_chat:
+        say(f"template  {checked.chosen.where}")
+    for line in _model_lines(config, checked, checkup.model, checkup.expected):
+        say(line)
+    for line in _plan_lines(checkup.plan) if checkup.plan else ["plan      no row is left to train on"]:
+        say(line)
+    say("")
+    for finding in checkup.findings:
+        style = "yellow" if finding.level == "warning" else ""
+        console.print(str(finding), style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(ledgers: Sequence[SourceLedger]) -> Table:
+    """A line per source; fates that nobody met are left out."""
+    fates = [fate for fate in Fate if any(source.fates[fate.value] for source in ledgers)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("source", "shape"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", *(fate.value.replace("_", " ") for fate in fates), "examples", "tokens", "learnt", "share"):
+        table.add_column(name, justify="right")
+    for source in ledgers:
+        counts = [source.rows, *(source.fates[fate.value] for fate in fates), source.examples, source.tokens]
+        numbers = [f"{number:,}" for number in (*counts, source.target_tokens)]
+        table.add_row(source.source, source.shape, *numbers, f"{source.target_share:.1%}")
+    return table
+
+
+def _source_lines(source: SourceLedger) -> Iterator[str]:
+    if not source.lengths:
+        return
+    yield f"\n{source.source}: tokens of a text"
+    most = max(count for _, count in source.lengths)
+    for tokens, count in source.lengths:
+        yield f"  {tokens:>13}  {'█' * -(-BAR * count // most):{BAR}}  {count:,}"
+    yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
+
+
+def _model_lines(config: Config, checked: Checked, model: ModelSummary, expected: Forecast | None) -> Iterator[str]:
+    base, machine = checked.base, checked.machine
+    limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
+    yield (
+        f"model     {config.model}: {base.model_type}, {model.parameters / 1e6:,.2f} M parameters, {base.dtype}, "
+        f"{limit}, vocabulary {base.vocab_size:,}"
+    )
+    dtype = str(machine.dtype).removeprefix("torch.")
+    yield f"computes  in {dtype} on {machine.device}; masters are fp32"
+    yield f"expected  {expected}" if expected else "expected  the memory of this model shows in the run only"
+    packing = (
+        f"one document at a time, as {model.against_packing}" if model.against_packing else "by all the config says"
+    )
+    yield f"packing   {packing}; the self-test of the loaded model decides before the first step"
+
+
+def _plan_lines(plan: PlanSummary) -> Iterator[str]:
+    epochs = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps over {plan.examples:,} examples"
+    yield f"plan      {plan.steps:,} steps: {epochs}"
+    yield (
+        f"a step    {plan.examples_per_step} examples, {plan.tokens_per_step} tokens, {plan.targets_per_step} learnt, "
+        f"in {plan.packs_per_step} micro-batches ({plan.fill:.0%} full)"
+    )

@@ -1,0 +1,227 @@
+"""The verbs. Nothing heavy is imported before a verb needs it, so that help comes at once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from deft.core import min_versions, signals
+from deft.core.errors import DeftError, InputError
+from deft.core.redact import redacted
+
+if TYPE_CHECKING:
+    from deft.run.config import Config
+
+BEGAN = time.perf_counter()
+"""When the command was given."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Supervised fine-tuning of language models.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="a YAML or TOML file, and keys of it that are set here"),
+]
+DataOrOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN.YAML | DATA...] [KEY=VALUE]...", help="a YAML or TOML file, or data files, and keys"),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model folder, such as RUN/final")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a generation setting, such as temperature=0.7")
+]
+
+
+@app.command()
+def train(arguments: Overrides = None) -> None:
+    """Fine-tune a model on demonstrations: deft train model=... data.train=... output=..."""
+    with signals.handled() as handled:
+        files, overrides = _sorted(arguments)
+        if len(files) > 1:
+            raise InputError(f"{files[1]}: one configuration file at most; other arguments are key=value")
+        with _imports():
+            from deft.run import config
+
+            made = config.load(files[0] if files else None, overrides)
+            from deft.run.reading import Session
+            from deft.run.train import train as run
+
+        run(made, Session(signals=handled, began=BEGAN, owns_process=True))
+
+
+@app.command()
+def check(
+    arguments: DataOrOverrides = None,
+    report: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="write what is found to a file as well")
+    ] = None,
+    is_timed: Annotated[
+        bool, typer.Option("--time", help="load the model, run a few micro-batches, and say how long all steps take")
+    ] = False,
+) -> None:
+    """Do everything but train, without weights: exit code 0, or 2 where training would not start."""
+    with _imports():
+        from deft.commands.check import run
+
+    run(_config(arguments), report, is_timed=is_timed)
+
+
+@app.command()
+def show(
+    arguments: DataOrOverrides = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="how many rows (10; 500 on a page)", min=1)] = None,
+    only: Annotated[str | None, typer.Option(metavar="FATE", help="rows of one fate, such as refused or cut")] = None,
+    source: Annotated[str, typer.Option(metavar="FILE", help="rows of one source: the end of its path")] = "",
+    from_line: Annotated[int, typer.Option("--from", metavar="LINE", help="rows from this line on", min=1)] = 1,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="write one self-contained page instead")] = None,
+) -> None:
+    """Show what is learnt: every token, coloured by its weight. A data file alone needs model=FOLDER, its tokenizer."""
+    with _imports():
+        from deft.commands.show.command import run
+
+    run(_config(arguments), count=rows, only=only, source=source, from_line=from_line, html=html)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; standard input is one prompt if none")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="do not use the chat template")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="text at which an answer is cut")] = None,
+    settings: Settings = None,
+) -> None:
+    """Write what a model says to prompts, as it comes; greedy unless a sampling setting is given."""
+    with _imports():
+        from deft.commands.chat import run_generate
+
+    texts = prompts or [sys.stdin.read().removesuffix("\n")]
+    run_generate(model, texts, raw=raw, generate=_generation(settings), stop_sequences=stop or ())
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    settings: Settings = None,
+) -> None:
+    """Talk to a model; /reset forgets the conversation, /quit ends it."""
+    with _imports():
+        from deft.commands.chat import run_chat
+
+    run_chat(model, system, _generation(settings))
+
+
+@app.command()
+def replay(folder: Annotated[str, typer.Argument(metavar="RUN/bad-step-N")]) -> None:
+    """Run a step again whose loss or gradient was not finite: which row, which layer. Exit code 5 if it is so again."""
+    with _imports():
+        from deft.commands.replay import run
+
+    run(folder)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="the folder to write to")] = "runs/demo",
+) -> None:
+    """Train a tiny base model and fine-tune it, on data that deft makes itself: two minutes on two cores."""
+    with _imports():
+        from deft.commands.demo.demo import run
+
+    run(output)
+
+
+@app.command()
+def doctor() -> None:
+    """Say whether this machine is fit: versions, device, memory, disk."""
+    with _imports():
+        from deft.commands.doctor import run
+
+    run()
+
+
+def main() -> None:
+    """Runs a verb; what a user can mend is one message and its exit code, never a traceback."""
+    # The verbs show their own progress; transformers' bars and advice for its own users would stand between.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A thread of libgomp spins 300,000 times before it sleeps, which starves other processes on the same cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # torch then asks for huge pages for tensors of 2 MiB and more.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        min_versions.check()
+        app()
+    except signals.Preempted as stop:
+        _leave(str(stop), signals.EXIT_CODE)
+    except DeftError as error:
+        _leave(str(error), error.exit_code)
+    except Exception as error:
+        from deft.core import crash
+
+        _leave(crash.report(error, _run_folder(sys.argv[2:])), DeftError.exit_code)
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Switches garbage collection off: the million objects that imports make all stay, then and later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    from deft.tracking.console import lasting
+
+    print(f"deft: {redacted(message)}", file=lasting(sys.stderr))
+    sys.exit(code)
+
+
+def _run_folder(arguments: list[str]) -> Path:
+    """The folder of the run that a command line starts, where it has one by now; else the one it was typed in."""
+    with suppress(Exception):
+        folder = Path(_config([each for each in arguments if not each.startswith("-")]).output or ".")
+        return folder if folder.is_dir() else Path(".")
+    return Path(".")
+
+
+def _sorted(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """Files, and key=value."""
+    given = arguments or []
+    return [each for each in given if "=" not in each], [each for each in given if "=" in each]
+
+
+def _config(arguments: list[str] | None) -> Config:
+    """A configuration file or data files, with key=value -> the configuration."""
+    from deft.run import config
+
+    files, overrides = _sorted(arguments)
+    settings = [file for file in files if file.endswith((".yaml", ".yml", ".toml"))]
+    if len(settings) > 1 or (settings and len(files) > 1):
+        raise InputError(f"{files[1]}: one configuration file, or data files; other arguments are key=value")
+    data = [] if settings or not files else [f"data.train={json.dumps(files)}"]
+    return config.load(settings[0] if settings else None, [*data, *overrides])
+
+
+def _generation(settings: list[str] | None) -> dict[str, object]:
+    from deft.run.config import setting
+
+    return dict(setting(text) for text in settings or [])

@@ -1,0 +1,112 @@
+"""Ids -> what each token writes, so that every token can be seen, and nothing in it can act on a terminal or a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from deft.core.types import Encoded
+from deft.encoding.tokenizer import Tokenizer
+
+NEWLINE, TAB, PART_OF_CHARACTER = "↵", "⇥", "‥"
+"""How a newline and a tab are shown, and a token that holds some bytes of a character that a later one completes."""
+
+_LONGEST_CHARACTER = 8
+"""More tokens than this never share a character; bytes that make none by then are no UTF-8."""
+_DIRECTIONS = {*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0x2028, 0x2029}
+"""Characters that have no width, change the direction of writing, or break lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One token: its id, the text it writes, how much it is learnt, and whether it is a control token."""
+
+    id: int
+    text: str
+    weight: float
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class TokenTexts:
+    """Texts of single tokens, with the space that some tokenizers keep in a token and drop from the front of a text."""
+
+    tokenizer: Tokenizer
+    _known: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def shown(self, encoded: Encoded) -> tuple[ShownToken, ...]:
+        """Every token of an example. The first one has weight 0, as there is nothing to predict it from."""
+        ids, weights = encoded.tokens.tolist(), encoded.weights.tolist()
+        texts = self.texts(ids)
+        return tuple(
+            ShownToken(index, text, weight if at else 0.0, index in self._special)
+            for at, (index, text, weight) in enumerate(zip(ids, texts, weights, strict=True))
+        )
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token writes; a character stands with the token that completes it, "" with those before."""
+        texts: list[str] = []
+        while len(texts) < len(ids):
+            text = self._alone(ids[len(texts)])
+            at = len(texts)
+            texts += self._together(ids[at : at + _LONGEST_CHARACTER]) if text.endswith("\ufffd") else [text]
+        return texts
+
+    def _alone(self, index: int) -> str:
+        if index not in self._known:
+            self._known[index] = self._special.get(index) or self._decoded([index])
+        return self._known[index]
+
+    def _together(self, ids: Sequence[int]) -> list[str]:
+        """Texts of the first ids until their bytes are whole characters."""
+        texts, done = [], 0
+        for count in range(1, len(ids) + 1):
+            whole = self._decoded(ids[:count])
+            settled = whole.rstrip("\ufffd")
+            texts.append(settled[done:])
+            done = max(done, len(settled))
+            if settled == whole:
+                return texts
+        return [self._alone(ids[0])]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        # After another token a decoder keeps the space in front.
+        anchor, text = self._anchor
+        whole = self._decode([*anchor, *ids])
+        return whole[len(text) :] if whole.startswith(text) else self._decode(list(ids))
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        ids = self.tokenizer.ids("a")[-1:]
+        return ids, self._decode(ids)
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {index: text for text, index in self.tokenizer.special_tokens.items()}
+
+
+def visible(text: str) -> str:
+    """A token's text with a sign for what has none; a newline keeps its sign and the break.
+
+    >>> visible("a\\n"), visible("\\t\\x1b[31m"), visible("\\u202e"), visible("")
+    ('a↵\\n', '⇥␛[31m', '⟨202E⟩', '‥')
+    """
+    return "".join(map(_visible, text)) or PART_OF_CHARACTER
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if character == "\n":
+        return NEWLINE + "\n"
+    if character == "\t":
+        return TAB
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0x7F <= code < 0xA0 or code in _DIRECTIONS or 0xD800 <= code < 0xE000:
+        return f"⟨{code:02X}⟩"
+    return character

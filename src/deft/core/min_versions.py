@@ -1,0 +1,38 @@
+"""The oldest releases that deft runs on: older ones have known holes, or lack what it needs."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+from deft.core.errors import InputError
+
+MIN_VERSIONS = {"torch": "2.11", "transformers": "5.12", "jinja2": "3.1.6"}
+"""The same as in pyproject.toml, checked at each start because a package can be downgraded after the installation."""
+
+
+def check() -> None:
+    """Raises InputError, in one line, where a package is missing or too old. Imports none of them."""
+    wrong = [
+        f"{name} {found or 'missing'} (at least {least})"
+        for name, least in MIN_VERSIONS.items()
+        if (found := _found(name)) is None or _numbers(found) < _numbers(least)
+    ]
+    if wrong:
+        fix = " ".join(f"'{name}>={least}'" for name, least in MIN_VERSIONS.items())
+        raise InputError(f"this Python: {', '.join(wrong)}; pip install {fix}")
+
+
+def _found(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """
+    >>> _numbers("2.13.0+cpu"), _numbers("5.12.0rc1") < _numbers("5.13")
+    ((2, 13, 0), True)
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[+a-z]", release)[0]))

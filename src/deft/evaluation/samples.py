@@ -1,0 +1,173 @@
+"""Sampled answers during training: what the model writes for fixed prompts, and what the user's metric says of it.
+
+From trlx's `evaluate` (CarperAI/trlx, accelerate_base_trainer.py): prompts with metadata for `metric_fn`, stop
+sequences, and one generation setting given as a list, which is swept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from deft.core.errors import InputError, user_code
+from deft.encoding import tokenizer as tokenizers
+from deft.encoding.tokenizer import Tokenizer
+from deft.evaluation import generate as generation
+from deft.evaluation.prompts import Prompt
+
+MetricFn: TypeAlias = Callable[..., Mapping[str, Sequence[float]]]
+"""metric_fn(samples=[...], prompts=[...], outputs=[...], **metadata) -> {name: [one number per sample]}."""
+
+NEW_TOKENS = 40
+"""Length of a sampled answer where `generate` does not give `max_new_tokens` (trlx's default)."""
+
+LISTS = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "constraints",
+        "dola_layers",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "force_words_ids",
+        "forced_eos_token_id",
+        "sequence_bias",
+        "suppress_tokens",
+    }
+)
+"""Settings for which transformers itself expects a list: never swept."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSetting:
+    """One value of a sweep: its name, as in "temperature=0.5", or "" where nothing is swept."""
+
+    name: str
+    generate: Mapping[str, Any]
+
+    @property
+    def suffix(self) -> str:
+        return f"@{self.name}" if self.name else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer. `prompt` is the text that the model was shown."""
+
+    prompt: str
+    output: str
+    metrics: Mapping[str, float]
+    setting: str
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """All answers, and means as {"metrics/<name>": mean}, with "@temperature=0.5" behind the name in a sweep."""
+
+    rows: tuple[Sample, ...]
+    means: Mapping[str, float]
+
+
+def settings(generate: Mapping[str, Any]) -> tuple[SampleSetting, ...]:
+    """The settings to sample with: one, or one per value where a setting that is a single value is given as a list.
+
+    Raises InputError where two settings are lists, a list is empty, or `generate.resolve` refuses a setting.
+
+    >>> [s.name for s in settings({"temperature": [0.5, 1.0]})]
+    ['temperature=0.5', 'temperature=1.0']
+    >>> settings({"eos_token_id": [1, 2]})[0].suffix
+    ''
+    """
+    swept = [key for key, value in generate.items() if isinstance(value, list | tuple) and key not in LISTS]
+    if len(swept) > 1:
+        raise InputError(
+            f"evaluate.generate: {' and '.join(swept)} are lists, but one setting can be swept; choose one"
+        )
+    if not swept:
+        return (SampleSetting("", generation.resolve(generate, NEW_TOKENS)),)
+    (key,) = swept
+    if not generate[key]:
+        raise InputError(f"evaluate.generate.{key}: an empty list sweeps nothing; give values or leave it out")
+    return tuple(
+        SampleSetting(f"{key}={value}", generation.resolve({**generate, key: value}, NEW_TOKENS))
+        for value in generate[key]
+    )
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    generate: Mapping[str, Any],
+    stop_sequences: Sequence[str] = (),
+    metric_fn: MetricFn | None = None,
+) -> Samples:
+    """Answers to all prompts under each setting, and the metrics of each answer.
+
+    Random numbers are drawn from a copy of torch's state, so that sampling does not change training. Raises
+    UserCodeError where `metric_fn` raises, InputError where its result is not one number per sample and name.
+    """
+    held = tokenizers.wrap(tokenizer)
+    if not prompts:
+        return Samples((), {})
+    parts = [_sample(model, held, prompts, setting, stop_sequences, metric_fn) for setting in settings(generate)]
+    return Samples(
+        tuple(row for part in parts for row in part.rows), {k: v for part in parts for k, v in part.means.items()}
+    )
+
+
+def _sample(
+    model: Any,
+    held: Tokenizer,
+    prompts: Sequence[Prompt],
+    setting: SampleSetting,
+    stop_sequences: Sequence[str],
+    metric_fn: MetricFn | None,
+) -> Samples:
+    texts = [generation.prompt_text(held, prompt.prompt) for prompt in prompts]
+    cards = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cards):
+        outputs = generation.complete(
+            model, held, [p.prompt for p in prompts], generate=setting.generate, stop_sequences=stop_sequences
+        )
+    metrics = _measure(metric_fn, texts, outputs, prompts) if metric_fn else {}
+    rows = tuple(
+        Sample(text, output, {name: values[index] for name, values in metrics.items()}, setting.name)
+        for index, (text, output) in enumerate(zip(texts, outputs, strict=True))
+    )
+    means = {f"metrics/{name}{setting.suffix}": sum(values) / len(values) for name, values in metrics.items()}
+    return Samples(rows, means)
+
+
+def _measure(
+    metric_fn: MetricFn, texts: Sequence[str], outputs: Sequence[str], prompts: Sequence[Prompt]
+) -> dict[str, list[float]]:
+    """What metric_fn says, checked. Metadata that a prompt does not have is None in its place."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.metadata)
+    metadata = {name: [prompt.metadata.get(name) for prompt in prompts] for name in names}
+    samples = [text + output for text, output in zip(texts, outputs, strict=True)]
+    with user_code("metric_fn"):
+        result = metric_fn(samples=samples, prompts=list(texts), outputs=list(outputs), **metadata)
+    if not isinstance(result, Mapping):
+        raise InputError(f"metric_fn: returned {type(result).__name__}; it must return {{name: [a number per sample]}}")
+    return {str(name): _numbers(str(name), values, len(samples)) for name, values in result.items()}
+
+
+def _numbers(name: str, values: Any, count: int) -> list[float]:
+    # Arrays and tensors of any library, from any device.
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, str) or not isinstance(plain, Sequence):
+        raise InputError(f"metric_fn: {name!r} is {type(values).__name__}; it must be a list of {count} numbers")
+    if len(plain) != count:
+        raise InputError(f"metric_fn: {name!r} has {len(plain)} values for {count} samples; give one per sample")
+    return [_number(name, index, value) for index, value in enumerate(plain)]
+
+
+def _number(name: str, index: int, value: Any) -> float:
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, int | float):
+        raise InputError(f"metric_fn: {name!r}[{index}] is {plain!r}, not a number")
+    return float(plain)

@@ -1,0 +1,495 @@
+"""The hand-off: an ordinary Hugging Face folder, written whole or not at all, reloaded by plain transformers, compared.
+
+final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md  manifest.json
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from deft.core import files
+from deft.core.errors import DeftError, DiskError
+from deft.core.files import Staging
+from deft.encoding import tokenizer as tokenizers
+from deft.evaluation.generate import SAMPLING, evaluation_mode, own_stop_ids
+from deft.model.load import stop_ids as stop_ids_of
+from deft.model.multimodal import auto_class
+
+TOLERANCE = 1e-4
+"""Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""
+
+TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ta tab\nand a line",
+    "Žofie née 東京 🙂 12,345.67",
+    "def f(x):\n    return x ** 2\n",
+)
+"""What the saved tokenizer must encode as the one in memory does, beside the texts of the rows compared."""
+
+
+class ExportError(DeftError):
+    """What was written is not what was trained: a bug in deft."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCheck:
+    """What `verify` compared; errors are ||a - b|| / ||b|| of the worst row's logits.
+
+    largest_error  the exported weights, in fp32, through the exported model and the one in memory: at most `TOLERANCE`
+    served_error   the exported model as it is served against the one in memory as it is: what rounding to `dtype` costs
+    """
+
+    tensors: int
+    parameters: int
+    dtype: str
+    rows: int
+    largest_error: float
+    served_error: float
+    texts: int
+    template_compared: bool
+    stop_ids: tuple[int, ...]
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: Sequence[int],
+    chat_template: str | None,
+    card: str,
+    weights: Mapping[str, Tensor] | None,
+    processor: Sequence[Path] = (),
+) -> None:
+    """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
+
+    weights        fp32 masters by parameter name, whole tensors on any device; other parameters are the model's own
+    stop_ids       what ends an answer beside the model's own stop ids, for generation_config.json
+    chat_template  stands in for the tokenizer's own where given
+    card           README.md
+    processor      files of the base's processor, copied where the tokenizer has not written its own
+
+    Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
+    staging folder beside it, which `files.sweep` removes.
+    """
+    with _complaining(folder), files.staged(folder) as staging:
+        _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
+        for file in processor:
+            staging.write(file.name, [file.read_bytes()])
+        _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging.path)
+        staging.write_text("README.md", card)
+
+
+def verify(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    token_rows: Sequence[Sequence[int]],
+    messages: Sequence[Mapping[str, Any]] | None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    stop_ids: Sequence[int] = (),
+    chat_template: str | None = None,
+) -> ExportCheck:
+    """Reload `folder` with plain transformers and compare it with the model in memory; arguments as of `export`.
+
+    Every parameter has the bits that were to be written, tied ones are tied, and `weights` are the model's to its
+    rounding; with equal weights both models give the same logits for each row (run alone); the tokenizer gives the same
+    ids, the template the same text for `messages`; the stop ids are there. On the model's device it takes the room of
+    the exported weights in fp32.
+    Raises ExportError that names the first difference.
+    """
+    reloaded = _reload(folder).to(model.device)
+    dtype = str(reloaded.dtype).removeprefix("torch.")
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    texts = _compare_tokenizers(tokenizers.wrap(tokenizer).hf, saved, token_rows)
+    compared = _compare_templates(_tokenizer_to_save(tokenizer, chat_template), saved, messages)
+    stops = _compare_stop_ids(model, tokenizer, reloaded, stop_ids)
+    tensors, parameters = _compare_weights(model, reloaded, weights)
+    _compare_buffers(model, reloaded)
+    served = [_served_error(model, reloaded, row) for row in token_rows]
+    exact = reloaded.float()
+    errors = [_compare_logits(model, exact, row, index) for index, row in enumerate(token_rows)]
+    largest, rounding = max(errors, default=0.0), max(served, default=0.0)
+    return ExportCheck(tensors, parameters, dtype, len(errors), largest, rounding, texts, compared, stops)
+
+
+def weights_to_write(
+    model: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Each parameter once, with all its names (several where it is tied), on the CPU as it is to be written.
+
+    Floating parameters are cast to `dtype`, except those that the architecture keeps in fp32; others stay as they are.
+    """
+    names_of: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    for names in names_of.values():
+        master = next((weights[name] for name in names if weights is not None and name in weights), None)
+        tensor = parameters[names[0]] if master is None else master
+        if tensor.shape != parameters[names[0]].shape:
+            raise ExportError(
+                f"{names[0]}: weights of shape {tuple(tensor.shape)} for {tuple(parameters[names[0]].shape)}"
+            )
+        yield tuple(names), tensor.detach().to(_saved_dtype(model, names[0], tensor, dtype)).to("cpu").contiguous()
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """README.md from the facts of a run; sections without facts are left out.
+
+    name             the model's name
+    base_model       hub id or folder
+    data             [{"path": ..., "rows": ...}, ...]
+    tokens, target_tokens     integers, over one epoch
+    hyperparameters  {name: value}
+    versions         {package: version}
+
+    >>> card = model_card(
+    ...     {"name": "gsm8k", "base_model": "Qwen/Qwen2.5-0.5B", "data": [{"path": "a.jsonl", "rows": 7}]}
+    ... )
+    >>> print(card[: card.index("## Load")])
+    ---
+    base_model: Qwen/Qwen2.5-0.5B
+    library_name: transformers
+    pipeline_tag: text-generation
+    tags:
+    - deft
+    - sft
+    ---
+    <BLANKLINE>
+    # gsm8k
+    <BLANKLINE>
+    Qwen/Qwen2.5-0.5B, fine-tuned on demonstrations with deft.
+    <BLANKLINE>
+    ## Data
+    <BLANKLINE>
+    | file | rows |
+    |---|---|
+    | a.jsonl | 7 |
+    <BLANKLINE>
+    <BLANKLINE>
+    """
+    name, base = str(facts.get("name", "model")), str(facts.get("base_model", "a pretrained model"))
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    shown = base if is_hub_id else Path(base).name or base
+    front: dict[str, Any] = {"base_model": base} if is_hub_id else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["deft", "sft"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"{shown}, fine-tuned on demonstrations with deft.",
+        *_section("Data", _data_text(facts)),
+        *_section("Hyperparameters", _table(("name", "value"), facts.get("hyperparameters", {}).items())),
+        *_section("Versions", _table(("package", "version"), facts.get("versions", {}).items())),
+        *_section("Load", _load_text(name)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+@contextmanager
+def _complaining(folder: Path) -> Iterator[None]:
+    """Turns disk errors of transformers and its libraries into DiskError."""
+    try:
+        yield
+    except Exception as error:
+        if _is_disk_error(error):
+            raise DiskError(f"{folder}: cannot be written ({error})") from error
+        raise
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    """safetensors wraps the system's error in its own; tokenizers raises a bare Exception with the system's words."""
+    return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
+
+
+def _write_model(
+    model: Any,
+    staging: Staging,
+    dtype: torch.dtype,
+    weights: Mapping[str, Tensor] | None,
+    generation_config: GenerationConfig,
+) -> None:
+    """config.json, generation_config.json and the weights, through an empty twin of the model.
+
+    `save_pretrained` sets dtype and architectures on the config of the model it saves, so that is not the live one.
+    """
+    state = {name: buffer.detach().cpu() for name, buffer in _saved_buffers(model)}
+    for names, tensor in weights_to_write(model, dtype, weights):
+        state |= dict.fromkeys(names, tensor)
+    twin = _empty_twin(model, dtype)
+    twin.generation_config = generation_config
+    if unknown := sorted(twin.state_dict().keys() ^ state.keys()):
+        raise ExportError(
+            f"{type(model).__name__}: {unknown[0]} is not a weight of the plain architecture and the model both"
+        )
+    twin.save_pretrained(staging.path, state_dict=state)
+
+
+def _empty_twin(model: Any, dtype: torch.dtype) -> Any:
+    """The model's class without weights, with its config as it is to be saved: nothing of training in it."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None
+    for part in (config, config.get_text_config()):
+        part.dtype = dtype
+        if hasattr(part, "use_cache"):
+            part.use_cache = True
+    with torch.device("meta"):
+        twin = type(model)(config).to(dtype)
+    # How the base's file was read (experts fused, names changed), so that it is written back in the same form.
+    twin._weight_conversions = getattr(model, "_weight_conversions", None)
+    return twin
+
+
+def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
+
+
+def _saved_dtype(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    # transformers' own rule (modeling_utils.py, _get_dtype_plan): patterns, some of them only under fp16.
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return torch.float32 if any(re.search(part.replace("*", ".*"), name) for part in kept) else dtype
+
+
+def _generation_config(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
+    """The model's own, with its stop ids and ours, a pad token, and without what transformers refuses to save."""
+    config = copy.deepcopy(model.generation_config)
+    eos = list(dict.fromkeys([*own_stop_ids(model, tokenizer), *stop_ids]))
+    config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
+    pad = tokenizers.wrap(tokenizer).hf.pad_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = pad if pad is not None else (eos[0] if eos else None)
+    # Of training, not of serving.
+    config.use_cache = True
+    for flag in _idle_flags(config):
+        setattr(config, flag, None)
+    return config
+
+
+def _idle_flags(config: GenerationConfig) -> Iterator[str]:
+    """Settings without effect beside the others. Published configs have them, yet transformers refuses to save them."""
+    if config.do_sample is not True:
+        yield from sorted(flag for flag in SAMPLING if hasattr(config, flag))
+    if config.num_beams in (None, 1):
+        yield from ("early_stopping", "length_penalty")
+    if config.return_dict_in_generate is not True:
+        yield from config.extra_output_flags
+
+
+def _tokenizer_to_save(tokenizer: Any, chat_template: str | None) -> Any:
+    """A copy with the template, and without the truncation and padding that the last call left in its backend."""
+    saved = copy.deepcopy(tokenizers.wrap(tokenizer).hf)
+    saved.backend_tokenizer.no_truncation()
+    saved.backend_tokenizer.no_padding()
+    if chat_template is not None:
+        saved.chat_template = chat_template
+    return saved
+
+
+def _reload(folder: Path) -> Any:
+    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        plain = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        reloaded, loading = cast(tuple[Any, dict[str, Any]], plain.from_pretrained(folder, **options))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{folder}: plain transformers cannot load it ({error})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            raise ExportError(f"{folder}: {kind.replace('_', ' ')} on loading: {sorted(loading[kind])[:3]}")
+    return reloaded.eval()
+
+
+def _compare_weights(model: Any, reloaded: Any, weights: Mapping[str, Tensor] | None) -> tuple[int, int]:
+    """Numbers of tensors and parameters, all equal to the bit and tied alike."""
+    found = dict(reloaded.named_parameters(remove_duplicate=False))
+    tensors = parameters = 0
+    for names, tensor in weights_to_write(model, reloaded.dtype, weights):
+        _check_masters(names, model, weights)
+        for name in names:
+            if name not in found:
+                raise ExportError(f"{name}: not in the exported model")
+            if not _same_bits(tensor, found[name].detach().cpu()):
+                raise ExportError(f"{name}: {_difference(tensor, found[name].detach().cpu())}")
+        if len({id(found[name]) for name in names}) > 1:
+            raise ExportError(f"{' and '.join(names)}: tied in memory, but not in the exported model")
+        tensors, parameters = tensors + 1, parameters + tensor.numel()
+    if tensors != len({id(parameter) for parameter in found.values()}):
+        raise ExportError("the exported model has parameters that the model in memory has not")
+    return tensors, parameters
+
+
+def _check_masters(names: Sequence[str], model: Any, weights: Mapping[str, Tensor] | None) -> None:
+    """Raises ExportError where a master is not what the model's own parameter is rounded from."""
+    name = next((name for name in names if weights is not None and name in weights), None)
+    if weights is None or name is None:
+        return
+    own, master = model.get_parameter(name).detach(), weights[name].detach().to(model.device)
+    if not own.is_floating_point():
+        return
+    bounds = torch.finfo(own.dtype)
+    far = (own.float() - master.float()).abs() > bounds.eps * master.float().abs() + bounds.tiny
+    if far.any():
+        raise ExportError(f"{name}: {int(far.sum())} of {far.numel()} masters are not the model's own weights")
+
+
+def _compare_buffers(model: Any, reloaded: Any) -> None:
+    """Saved buffers, and those that each load makes anew: `model.to(bfloat16)` rounds the rotary frequencies of the
+    model in memory, whose positions are then not those of the model that is served."""
+    found = dict(reloaded.named_buffers())
+    saved = {name for name, _ in _saved_buffers(model)}
+    for name, buffer in model.named_buffers():
+        if name not in saved and _positions_move(model.config):
+            continue
+        if name not in found or not _same_values(
+            buffer.detach().cpu(), found[name].detach().cpu(), exact=name in saved
+        ):
+            raise ExportError(f"{name}: the buffer of the exported model differs from the one in memory")
+
+
+def _same_values(mine: Tensor, theirs: Tensor, exact: bool) -> bool:
+    """What is computed anew may differ in its last bits between devices; rounded to bf16 it differs by 1e-3."""
+    mine = mine.to(theirs.dtype)
+    if mine.shape != theirs.shape or exact or not mine.is_floating_point():
+        return torch.equal(mine, theirs)
+    return torch.allclose(mine, theirs, rtol=1e-5, atol=0.0)
+
+
+def _positions_move(config: Any) -> bool:
+    """True where the rotary frequencies follow the longest text seen (rope types dynamic and longrope)."""
+    described = str(config.get_text_config().to_dict().get("rope_parameters"))
+    return "dynamic" in described or "longrope" in described
+
+
+def _same_bits(meant: Tensor, found: Tensor) -> bool:
+    if meant.shape != found.shape or meant.dtype != found.dtype:
+        return False
+    return torch.equal(meant.contiguous().view(torch.uint8), found.contiguous().view(torch.uint8))
+
+
+def _difference(meant: Tensor, found: Tensor) -> str:
+    if meant.shape != found.shape or meant.dtype != found.dtype:
+        return f"{found.dtype} {tuple(found.shape)} was exported for {meant.dtype} {tuple(meant.shape)}"
+    # Where bits differ but not values, as in -0.0 and 0.0, the count is 0 and the text still says so.
+    return f"{int((meant != found).sum())} of {meant.numel()} exported values differ from those in memory"
+
+
+def _served_error(model: Any, reloaded: Any, row: Sequence[int]) -> float:
+    return _relative(_logits(reloaded, row), _logits(model, row))
+
+
+def _compare_logits(model: Any, exact: Any, row: Sequence[int], index: int) -> float:
+    """The row's error where both models run on the exported weights in fp32.
+
+    With each model's own weights, the rounding to the saved dtype would hide a wrong setting: experts chosen otherwise
+    alone made 8e-2 of a mixture of experts in bf16.
+    """
+    same = dict(exact.named_parameters(remove_duplicate=False)) | dict(exact.named_buffers())
+    error = _relative(_logits(exact, row), _logits(model, row, same))
+    # `not <=`, so that a NaN is a difference.
+    if not error <= TOLERANCE:
+        raise ExportError(f"row {index}: the exported model's logits differ by {error:.2e} (allowed: {TOLERANCE:.0e})")
+    return error
+
+
+@torch.no_grad()
+def _logits(model: Any, row: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """fp32 [T, V]: a row alone through the model, with other weights and buffers in place of its own where given."""
+    inputs = {"input_ids": torch.tensor([list(row)], device=model.device), "use_cache": False}
+    with evaluation_mode(model):
+        out = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
+    return out.logits[0].float()
+
+
+def _relative(found: Tensor, meant: Tensor) -> float:
+    return float((found - meant).norm() / meant.norm())
+
+
+def _compare_tokenizers(mine: Any, saved: Any, token_rows: Sequence[Sequence[int]]) -> int:
+    texts = [*TEXTS, *(mine.decode(list(row)) for row in token_rows)]
+    for text in texts:
+        if list(mine(text)["input_ids"]) != list(saved(text)["input_ids"]):
+            raise ExportError(f"the exported tokenizer gives other ids for {text[:80]!r}")
+    return len(texts)
+
+
+def _compare_templates(mine: Any, saved: Any, messages: Sequence[Mapping[str, Any]] | None) -> bool:
+    if mine.chat_template != saved.chat_template:
+        raise ExportError("the exported tokenizer has another chat template")
+    if messages is None or mine.chat_template is None:
+        return False
+    for prompt in (False, True):
+        if _rendered(mine, messages, prompt) != _rendered(saved, messages, prompt):
+            raise ExportError("the exported chat template renders another text")
+    return True
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        )
+    except TemplateError as error:
+        # A template that refuses these messages refuses them in both.
+        return f"refused: {error}"
+
+
+def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    found = stop_ids_of(reloaded.generation_config)
+    missing = [index for index in (*own_stop_ids(model, tokenizer), *stop_ids) if index not in found]
+    if missing:
+        raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")
+    return found
+
+
+def _section(title: str, text: str) -> list[str]:
+    return [f"## {title}\n\n{text}"] if text else []
+
+
+def _table(heading: tuple[str, str], rows: Any) -> str:
+    lines = [f"| {_cell(left)} | {_cell(right)} |" for left, right in rows]
+    return "\n".join([f"| {heading[0]} | {heading[1]} |", "|---|---|", *lines]) if lines else ""
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _data_text(facts: Mapping[str, Any]) -> str:
+    # Names, not paths: a card is published.
+    table = _table(("file", "rows"), [(Path(str(d["path"])).name, d["rows"]) for d in facts.get("data", ())])
+    tokens, targets = facts.get("tokens"), facts.get("target_tokens")
+    share = f"{targets:,} of {tokens:,} tokens ({targets / tokens:.1%}) were learnt." if tokens and targets else ""
+    return "\n\n".join(filter(None, [table, share]))
+
+
+def _load_text(name: str) -> str:
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+An ordinary Hugging Face folder. It can be served as it is, and is both the starting policy and the reference model for
+DPO, KTO, GRPO or PPO."""

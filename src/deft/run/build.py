@@ -1,0 +1,58 @@
+"""A loaded model -> the state that training changes. One way for every verb that computes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from deft.core import hardware, registry
+from deft.core.hardware import Machine
+from deft.distributed.world import World
+from deft.model import load as models
+from deft.model import selftest
+from deft.model.cpu import document_attention
+from deft.model.load import Base
+from deft.plan.loader import Loader
+from deft.run import forecast
+from deft.run.config import Config
+from deft.training import compiling, optim
+from deft.training.masters import Masters
+from deft.training.state import TrainState
+
+
+def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Machine, world: World) -> TrainState:
+    """Model, self-test, masters in the machine's dtype, optimizer; torch's generators are seeded first.
+
+    Dropout is on only where `dropout: config` asks for it. Raises InputError where the model cannot be loaded, or sees
+    later tokens.
+    """
+    torch.manual_seed(config.seed)
+    model = make_model()
+    causal_lm = selftest.choose(model)
+    masters = Masters(model.named_parameters(), machine.dtype)
+    settings = config.optimizer
+    make_optimizer = registry.load(optim, settings.name, "optimizer.name").make
+    optimizer = make_optimizer(masters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    model.train(config.dropout == "config")
+    return TrainState(causal_lm, masters, optimizer, world)
+
+
+def pretrained(base: Base, machine: Machine) -> PreTrainedModel:
+    """The model of a folder or hub id, on the machine's device.
+
+    bf16 weights need no fp32 copy to be read into; all others are read in fp32, so that masters lose nothing.
+    """
+    is_half = base.dtype == machine.dtype_name == "bfloat16"
+    return models.load(base, device=machine.device, dtype=torch.bfloat16 if is_half else torch.float32)
+
+
+def settle_process(model: PreTrainedModel, planned: Loader) -> None:
+    """Settings of the whole process for training `model` by this plan, before its first product.
+
+    They stay afterwards: for the command line alone.
+    """
+    documents = forecast.largest(planned)[0].documents
+    hardware.settle_process(model.num_parameters(), document_attention.products(documents))
+    compiling.keep_kernels()

@@ -1,0 +1,332 @@
+"""Peak memory of an optimizer step, before weights are loaded: the code that will run, on fake tensors.
+
+torch computes their shapes, and the bytes of those alive are counted as each is made and freed.
+
+So there is no formula for any architecture, and what changes in the model, the loss or the attention is followed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, PreTrainedConfig
+
+from deft.core import hardware
+from deft.core.errors import MemoryShort
+from deft.core.hardware import Machine
+from deft.core.types import MicroBatch, Objective
+from deft.model import attention, fused_layers, multimodal
+from deft.model.causal_lm import CausalLM, Mode
+from deft.model.checkpointing import Checkpointing
+from deft.model.load import Base
+from deft.model.selftest import unpackable
+from deft.plan.loader import Loader
+from deft.training.masters import Masters
+from deft.training.optim.adamw import AdamW
+from deft.training.state import TrainState
+
+PROCESS = 2**30
+"""What Python, torch and the plan may take besides, where it is asked whether a run fits."""
+HEAP = 1.06
+"""On CPUs: resident memory per byte of live tensors. Freed pieces stay with the allocator."""
+BESIDE = {torch.float32: 48 * 2**20, torch.bfloat16: 192 * 2**20}
+"""On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
+keep by shape add up to 150 MiB on documents of many lengths, 30 on those of one."""
+LEAST_TOKENS = 1024
+"""Below so many tokens matrix products slow down."""
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+"""From least to most computed twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The bytes of one micro-batch, forward and backward, on fake tensors.
+
+    parameters   those that are trained
+    state_bytes  weights and what the optimizer keeps of them
+    peak_bytes   the most that is alive at once, state included, gradients of earlier micro-batches as well
+    kept_bytes   what is alive between forward and backward
+    end_bytes    what is alive after it: state and gradients
+    """
+
+    parameters: int
+    state_bytes: int
+    peak_bytes: int
+    kept_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A run's memory. peak_bytes and state_bytes are beside what the process has taken before it loads a model."""
+
+    state_bytes: int
+    peak_bytes: int
+    memory_bytes: int
+    checkpointing: Checkpointing
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether memory suffices even if the forecast is far off."""
+        return 2 * self.peak_bytes <= self.memory_bytes
+
+    def __str__(self) -> str:
+        """
+        >>> str(Forecast(2**30, 3 * 2**30, 16 * 2**30, "selective"))
+        'at most 3.0 of 16.0 GiB, 1.0 for weights and optimizer, selective checkpointing'
+        """
+        peak, memory, state = (size / 2**30 for size in (self.peak_bytes, self.memory_bytes, self.state_bytes))
+        text = f"at most {peak:.1f} of {memory:.1f} GiB, {state:.1f} for weights and optimizer"
+        return text if self.checkpointing == "none" else f"{text}, {self.checkpointing} checkpointing"
+
+
+def forecast(fit: Fit, machine: Machine) -> Forecast | None:
+    """Memory from the largest micro-batch; None where it could not be traced."""
+    traced = fit.traced
+    if traced is None:
+        return None
+    heap, beside = (HEAP, BESIDE[machine.dtype]) if machine.device.type == "cpu" else (1.0, 0)
+    return Forecast(
+        state_bytes=round(heap * traced.state_bytes),
+        peak_bytes=round(heap * traced.peak_bytes) + beside,
+        memory_bytes=hardware.memory_bytes(machine.device),
+        checkpointing=fit.checkpointing,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A plan whose micro-batches fit in memory, what layers keep for their backward pass, and what that takes.
+
+    traced  the largest micro-batch; None where the architecture cannot be run without values, as it routes tokens by
+            them
+    """
+
+    planned: Loader
+    checkpointing: Checkpointing
+    traced: Trace | None
+
+
+def fit(planned: Loader, base: Base, objective: Objective, machine: Machine, *, is_auto: bool) -> Fit:
+    """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
+
+    Smaller micro-batches cost less than computing twice, until they are below LEAST_TOKENS. Decided by shapes and the
+    memory that is built in, not by what is free, so that it is the same each time. Raises MemoryShort where not even
+    the longest document alone fits.
+    """
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    memory = hardware.memory_bytes(machine.device)
+    for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
+        batch, is_alone = largest(plan)
+        fit = Fit(plan, mode, _attempt(config, batch, objective, machine, is_alone, mode))
+        if fit.traced is None:
+            return fit
+        if fit.traced.peak_bytes + PROCESS <= memory:
+            break
+    else:
+        if is_auto and fit.traced:
+            raise MemoryShort(_too_large(fit.traced, memory))
+    return fit
+
+
+def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
+    """From least to most computed twice. Only the last may cut micro-batches down to the longest document."""
+    for mode in CHECKPOINTING:
+        for plan in _halved(planned, LEAST_TOKENS if mode != CHECKPOINTING[-1] else 1):
+            yield plan, mode
+
+
+def _halved(planned: Loader, least: int) -> Iterator[Loader]:
+    """Plans with ever smaller micro-batches, the first as it is, down to `least` tokens or the longest document."""
+    yield planned
+    longest = max(largest(planned)[0].documents)
+    while planned.microbatch_tokens // 2 >= max(least, longest):
+        planned = replace(planned, microbatch_tokens=planned.microbatch_tokens // 2)
+        yield planned
+
+
+def _too_large(traced: Trace, memory: int) -> str:
+    needed, there, state = (f"{size / 2**30:.1f} GiB" for size in (traced.peak_bytes, memory, traced.state_bytes))
+    return (
+        f"out of memory: a step needs about {needed} of this machine's {there}, {state} of them for weights and "
+        "optimizer; take a smaller model, or a smaller max_length"
+    )
+
+
+def largest(planned: Loader) -> tuple[MicroBatch, bool]:
+    """The micro-batch with the most tokens, and whether no step has another one, as far as `spread_steps` look."""
+    best, most, is_alone = (0, 0), 0, True
+    for step in planned.spread_steps():
+        sizes = planned.sizes(step)
+        is_alone &= len(sizes) == 1
+        if max(sizes) > most:
+            most, best = max(sizes), (step, sizes.index(max(sizes)))
+    step, index = best
+    return planned.step(step).micro_batches[index], is_alone
+
+
+def _attempt(
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    objective: Objective,
+    machine: Machine,
+    is_alone: bool,
+    mode: Checkpointing,
+) -> Trace | None:
+    """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
+    try:
+        return trace(config, batch, objective, machine, is_alone, mode)
+    except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
+        return None
+
+
+def trace(
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    objective: Objective,
+    machine: Machine,
+    is_alone: bool,
+    checkpointing: Checkpointing = "none",
+) -> Trace:
+    """What training a model of this configuration on this micro-batch takes.
+
+    is_alone  whether the step has no other micro-batch, so that no gradients are summed
+
+    Where all layers are alike, one and two of them tell of any number: every figure grows by the same with each.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= 3 or not _are_alike(config):
+        return _trace(config, batch, objective, machine, is_alone, checkpointing)
+    shallow = (_of_depth(config, depth) for depth in (1, 2))
+    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing) for each in shallow)
+    return _extended(one, two, layers)
+
+
+def _are_alike(config: PreTrainedConfig) -> bool:
+    """Whether nothing in a configuration differs from layer to layer."""
+    text = config.get_text_config()
+    is_uniform = all(len(set(map(str, each))) == 1 for each in _by_layer(text).values())
+    return is_uniform and not multimodal.is_multimodal(config)
+
+
+def _by_layer(text: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What a configuration says of each layer."""
+    values = vars(text).items()
+    return {name: list(each) for name, each in values if isinstance(each, list) and len(each) == text.num_hidden_layers}
+
+
+def _of_depth(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    values = {name: each[:depth] for name, each in _by_layer(config).items()}
+    shallow = deepcopy(config)
+    for name, value in {**values, "num_hidden_layers": depth}.items():
+        setattr(shallow, name, value)
+    return shallow
+
+
+def _extended(one: Trace, two: Trace, layers: int) -> Trace:
+    """From one layer and two to many. Backward frees activations and makes gradients: the most is alive at its
+    beginning or at its end, whichever grows faster. What a layer takes for a moment, the last one less than others, is
+    there once."""
+
+    def many(first: float, second: float) -> float:
+        return first + (layers - 1) * (second - first)
+
+    growth = max(two.kept_bytes - one.kept_bytes, two.end_bytes - one.end_bytes)
+    return Trace(
+        parameters=round(many(one.parameters, two.parameters)),
+        state_bytes=round(many(one.state_bytes, two.state_bytes)),
+        peak_bytes=max(one.peak_bytes + growth, two.peak_bytes) + (layers - 2) * growth,
+        kept_bytes=round(many(one.kept_bytes, two.kept_bytes)),
+        end_bytes=round(many(one.end_bytes, two.end_bytes)),
+    )
+
+
+def _trace(
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    objective: Objective,
+    machine: Machine,
+    is_alone: bool,
+    checkpointing: Checkpointing,
+) -> Trace:
+    with torch.device("meta"):
+        model = multimodal.auto_class(config).from_config(
+            config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
+        )
+    device = machine.device
+    mode: Mode = "alone" if unpackable(model) else "packed"
+    if mode == "packed":
+        model.set_attn_implementation(attention.NAME)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, LiveBytes() as live:
+        model.to_empty(device=device)
+        model.tie_weights()
+        if mode == "packed":
+            fused_layers.install(model)
+        for parameter in model.parameters():
+            live.see(parameter)
+        multimodal.freeze_all_but_text(model)
+        model.train()
+        masters = Masters(model.named_parameters(), machine.dtype)
+        causal_lm = CausalLM(model, mode, checkpointing=checkpointing)
+        state = TrainState(causal_lm, masters, AdamW(masters))
+        state_bytes = live.alive
+        if not is_alone:
+            for parameter in masters.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            masters.collect()
+        live.peak = live.alive
+        total = state.causal_lm(_on(batch, fakes, device), objective).nll_sum
+        kept_bytes = live.alive
+        total.backward()
+        peak_bytes, end_bytes = live.peak, live.alive
+    return Trace(
+        parameters=sum(parameter.numel() for parameter in masters.parameters.values()),
+        state_bytes=state_bytes,
+        peak_bytes=peak_bytes,
+        kept_bytes=kept_bytes,
+        end_bytes=end_bytes,
+    )
+
+
+def _on(batch: MicroBatch, fakes: FakeTensorMode, device: torch.device) -> MicroBatch:
+    names = ("tokens", "positions", "rows", "targets", "weights")
+    moved: dict[str, Any] = {name: fakes.from_tensor(getattr(batch, name)).to(device) for name in names}
+    return replace(batch, **moved)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make: those `alive` now, and the `peak` of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        """Counts a tensor's memory, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return out

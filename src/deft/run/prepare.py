@@ -1,0 +1,265 @@
+"""Rows that are understood -> a plan: tokens, steps, memory, and what an earlier start has done. No weights yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NoReturn
+
+import torch
+
+from deft.core import versions
+from deft.core.errors import InputError, Problem, Problems
+from deft.core.redact import redacted_json
+from deft.core.types import Fate
+from deft.dataset import build, cache, ledger
+from deft.dataset.build import Dataset
+from deft.dataset.cache import Cache
+from deft.encoding.rows import RowEncoder
+from deft.model import load as models
+from deft.model.checkpointing import Checkpointing
+from deft.plan import loader
+from deft.plan.loader import Loader
+from deft.plan.order import Batching
+from deft.run import (
+    fits,
+    forecast,
+    reading,
+    resume,
+)
+from deft.run.config import Config
+from deft.run.forecast import Fit, Forecast
+from deft.run.reading import Checked, Reading, Session
+from deft.run.resume import Inputs, Rows
+from deft.training.checkpoint import Found
+
+SOON_ENCODED = 20_000
+"""This many rows are encoded before those that cannot be read stop the run."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the model's weights are loaded.
+
+    config     resolved
+    expected   None where the architecture has to be seen running
+    batchings  what cuts steps, and from which step on
+    found      the checkpoint that the run goes on from
+    """
+
+    config: Config
+    checked: Checked
+    row_encoder: RowEncoder
+    data: Dataset
+    loader: Loader
+    checkpointing: Checkpointing
+    expected: Forecast | None
+    rows: Rows
+    inputs: Inputs
+    batchings: tuple[tuple[int, Batching], ...]
+    found: Found | None
+
+    def inputs_until(self, step: int) -> Inputs:
+        """What the first `step` steps are trained on."""
+        return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
+
+
+def prepare(config: Config, session: Session, found: Found | None = None) -> Prepared:
+    """Checks, reads, encodes and plans, without loading the model."""
+    checked = reading.check(config, session)
+    row_encoder = checked.encoder()
+    data = encode(config, checked, row_encoder, session)
+    for line in _described(checked, data):
+        session.say(line)
+    stop_unless_trainable(config, checked, data)
+    batchings = _batchings(config, found)
+    fit = fitted(config, checked, data, plan(config, checked, data, batchings), session)
+    expected = forecast.forecast(fit, checked.machine)
+    if expected is not None:
+        session.say(f"expected: {expected}")
+    checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
+    resolved = _resolved(config, checked)
+    prepared = Prepared(
+        config=resolved,
+        checked=checked,
+        row_encoder=row_encoder,
+        data=data,
+        loader=fit.planned,
+        checkpointing=fit.checkpointing,
+        expected=expected,
+        rows=Rows.of(data.train),
+        inputs=_inputs(resolved, checked, data),
+        batchings=batchings,
+        found=found,
+    )
+    if found is not None:
+        _compare(prepared, found, session)
+    return prepared
+
+
+def encode(config: Config, checked: Checked, row_encoder: RowEncoder, session: Session) -> Dataset:
+    """Every row's tokens and fate.
+
+    Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
+    together with those that its template refuses.
+    """
+    _stop_if_many_cannot_be_read(config, checked)
+    share = config.data.eval if isinstance(config.data.eval, float) else 0.0
+    rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
+    with reading.progress(session, "encoding", rows) as advance:
+        return build.encode_sources(
+            checked.train,
+            row_encoder,
+            held_out=checked.held_out,
+            share=share,
+            seed=config.seed,
+            execution=reading.execution(session, advance),
+        )
+
+
+def _stop_if_many_cannot_be_read(config: Config, understood: Reading) -> None:
+    surveys = [survey for _, survey in understood.train + understood.held_out]
+    rows, refused = sum(survey.rows for survey in surveys), sum(survey.refused_rows for survey in surveys)
+    if rows > SOON_ENCODED and refused > config.data.allow_refused:
+        named = [problem for survey in surveys for problem in survey.refused]
+        heading = f"{refused} of {rows} rows cannot be read, and none was encoded (data.allow_refused={refused} does):"
+        raise Problems(heading, named, refused - len(named))
+
+
+def _described(checked: Checked, data: Dataset) -> list[str]:
+    """What a user should know of the rows before training."""
+    lines = [f"template: {checked.chosen.where}"] if checked.is_chat else []
+    if remade := checked.tokenizer.remade:
+        lines.append(f"warning: {remade}")
+    for source in data.ledgers:
+        fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
+        share = source.target_tokens / max(1, source.tokens)
+        lines.append(
+            f"{source.source}: {source.shape}, {source.rows} rows ({fates}), {source.tokens} tokens, "
+            f"{share:.0%} learnt, longest {source.longest}"
+        )
+        lines += [f"  {finding}" for finding in ledger.findings([source])]
+    return lines
+
+
+def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
+    """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
+    refused = ledger.met(data.ledgers, Fate.REFUSED)
+    if refused > config.data.allow_refused:
+        _stop(data, Fate.REFUSED, f"{refused} rows are refused (data.allow_refused={refused} trains without them):")
+    too_long = ledger.met(data.ledgers, Fate.TOO_LONG)
+    if too_long and config.overflow == "error":
+        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):")
+    if not data.train:
+        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
+        raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+    if config.checkpoint.keep_best and not data.held_out:
+        raise InputError(
+            "checkpoint.keep_best: the best is found by held-out loss, and no row is held out; set data.eval"
+        )
+    if len(checked.tokenizer.hf) > checked.base.vocab_size:
+        _stop_if_unknown_to_the_model(checked, data)
+
+
+def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
+    """Raises Problems with the first rows that met a fate."""
+    named = ledger.named(data.ledgers, fate)
+    raise Problems(heading, named, ledger.met(data.ledgers, fate) - len(named))
+
+
+def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
+    """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
+    size = checked.base.vocab_size
+    largest = (data.train + data.held_out).out_of_vocabulary(size)
+    if largest:
+        text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
+        problems = [
+            Problem(str(row), f"token {index} ({text(index)!r}) is past the model's {size}", fix)
+            for row, index in largest.items()
+        ]
+        raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
+
+
+def plan(
+    config: Config, checked: Checked, data: Dataset, batchings: Sequence[tuple[int, Batching]] | None = None
+) -> Loader:
+    """Which example stands in which step, for the whole run."""
+    return loader.make(
+        data.train,
+        batchings or _batchings(config, None),
+        epochs=config.epochs,
+        seed=config.seed,
+        microbatch_tokens=checked.machine.microbatch_tokens,
+        normalize=config.loss.normalize,
+        limit=config.steps,
+    )
+
+
+def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, session: Session) -> Fit:
+    """The plan with micro-batches that fit in memory, and what the largest of them takes.
+
+    It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
+    """
+    is_auto = config.microbatch_tokens == "auto"
+    make = partial(forecast.fit, planned, checked.base, checked.objective, checked.machine, is_auto=is_auto)
+    if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
+        return make()
+    model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
+    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
+    return fits.kept(Cache(cache.root(), session.say), key, planned, make)
+
+
+def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:
+    """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
+    asked = Batching(config.batch.examples, config.batch.tokens)
+    if found is None:
+        return ((0, asked),)
+    earlier = tuple((since, Batching(**each)) for since, each in found.checkpoint.values["cursor"]["batchings"])
+    return earlier if earlier[-1][1] == asked else (*earlier, (found.checkpoint.step, asked))
+
+
+def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
+    """What the run is trained on; the plan is that of no step yet."""
+    hf = checked.tokenizer.hf
+    return Inputs(
+        config=redacted_json(config.model_dump(mode="json")),
+        model=resume.fingerprint(models.folder(checked.base)),
+        tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
+        template=resume.digest(checked.chosen.source) if checked.is_chat else "",
+        held_out=resume.digest(*map(str, Rows.of(data.held_out).digest.tolist())),
+        ledger=resume.digest(*(json.dumps(source.as_json(), sort_keys=True) for source in data.ledgers)),
+        plan="",
+        versions=versions.installed(),
+        processes=1,
+    )
+
+
+def _compare(prepared: Prepared, found: Found, session: Session) -> None:
+    """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
+    step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
+    before = Inputs(**found.checkpoint.values["inputs"])
+    sources = found.checkpoint.values["cursor"]["sources"]
+    rows = Rows(tuple(sources), *(stored[name].numpy() for name in ("digest", "line", "source")))
+    changes = resume.compare(step, before, prepared.inputs_until(step), rows, prepared.rows)
+    if changes.refused:
+        folder = prepared.checked.folder
+        heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
+        raise Problems(heading, changes.refused)
+    for change in changes.applied:
+        session.say(f"since step {step}: {change}")
+    session.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
+
+
+def _resolved(config: Config, checked: Checked) -> Config:
+    """The configuration with every `auto` settled."""
+    return config.model_copy(
+        update={
+            "output": str(checked.folder),
+            "max_length": checked.policy.max_length,
+            "microbatch_tokens": checked.machine.microbatch_tokens,
+            "device": checked.machine.device.type,
+            "precision": "bf16" if checked.machine.dtype == torch.bfloat16 else "fp32",
+        }
+    )

@@ -1,0 +1,267 @@
+"""What a run that goes on finds changed since its checkpoint: each `old -> new`, refused or applied by a rule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deft.core.errors import Problem
+from deft.dataset.store import Examples
+
+AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
+"""Keys whose `auto` was resolved when the run began; it is not resolved again."""
+
+REFUSED = ("seed", "loss.name", "loss.normalize", "optimizer.name", "precision")
+"""Keys without which the run would be another one."""
+
+ROWS = ("data", "max_length", "overflow", "truncation_side", "template", "template_kwargs", "reasoning")
+"""Keys that decide what rows become: refused where a row comes out otherwise."""
+
+IGNORED = ("output", "resume", "model", "template")
+"""Keys that are compared by what they lead to, or say nothing of the run."""
+
+APPLIED = {
+    "batch": "applies from the next step on: the rest of the epoch is cut anew, each row still comes once",
+    "epochs": "applies: the schedule follows the new length",
+    "steps": "applies: the schedule follows the new length",
+}
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A digest of each example that is trained, in order, and where it comes from. Arrays are [E].
+
+    digest  int64    line  int64    source  int32, an index into `sources`
+    """
+
+    sources: tuple[str, ...]
+    digest: np.ndarray
+    line: np.ndarray
+    source: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Examples) -> Rows:
+        names, lines, numbers = examples.origins()
+        return cls(names, examples.digests(), lines, numbers)
+
+    def differences(self, now: Rows) -> dict[str, str]:
+        """Source -> what is different in it now, by line.
+
+        >>> def rows(*texts):
+        ...     arrays = np.array([hash(text) for text in texts]), np.arange(1, len(texts) + 1)
+        ...     return Rows(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
+        >>> rows("a", "b", "c").differences(rows("a", "x", "c"))
+        {'a.jsonl': 'line 2'}
+        >>> rows("a", "b", "c").differences(rows("a", "c"))
+        {'a.jsonl': 'line 2 removed'}
+        >>> rows("a", "b", "c").differences(rows("a", "c", "b", "d"))
+        {'a.jsonl': 'line 4 added'}
+        >>> rows("a", "b", "c").differences(rows("a", "c", "b"))
+        {'a.jsonl': 'other order from line 2 on'}
+        """
+        if np.array_equal(self.digest, now.digest):
+            return {}
+        found: dict[str, str] = {}
+        for number in range(max(len(self.sources), len(now.sources))):
+            name = (now.sources if number < len(now.sources) else self.sources)[number]
+            if difference := _difference(self._part(number), now._part(number)):
+                found[name] = difference
+        return found or {", ".join(now.sources): "the sources come in another order"}
+
+    def _part(self, number: int) -> list[tuple[int, int]]:
+        chosen = self.source == number
+        return list(zip(self.digest[chosen].tolist(), self.line[chosen].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is trained on, as far as it fits into JSON; `rows` are kept beside it.
+
+    config    resolved
+    model     a fingerprint of the base's files; tokenizer, template, held_out, ledger: digests
+    plan      a digest of the steps done so far
+    """
+
+    config: Mapping[str, Any]
+    model: str
+    tokenizer: str
+    template: str
+    held_out: str
+    ledger: str
+    plan: str
+    versions: Mapping[str, str]
+    processes: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """`refused` are what keeps the run from going on, `applied` lines about what is different from now on."""
+
+    refused: tuple[Problem, ...]
+    applied: tuple[str, ...]
+
+
+def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the checkpoint's values where nothing is asked for.
+
+    >>> settled({"max_length": None, "device": "auto", "seed": 1}, {"max_length": 128, "device": "cpu", "seed": 0})
+    {'max_length': 128, 'device': 'cpu', 'seed': 1}
+    """
+    asks_nothing = {key for key in AUTOS if key in config and config[key] in (None, "auto")}
+    return {**config, **{key: before[key] for key in asks_nothing if key in before}}
+
+
+def compare(step: int, before: Inputs, now: Inputs, rows_before: Rows, rows_now: Rows) -> Changes:
+    """What has changed since the checkpoint of `step`."""
+    keys = _changed_keys(before.config, now.config)
+    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
+    for name in ("model", "tokenizer", "template"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            where = f"{before.config[name]} -> {now.config[name]}" if _is_setting(name, before, now) else "its files"
+            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
+    causes = [key for key in keys if _is_of(key, ROWS)]
+    different = rows_before.differences(rows_now)
+    if different and not refused:
+        refused += _about_rows(step, different, {key: keys[key] for key in causes})
+    if before.plan != now.plan and not refused:
+        refused.append(_about_the_plan(step, before, now))
+    return Changes(tuple(refused), tuple(_applied(keys, before, now)))
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model's folder: config.json, and of each weight file its size, header and 64 places.
+
+    Two models differ in nearly all of their weights, so a look at some of them tells them apart.
+    """
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(65):
+                file.seek(0 if place == 0 else size * (place - 1) // 64)
+                found.update(file.read(1 << 20 if place == 0 else 1 << 12))
+    return found.hexdigest()
+
+
+def digest(*texts: str) -> str:
+    """The SHA-256 of texts.
+
+    >>> digest("a", "b") == digest("ab")
+    False
+    """
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def plan_digest(orders: Iterable[np.ndarray]) -> str:
+    """The SHA-256 of the members of steps, one array each."""
+    found = hashlib.sha256()
+    for order in orders:
+        found.update(np.ascontiguousarray(order, np.int64).tobytes() + b"|")
+    return found.hexdigest()
+
+
+def _difference(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> str:
+    """What became of the rows (digest, line) of a source."""
+    if [digest for digest, _ in before] == [digest for digest, _ in now]:
+        return ""
+    lost, new = _missing(before, now), _missing(now, before)
+    if not lost and not new:
+        first = next(line for (old, _), (mine, line) in zip(before, now, strict=True) if old != mine)
+        return f"other order from line {first} on"
+    edited = sorted(set(lost) & set(new)) if len(before) == len(now) else []
+    told = [
+        _lines(edited),
+        _lines(sorted(set(lost) - set(edited)), " removed"),
+        _lines(sorted(set(new) - set(edited)), " added"),
+    ]
+    return ", ".join(filter(None, told))
+
+
+def _missing(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[int]:
+    """The lines of those of `some` that are not among the others, as often as they are not."""
+    left = Counter(digest for digest, _ in others)
+    lines = []
+    for digest, line in some:
+        left[digest] -= 1
+        if left[digest] < 0:
+            lines.append(line)
+    return lines
+
+
+def _lines(lines: list[int], what: str = "") -> str:
+    if not lines:
+        return ""
+    shown = ", ".join(map(str, lines[:SHOWN_ROWS])) + (
+        f" and {len(lines) - SHOWN_ROWS} more" if len(lines) > SHOWN_ROWS else ""
+    )
+    return f"line{'s' if len(lines) > 1 else ''} {shown}{what}"
+
+
+def _about_rows(step: int, different: Mapping[str, str], causes: Mapping[str, tuple[Any, Any]]) -> list[Problem]:
+    if causes:
+        rows = "; ".join(f"{source} {what}" for source, what in different.items())
+        return [Problem(key, f"{old} -> {new} makes other rows: {rows}") for key, (old, new) in causes.items()]
+    return [Problem(source, f"changed since step {step}: {what}") for source, what in different.items()]
+
+
+def _about_the_plan(step: int, before: Inputs, now: Inputs) -> Problem:
+    if now.plan == plan_digest([]):
+        return Problem(
+            "epochs", f"they would end before step {step}, which is done", f"steps={step} ends the run there"
+        )
+    versions = f"numpy {before.versions['numpy']} -> {now.versions['numpy']}"
+    return Problem("the plan", f"the steps until {step} come out otherwise ({versions})", "use the numpy of before")
+
+
+def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -> list[str]:
+    told = [
+        f"{key} {old} -> {new} {next((rule for name, rule in APPLIED.items() if _is_of(key, [name])), 'applies')}"
+        for key, (old, new) in keys.items()
+        if not _is_of(key, REFUSED) and not _is_of(key, IGNORED)
+    ]
+    if before.held_out != now.held_out:
+        told.append("the held-out rows are others than before: their losses do not compare")
+    if before.ledger != now.ledger:
+        changed = f"ledger {before.ledger[:12]} -> {now.ledger[:12]}"
+        told.append(f"{changed} applies: the same rows are trained, but not all that ledger.json says is as before")
+    if before.processes != now.processes:
+        told.append(f"processes {before.processes} -> {now.processes} applies")
+    told += [
+        f"{package} {old} -> {now.versions.get(package)} applies: results may differ in their last bits"
+        for package, old in before.versions.items()
+        if now.versions.get(package) != old
+    ]
+    return told
+
+
+def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new)."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return {
+        key: (old.get(key), new.get(key)) for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_of(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def _is_setting(name: str, before: Inputs, now: Inputs) -> bool:
+    return name in before.config and before.config[name] != now.config.get(name)

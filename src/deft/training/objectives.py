@@ -1,0 +1,70 @@
+"""`loss.name` -> the objective: that of a module in the folder `loss`, or a user's own function of the logits.
+
+Shape suffixes: K targets, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deft.core import registry
+from deft.core.errors import InputError, user_code
+from deft.core.types import Head, Objective, Tally
+from deft.training import loss
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def load(name: str) -> Objective:
+    """The objective of that name. InputError for a name that is not there."""
+    if registry.is_own(name):
+        return OwnObjective(name, registry.own(name, "loss.name"))
+    found: Objective = registry.load(loss, name, "loss.name").objective
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class OwnObjective:
+    """A user's function (logits_KV, targets_K, weights_K) -> scalar, as an objective.
+
+    The scalar is a sum over the targets, linear in weights_K; means and normalizers are in the weights. logits_KV are
+    final, in fp32 (fp64 where the model is), and whole: unlike deft's own loss, this one needs memory for all of them.
+
+    >>> own = OwnObjective(
+    ...     "my:loss", lambda logits_KV, targets_K, weights_K: (weights_K * logits_KV.logsumexp(1)).sum()
+    ... )
+    >>> tally = own(torch.zeros(2, 3), Head(torch.ones(1, 3)), torch.tensor([0, 0]), torch.tensor([1.0, 0.5]))
+    >>> float(tally.nll_sum), float(tally.weight_sum)
+    (0.0, 1.5)
+    """
+
+    name: str
+    function: Function
+
+    def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
+        """From hidden states, through the head."""
+        bias = None if head.bias is None else head.bias.to(hidden_KH.dtype)
+        logits_KV = head.scale * _wide(functional.linear(hidden_KH, head.weight.to(hidden_KH.dtype), bias))
+        if head.softcap is not None:
+            logits_KV = head.softcap * torch.tanh(logits_KV / head.softcap)
+        return self.from_logits(logits_KV, targets_K, weights_K)
+
+    def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
+        """From final logits. InputError where the function gives no scalar, or one without a gradient."""
+        with user_code(self.name):
+            total = self.function(_wide(logits_KV), targets_K, weights_K)
+        if not isinstance(total, Tensor) or total.ndim != 0:
+            shape = f"a tensor of shape {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+            raise InputError(f"loss.name: {self.name} gave {shape}; it must give the sum over all targets, a scalar")
+        if logits_KV.requires_grad and not total.requires_grad:
+            raise InputError(f"loss.name: {self.name} gave a number without a gradient; compute it from the logits")
+        return Tally(total, weights_K.double().sum())
+
+
+def _wide(logits_KV: Tensor) -> Tensor:
+    return logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))

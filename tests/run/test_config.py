@@ -1,0 +1,95 @@
+"""The configuration: every wrong key or value in one error, with the closest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deft.core.errors import InputError, Problems
+from deft.run import config
+
+MINIMAL = ["model=m", "data=a.jsonl"]
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(Problems) as error:
+        config.load(None, [*MINIMAL, *overrides])
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_two_keys_are_enough() -> None:
+    made = config.load(None, MINIMAL)
+    assert (made.model, made.data.train[0].path, made.batch.examples) == ("m", "a.jsonl", 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=1", "learning_rate: unknown key; deft calls it optimizer.lr"),
+        ("per_device_train_batch_size=1", "deft calls it batch.examples"),
+        ("optimizer.learning_rate=1", "deft calls it optimizer.lr"),
+        ("epoch=1", "did you mean 'epochs'?"),
+        ("optimzer.lr=1", "did you mean 'optimizer'?"),
+        ("data.trian=a", "did you mean 'data.train'?"),
+        ("schedule.name=cosin", "did you mean 'cosine'?"),
+        ("epochs=two", "epochs: should be a valid integer"),
+        ("epochs=0", "epochs: should be greater than or equal to 1, not 0"),
+        ("data.eval=1.5", "a share is at least 0 and below 1"),
+        ("batch={examples: 2, tokens: 3}", "name examples or tokens, one of the two"),
+        ("microbatch_tokens=0", "at least 1, or auto"),
+    ],
+)
+def test_a_wrong_key_or_value_names_the_right_one(override: str, message: str) -> None:
+    assert any(message in problem for problem in problems(override)), problems(override)
+
+
+def test_all_problems_come_at_once() -> None:
+    assert len(problems("learning_rate=1", "epochs=two", "schedule.name=cosin", "foo=1")) == 4
+
+
+def test_every_name_that_others_use_leads_to_a_key_of_ours() -> None:
+    known = set(config.keys())
+    for theirs, ours in config.OTHER_NAMES.items():
+        assert ours.partition(" (")[0] in known, theirs
+        assert theirs not in known
+
+
+def test_scientific_notation_is_a_number_as_yaml_does_not_read_it(tmp_path: Path) -> None:
+    assert isinstance(yaml.safe_load("1e-5"), str)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: {train: a.jsonl, eval: 1e-2}\noptimizer: {lr: 1e-5}\n")
+    made = config.load(str(file))
+    assert (made.optimizer.lr, made.data.eval) == (1e-5, 0.01)
+
+
+def test_a_file_overrides_and_a_saved_config_give_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "m"\nepochs = 2\n[data]\ntrain = ["a.jsonl", "b.jsonl"]\n')
+    made = config.load(str(file), ["optimizer.betas=[0.8, 0.9]", "data.train_on=all"])
+    assert (made.epochs, len(made.data.train), made.optimizer.betas) == (2, 2, (0.8, 0.9))
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.as_yaml(made))
+    assert config.load(str(saved)) == made
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "just text"])
+def test_a_file_that_is_no_configuration_is_said(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        config.load(str(file))
+
+
+def test_a_missing_file_and_a_bare_word_are_said() -> None:
+    with pytest.raises(InputError, match="No such file"):
+        config.load("nothing.yaml")
+    with pytest.raises(InputError, match="neither a file nor key=value"):
+        config.load(None, ["epochs"])
+
+
+def test_a_config_cannot_be_changed() -> None:
+    made = config.load(None, MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        made.epochs = 5  # type: ignore[misc]
