@@ -27,12 +27,12 @@ def run(console: Console | None = None) -> None:
 
 
 def _machine_lines(device: torch.device) -> list[str]:
-    versions = ", ".join(f"{name} {number}" for name, number in versions.installed().items())
+    packages = ", ".join(f"{name} {number}" for name, number in versions.installed().items())
     memory = f"{hardware.memory_bytes(device) / 2**30:.1f} GiB"
     chosen = hardware.resolve("auto", "auto", "auto")
     precision = str(chosen.dtype).removeprefix("torch.")
     return [
-        f"versions  {versions}",
+        f"versions  {packages}",
         f"device    {hardware.describe(device)}; {memory}; precision auto is {precision}",
         f"cores     {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
     ]
