@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -29,7 +30,7 @@ FATES = tuple(Fate)
 ROWS = "rows.arrow"
 """The file of a store."""
 
-GROUP_BYTES = 1 << 23
+GROUP_BYTES = 1 << 22
 """Chunks are joined into row groups of at least this size."""
 
 _RUN = pa.struct([("length", pa.int32()), ("weight", pa.float32())])
@@ -87,6 +88,7 @@ class RowGroup:
     """Consecutive rows of a store.
 
     rows, examples  its place among those of the store
+    files           the names that the numbers in arrays["file"] stand for
     arrays          views of all numbers in `batch` by the names of SCHEMA; of each list NAME_offsets, int32: element n
                     has the values from NAME_offsets[n] to NAME_offsets[n + 1]
     """
@@ -94,29 +96,27 @@ class RowGroup:
     batch: pa.RecordBatch
     rows: slice
     examples: slice
+    files: tuple[str, ...]
     arrays: Mapping[str, np.ndarray] = field(repr=False)
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, first_row: int = 0, first_example: int = 0) -> RowGroup:
         arrays = {name: each for field in SCHEMA for name, each in _views(field.name, batch.column(field.name))}
         examples = first_example + len(arrays["example_digest"])
-        return cls(batch, slice(first_row, first_row + batch.num_rows), slice(first_example, examples), arrays)
+        files = tuple(batch.column("file").dictionary.to_pylist())
+        return cls(batch, slice(first_row, first_row + batch.num_rows), slice(first_example, examples), files, arrays)
 
     def counts(self, name: str) -> np.ndarray:
         """int32: the lengths of the lists of a column."""
         return np.diff(self.arrays[f"{name}_offsets"])
 
-    def rows_of(self, examples: np.ndarray | np.int64) -> Any:
-        """int64: the row of each example; both are counted inside the group."""
-        return np.searchsorted(self.arrays["examples_offsets"], examples, side="right") - 1
-
     def origin(self, row: int) -> Origin:
-        file = self.batch.column("file")[row].as_py()
-        return Origin(file, int(self.arrays["line"][row]), int(self.arrays["item"][row]))
+        file, line, item = (int(self.arrays[name][row]) for name in ("file", "line", "item"))
+        return Origin(self.files[file], line, item)
 
     def example(self, number: int, loss_weight: float = 1.0) -> Example:
         """The parts of an example; `loss_weight` is that of the source."""
-        origin = self.origin(int(self.rows_of(np.int64(number))))
+        origin = self.origin(bisect_right(self.arrays["examples_offsets"], number) - 1)
         scale = float(self.arrays["scale"][number]) * loss_weight
         return tuple(self._part(part, origin, scale) for part in self.values("parts", number))
 
@@ -140,6 +140,8 @@ def _views(name: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
     elif pa.types.is_struct(array.type):
         for field in array.type:
             yield from _views(field.name, array.field(field.name))
+    elif pa.types.is_dictionary(array.type) and not array.null_count:
+        yield name, array.indices.to_numpy()
     elif pa.types.is_primitive(array.type):
         yield name, array.to_numpy()
 
@@ -192,7 +194,11 @@ class Store:
         return [group.example(number, loss_weight) for number in group.values("examples", inner)]
 
     def group_of(self, example: int) -> RowGroup:
-        return self.groups[bisect_right(self.groups, example, key=lambda group: group.examples.stop)]
+        return self.groups[bisect_right(self._example_ends, example)]
+
+    @cached_property
+    def _example_ends(self) -> list[int]:
+        return [group.examples.stop for group in self.groups]
 
     def _of_row(self, row: int) -> tuple[RowGroup, int]:
         group = self.groups[bisect_right(self.groups, row, key=lambda group: group.rows.stop)]
@@ -311,10 +317,10 @@ class Examples(Sequence[Example]):
         names: dict[str, int] = {}
         lines, files = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         for group, numbers, _ in self._by_group():
-            rows, file = group.rows_of(numbers), group.batch.column("file")
-            known = [names.setdefault(name, len(names)) for name in file.dictionary.to_pylist()]
+            rows = np.searchsorted(group.arrays["examples_offsets"], numbers, side="right") - 1
+            known = [names.setdefault(name, len(names)) for name in group.files]
             lines.append(group.arrays["line"][rows])
-            files.append(np.array(known, np.int32)[file.indices.to_numpy()[rows]])
+            files.append(np.array(known, np.int32)[group.arrays["file"][rows]])
         return tuple(names), np.concatenate(lines), np.concatenate(files)
 
     def out_of_vocabulary(self, size: int) -> dict[Origin, int]:
