@@ -241,12 +241,12 @@ def test_each_file_that_can_change_a_token_changes_the_key_and_no_other_does(tmp
     said = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     found = json.loads(said.stdout)
     executed, changing = set(found["executed"]), set(found["changing"])
-    assert {"ascii_words.py", "tokenizer.py", "encoding/rows.py", "render/template.py"} <= executed
+    assert {"encoding/ascii_words.py", "encoding/tokenizer.py", "encoding/rows.py", "encoding/render/template.py"} <= executed
     assert {"data/formats/messages.py", "data/readers/tables.py"} <= executed
     assert executed <= changing, sorted(executed - changing)
     assert changing <= executed | {"data/formats/__init__.py"}, sorted(changing - executed)
     others = {file.relative_to(package).as_posix() for file in package.rglob("*.py")} - changing
-    assert {"workers.py", "logs/console.py", "dataset/splits.py", "dataset/cache.py", "run.py"} <= others
+    assert {"core/workers.py", "tracking/console.py", "dataset/splits.py", "dataset/cache.py", "run/train.py"} <= others
 
 
 CHANGE_EACH_FILE = """
@@ -258,7 +258,7 @@ from deft.dataset import examples
 from deft.dataset.source import SourceSpec, items
 from deft.encoding.rows import Policy
 from deft.encoding.render.choose import Chosen
-from deft.tokenizer import wrap
+from deft.encoding.tokenizer import wrap
 from tiny_tokenizers import CHATML, byte_level
 
 encoder = examples.encoder(wrap(byte_level()), Chosen(CHATML, "", True), Policy(256))

@@ -48,7 +48,7 @@ def joined(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools:
 def as_chat(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools: Any = None) -> Conversation:
     """A chat, whatever the sides are; an answer that begins with the whole prompt is not asked twice.
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> [m.role for m in as_chat(Row(Origin("a", 1), {}), "2+2?", "4", ("prompt", "completion")).messages]
     ['user', 'assistant']
     """
@@ -69,7 +69,7 @@ def steered(conversation: Conversation, choices: Choices, is_good: bool = True) 
     """The conversation with the source's control text put before its answer.
 
     >>> from deft.data.choices import Control
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> pair = strings(Row(Origin("a", 1), {}), "2+2=", "4", "completion")
     >>> steered(pair, Choices(control=Control("<|good|>"))).messages[1].content
     '<|good|>4'

@@ -14,7 +14,7 @@ from deft.core.types import Conversation, Message
 def digest(conversations: Sequence[Conversation]) -> int:
     """64 bits of all the words of a row, with their roles; equal rows have equal digests wherever they stand.
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> a, b = (Conversation(Origin("a", line), "text", (Message("output", "Hi"),)) for line in (1, 2))
     >>> digest([a]) == digest([b])
     True

@@ -19,7 +19,7 @@ KEYS = ({"instruction", "output"}, {"instruction", "response"}, {"instruction", 
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> value = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
     >>> (chat,) = convert(Row(Origin("a.json", 1), value), Choices())
     >>> [message.content for message in chat.messages]

@@ -12,7 +12,7 @@ KEYS = ({"<list of text>"},)
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """Empty strings are kept: they follow trlx's rules (the last output then is the EOS token alone).
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> (dialogue,) = convert(Row(Origin("a.jsonl", 1), ["Hi", "Hello", "Bye", "Bye"]), Choices())
     >>> [message.role for message in dialogue.messages]
     ['prompt', 'output', 'prompt', 'output']

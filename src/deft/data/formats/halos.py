@@ -24,7 +24,7 @@ _TYPES = ("sample", "binary_feedback", "pairwise_feedback", "scalar_feedback")
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> value = {"type": "sample", "prompt": [{"role": "user", "content": "2+2?"}], "output": "4", "prompt_id": 0}
     >>> [message.content for message in convert(Row(Origin("a.json", 1), value), Choices())[0].messages]
     ['2+2?', '4']
@@ -49,7 +49,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
 def compared(row: Row) -> Row:
     """What `left_out` has to know of a row: its prompt and answers as digests.
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> value = {"type": "binary_feedback", "prompt": "q" * 999, "output": "a" * 999, "label": 1, "more": "x" * 999}
     >>> sorted(compared(Row(Origin("a.json", 1), value)).value)
     ['label', 'prompt_id', 'type']
@@ -69,7 +69,7 @@ def _digest(value: Any) -> bytes:
 def left_out(rows: Sequence[Row], choices: Choices) -> dict[int, str]:
     """Which of the sound rows, as `compared` made them, are not learnt beside better ones, and why.
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> good, bad = ({"type": "binary_feedback", "prompt_id": 1, "label": label, "prompt": "q"} for label in (1, 0))
     >>> left_out([compared(Row(Origin("a.json", 1), bad)), compared(Row(Origin("a.json", 2), good))], Choices())
     {0: 'a worse answer than that of a.json:2'}

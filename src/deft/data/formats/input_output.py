@@ -12,7 +12,7 @@ KEYS = ({"input", "output"},)
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> (pair,) = convert(Row(Origin("a.jsonl", 1), {"input": "2+2=", "output": "4"}), Choices())
     >>> [message.content for message in pair.messages]
     ['2+2=', '4']

@@ -16,7 +16,7 @@ KEYS = ({"instruction", "instances"},)
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> cases = [{"input": "2 and 2", "output": "4"}, {"input": "1 and 2", "output": "3"}]
     >>> found = convert(Row(Origin("a.jsonl", 1), {"instruction": "Add.", "instances": cases}), Choices())
     >>> [chat.messages[1].content for chat in found]

@@ -12,7 +12,7 @@ KEYS = ({"messages"}, {"<list of objects>"})
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """`weight` or `loss_weight` of a message says how much it is learnt.
 
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0.5}]
     >>> (conversation,) = convert(Row(Origin("a.jsonl", 1), {"messages": chat}), Choices())
     >>> conversation.messages[1].weight

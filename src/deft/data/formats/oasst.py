@@ -25,7 +25,7 @@ _Node = tuple[Message, int]
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> replies = [{"role": "assistant", "text": "5", "rank": 1}, {"role": "assistant", "text": "4", "rank": 0}]
     >>> tree = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "2+2?", "replies": replies}}
     >>> [message.content for message in convert(Row(Origin("a.jsonl", 1), tree), Choices())[0].messages]

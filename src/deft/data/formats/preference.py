@@ -25,7 +25,7 @@ OPTIONS = {"control"}
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> pair = Row(Origin("a.json", 1), {"prompt": "2+2=", "chosen": "4", "rejected": "5"})
     >>> [message.content for message in convert(pair, Choices())[0].messages]
     ['2+2=', '4']

@@ -15,7 +15,7 @@ KEYS = ({"prompt", "completion"},)
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> (pair,) = convert(Row(Origin("a.jsonl", 1), {"prompt": "2+2=", "completion": "4"}), Choices())
     >>> [message.role for message in pair.messages]
     ['prompt', 'output']

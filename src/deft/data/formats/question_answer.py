@@ -11,7 +11,7 @@ KEYS = ({"question", "answer"},)
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> (chat,) = convert(Row(Origin("a.jsonl", 1), {"question": "2+2?", "answer": "4"}), Choices())
     >>> [(message.role, message.content) for message in chat.messages]
     [('user', '2+2?'), ('assistant', '4')]

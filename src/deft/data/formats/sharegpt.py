@@ -28,7 +28,7 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     >>> (found,) = convert(Row(Origin("a.json", 1), {"conversations": chat}), Choices())
     >>> [message.role for message in found.messages]

@@ -11,7 +11,7 @@ KEYS = ({"text"}, {"<text>"})
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> (whole,) = convert(Row(Origin("a.jsonl", 1), {"text": "Once upon a time"}), Choices())
     >>> whole.messages[0].role, whole.messages[0].content
     ('output', 'Once upon a time')

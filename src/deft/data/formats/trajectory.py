@@ -11,7 +11,7 @@ KEYS = ({"traj"},)
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
-    >>> from deft.types import Origin
+    >>> from deft.core.types import Origin
     >>> run = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     >>> len(convert(Row(Origin("a.json", 1), {"traj": run, "reward": 1.0}), Choices())[0].messages)
     2

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from test_compiling import planned
-from test_static_shapes import state_of
+from tiny_training import dropout_state, random_examples
 
 from deft.core.types import StepBatch
+from deft.plan import loader
 from deft.plan.loader import Loader
+from deft.plan.order import Batching
 from deft.training import loop
 from deft.training.loss import nll
+
+
+def planned(lengths: tuple[int, ...]) -> Loader:
+    examples = random_examples(lengths)
+    return loader.make(examples, Batching(examples=8), epochs=2, seed=0, microbatch_tokens=128)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Watched(Loader):
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    yield Watched(**{**vars(planned([40] * 40, tokens=128)), "built": []})
+    yield Watched(**{**vars(planned((40,) * 40)), "built": []})
     until(lambda: not any(each.name.startswith("loader") for each in threading.enumerate()))
 
 
@@ -57,7 +63,7 @@ def test_a_step_is_built_while_the_one_before_it_is_computed(watched: Watched) -
 
 
 def test_the_steps_are_those_that_the_plan_names() -> None:
-    plan = planned([40, 50, 60, 70] * 10, tokens=128)
+    plan = planned((40, 50, 60, 70) * 10)
     for start in (0, 4, plan.steps - 1, plan.steps):
         assert [work.step for work in plan.step_batches(start)] == [*range(start, plan.steps)]
     same = zip(plan.step_batches(0), map(plan.step, range(plan.steps)), strict=True)
@@ -70,7 +76,7 @@ def test_what_ends_the_loop_ends_the_thread(watched: Watched) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        for _ in loop.train(state_of(), watched, nll.objective, clip=1.0, lr=lambda step: 1e-4, poll=poll):
+        for _ in loop.train(dropout_state(), watched, nll.objective, clip=1.0, lr=lambda step: 1e-4, poll=poll):
             pass
     alive = [each.name for each in threading.enumerate()]
     assert not any(name.startswith("loader") for name in alive), (alive, caught)
