@@ -138,7 +138,7 @@ def _hold(encoder: Any) -> None:
 def _encode_file(path: str) -> tuple[int, int]:
     """Encodes one file and writes its ids and weights; how many rows and tokens."""
     from deft.data import shapes, sources
-    from deft.data.choices import Choices
+    from deft.data.format import Choices
 
     conversations: list[Any] = []
     rows = tokens = 0
@@ -164,7 +164,7 @@ def _encode_file(path: str) -> tuple[int, int]:
 def texts_arm(folder: Path) -> Figures:
     """Not timed: the texts that deft renders, for the tokenizer's arm."""
     from deft.data import sources
-    from deft.data.choices import Choices
+    from deft.data.format import Choices
     from deft.data.shapes import Reader
 
     encoder = deft_encoder()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deft.data import shapes, sources
-from deft.data.choices import Choices
+from deft.data.format import Choices
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "naïve", "readers", '"quoted"', "in"]
 

@@ -25,7 +25,7 @@ from deft.core.types import (
     Origin,
 )
 from deft.data import sources
-from deft.data.choices import Choices
+from deft.data.format import Choices
 from deft.dataset import examples
 from deft.encoding.render.chat import Rules
 from deft.encoding.render.choose import Chosen, choose

@@ -238,13 +238,13 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.encoding.raw", "learnt[0] = 0\n", "pass\n", "test_train.py::test_plain_text_is_learnt_to_the_last_token"),
     # What is held out.
     _of(
-        "deft.data.split",
+        "deft.dataset.splits",
         "else digests < np.uint64(limit)",
         "else np.arange(len(digests)) < share * len(digests)",
-        "test_mixture.py",
+        "test_splits.py",
     ),
-    _of("deft.data.split", "    yield message.role\n", "", "test_mixture.py"),
-    _of("deft.fates", "& ~is_taken[rows]", "", "test_mixture.py"),
+    _of("deft.dataset.examples", "    yield message.role\n", "", "test_splits.py"),
+    _of("deft.dataset.splits", "& ~is_evaluated[rows]", "", "test_splits.py"),
     # The hand-off.
     _of("deft.export.folder", "if not error <= TOLERANCE:", "if False:", EXPORT),
     _of("deft.export.folder", "if not _same_bits(tensor, found[name].detach().cpu()):", "if False:", EXPORT),

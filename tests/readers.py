@@ -9,8 +9,8 @@ from itertools import groupby
 from deft.core.errors import Problem
 from deft.core.types import Conversation, Origin, Row
 from deft.data import shapes
-from deft.data.choices import Choices
 from deft.data.chunks import HeldRows
+from deft.data.format import Choices
 
 
 @dataclass(frozen=True, slots=True)

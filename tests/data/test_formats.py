@@ -16,7 +16,7 @@ from deft.core.errors import DeftError, InputError, Problems
 from deft.core.types import Message, ToolCall
 from deft.data import format as formats
 from deft.data import sources
-from deft.data.choices import Choices, Control
+from deft.data.format import Choices, Control
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 

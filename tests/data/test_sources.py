@@ -19,7 +19,7 @@ import pytest
 from deft.core.errors import InputError, Problem
 from deft.core.types import Row
 from deft.data import shapes, sources
-from deft.data.choices import Choices
+from deft.data.format import Choices
 
 
 def read(tmp_path: Path, name: str, text: str | bytes) -> list[Row | Problem]:

@@ -27,7 +27,7 @@ from deft.core import files, workers
 from deft.core.errors import InputError, Problems
 from deft.core.files import Disk
 from deft.data import shapes, sources
-from deft.data.choices import Choices
+from deft.data.format import Choices
 from deft.data.readers import jsonl
 from deft.dataset import build, cache, examples, store, survey
 from deft.dataset.build import Dataset
@@ -241,7 +241,12 @@ def test_each_file_that_can_change_a_token_changes_the_key_and_no_other_does(tmp
     said = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     found = json.loads(said.stdout)
     executed, changing = set(found["executed"]), set(found["changing"])
-    assert {"encoding/ascii_words.py", "encoding/tokenizer.py", "encoding/rows.py", "encoding/render/template.py"} <= executed
+    assert {
+        "encoding/ascii_words.py",
+        "encoding/tokenizer.py",
+        "encoding/rows.py",
+        "encoding/render/template.py",
+    } <= executed
     assert {"data/formats/messages.py", "data/readers/tables.py"} <= executed
     assert executed <= changing, sorted(executed - changing)
     assert changing <= executed | {"data/formats/__init__.py"}, sorted(changing - executed)
@@ -253,7 +258,7 @@ CHANGE_EACH_FILE = """
 import json, sys
 from pathlib import Path
 from deft.data import shapes
-from deft.data.choices import Choices
+from deft.data.format import Choices
 from deft.dataset import examples
 from deft.dataset.source import SourceSpec, items
 from deft.encoding.rows import Policy

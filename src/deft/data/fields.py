@@ -17,12 +17,8 @@ class RowError(Exception):
     def __init__(self, field: str, what: str, fix: str = "") -> None:
         super().__init__(f"{field}: {what}" if field else what)
         self.field = field
-        self.bare = what
+        self.what = what
         self.fix = fix
-
-    @property
-    def what(self) -> str:
-        return str(self)
 
 
 class LeftOut(Exception):

@@ -1,4 +1,4 @@
-"""What a format is, and which format reads a row; the folder `formats` is the registry.
+"""What a format is, what a source chooses for it, and which format reads a row; the folder `formats` is the registry.
 
 A format is a module with `KEYS`, the sets of fields that make a row its own, and `convert`, from a row to its
 conversations. It may have `left_out`, for rows that others make needless, with `compared`, which gives what `left_out`
@@ -9,16 +9,60 @@ needs of a row; and `OPTIONS`, the choices of a source that it knows. A user's o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from deft.core import registry
 from deft.core.errors import UserCodeError, user_code
 from deft.core.types import Conversation, Row
 from deft.data import formats
-from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, described, shortened, weight_of
+
+Answers = Literal["best", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """HALOs' control tokens: the text put before an answer, by whether it is a good one.
+
+    Without `bad` only good answers are learnt; with it bad ones are learnt too, behind their own text.
+    """
+
+    good: str
+    bad: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The choices of one source that its format needs to know.
+
+    columns         what a format calls a field -> what the rows call it; no other field is read then
+    answers         of several answers to one prompt: the best one, or all good ones; None is the format's own default
+    control         text before good and bad answers
+    split           rows that name another split are left out; None reads all
+    names_split     whether the user named the split: then the source must have splits
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    answers: Answers | None = None
+    control: Control | None = None
+    split: str | None = None
+    names_split: bool = False
+
+    def options(self) -> set[str]:
+        """The choices that only some formats know, as far as they were made.
+
+        >>> Choices(answers="best", split="train").options()
+        {'answers'}
+        """
+        made = {"answers": self.answers is not None, "control": self.control is not None, "split": self.names_split}
+        return {name for name, is_made in made.items() if is_made}
+
+    @property
+    def learns_bad(self) -> bool:
+        """Whether bad answers are learnt too, behind their control text."""
+        return self.control is not None and self.control.bad is not None
 
 
 @dataclass(frozen=True, slots=True)

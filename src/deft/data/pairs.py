@@ -7,8 +7,8 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages
-from deft.data.choices import Choices
 from deft.data.fields import RowError, text_of
+from deft.data.format import Choices
 
 Side = str | list[Message]
 
@@ -68,7 +68,7 @@ def as_chat(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools
 def steered(conversation: Conversation, choices: Choices, is_good: bool = True) -> Conversation:
     """The conversation with the source's control text put before its answer.
 
-    >>> from deft.data.choices import Control
+    >>> from deft.data.format import Control
     >>> from deft.core.types import Origin
     >>> pair = strings(Row(Origin("a", 1), {}), "2+2=", "4", "completion")
     >>> steered(pair, Choices(control=Control("<|good|>"))).messages[1].content

@@ -1,6 +1,6 @@
 """The rows of a source -> their conversations, by the one format that reads them all.
 
-A source is read twice. The first pass finds its shape: each chunk has its `Tally`, in any process, and `survey` adds
+A source is read twice. The first pass finds its shape: each chunk has its `ShapeCount`, in any process, and `survey` adds
 them. The second pass converts each chunk by that shape.
 """
 
@@ -12,10 +12,10 @@ from typing import Generic, TypeVar
 
 from deft.core.errors import Problem, Problems
 from deft.core.types import Conversation, Origin, Row
-from deft.data.choices import Choices
+from deft.data import sources
 from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, kind_of
-from deft.data.format import Format, keys_of, load, names, reading
+from deft.data.format import Choices, Format, keys_of, load, names, reading
 
 T = TypeVar("T")
 
@@ -58,13 +58,13 @@ class Survey:
     is_whole: bool = True
 
 
-def counter(recipe: tuple[str, str, Choices]) -> Callable[[Chunk], Tally]:
-    """What tallies chunks of a source: its name, shape and choices are the recipe."""
+def counter(recipe: tuple[str, str, Choices]) -> Callable[[Chunk], ShapeCount]:
+    """What counts chunks of a source: its name, shape and choices are the recipe."""
     return lambda chunk: Reader(*recipe).counted(chunk.read())
 
 
-def survey(tallies: Iterable[Tally], source: str, shape: str = "auto", choices: Choices | None = None) -> Survey:
-    """What the tallies of a source's chunks, in their order, say together.
+def survey(counts: Iterable[ShapeCount], source: str, shape: str = "auto", choices: Choices | None = None) -> Survey:
+    """What the counts of a source's chunks, in their order, say together.
 
     Raises Problems where rows have two shapes at once, where the file mixes shapes, or where no row has any.
 
@@ -74,70 +74,74 @@ def survey(tallies: Iterable[Tally], source: str, shape: str = "auto", choices: 
     'question_answer'
     """
     reader = Reader(source, shape, choices or Choices())
-    tally = reader.tally
-    for each in tallies:
-        tally.add(each)
+    for each in counts:
+        reader.count.add(each)
     form = reader.one_shape()
     reader.convert_waiting(form)
-    reasons = form.left_out(tally.compared, reader.choices) if form.left_out else {}
-    left_out = tuple((tally.compared[position].origin, reasons[position]) for position in sorted(reasons))
-    return Survey(form.name, tally.rows, tally.first, tuple(tally.refused.items), tally.refused.count, left_out)
+    count = reader.count
+    reasons = form.left_out(count.compared, reader.choices) if form.left_out else {}
+    left_out = tuple((count.compared[position].origin, reasons[position]) for position in sorted(reasons))
+    return Survey(form.name, count.rows, count.first, tuple(count.refused.items), count.refused.count, left_out)
 
 
 class Reader:
     """Reads rows of one source, one by one, and holds none but those whose fields say no shape.
 
-    What is true of all rows read is in `tally`, which can be added to that of other rows of the source.
+    What is true of all rows read is in `count`, which can be added to that of other rows of the source.
     """
 
     def __init__(self, source: str, shape: str, choices: Choices) -> None:
         self.source = source
         self.choices = choices
         self.given = None if shape == "auto" else load(shape)
-        self.tally = Tally()
+        self.count = ShapeCount()
 
     def each(self, rows: Iterable[Row | Problem]) -> Iterator[Outcome]:
         """The outcome of every row in their order, but for those that wait until the shape of the others is known."""
         for row in rows:
-            self.tally.rows += 1
+            self.count.rows += 1
             outcome = self._outcome(row)
             if outcome:
-                self.tally.note(outcome)
+                self.count.note(outcome)
                 yield outcome
 
-    def counted(self, rows: Iterable[Row | Problem]) -> Tally:
+    def counted(self, rows: Iterable[Row | Problem]) -> ShapeCount:
         """What is true of rows."""
         for _ in self.each(rows):
             pass
-        form = self.given or self.tally.shape()
+        form = self.given or self.count.shape()
         if form:
             self.convert_waiting(form)
-        return self.tally
+        return self.count
 
     def convert_waiting(self, form: Format) -> None:
-        """Tallies the rows that waited, which have the shape of the others or are refused."""
-        waiting, self.tally.waiting = self.tally.waiting, []
+        """Counts the rows that waited, which have the shape of the others or are refused."""
+        waiting, self.count.waiting = self.count.waiting, []
         for row in waiting:
-            self.tally.note(self._converted(row, form))
+            self.count.note(self._converted(row, form))
 
     def one_shape(self) -> Format:
         """The format of all rows read. Raises Problems where there is none, or more than one."""
-        form = self.given or self.tally.shape()
-        if self.given is None and (problems := self.tally.mixed(self.source)):
+        form = self.given or self.count.shape()
+        if self.given is None and (problems := self.count.mixed(self.source)):
             raise problems
-        if form is None or not self.tally.readable:
-            raise self.tally.no_shape(self.source)
+        if form is None or not self.count.readable:
+            raise self.count.no_shape(self.source)
         for option in sorted(self.choices.options() - form.options):
-            knowing = ", ".join(name for name in names() if option in load(name).options)
+            knowing = [name for name in names() if option in load(name).options]
+            if option == "split":
+                knowing.append("data sets of the Hub")
+                if sources.is_on_the_hub(self.source):
+                    continue
             what = f"{option} has no meaning for rows of shape {form.name}"
-            raise Problems(f"{self.source}: {what}", [Problem(self.source, what, f"only for {knowing}")])
+            raise Problems(f"{self.source}: {what}", [Problem(self.source, what, f"only for {', '.join(knowing)}")])
         return form
 
     def _outcome(self, row: Row | Problem) -> Outcome | None:
         """The outcome of a row, None where it must wait for others."""
         if isinstance(row, Problem):
             return Outcome(Origin.at(row.where), refused=row)
-        self.tally.readable += 1
+        self.count.readable += 1
         try:
             row = _with_columns(row, self.choices.columns)
         except RowError as error:
@@ -145,9 +149,9 @@ class Reader:
         form = self.given
         if form is None:
             formats = reading(keys_of(row.value))
-            self.tally.met(row.origin, formats)
+            self.count.met(row.origin, formats)
             if len(formats) != 1:
-                self.tally.waiting.append(row)
+                self.count.waiting.append(row)
                 return None
             form = formats[0]
         return self._converted(row, form)
@@ -175,7 +179,7 @@ class First(Generic[T]):
 
 
 @dataclass
-class Tally:
+class ShapeCount:
     """What is true of some rows of a source.
 
     readable  rows that are sound JSON or the like
@@ -212,8 +216,8 @@ class Tally:
         if outcome.compared:
             self.compared.append(outcome.compared)
 
-    def add(self, later: Tally) -> None:
-        """Adds the tally of the rows that follow."""
+    def add(self, later: ShapeCount) -> None:
+        """Adds the count of the rows that follow."""
         self.rows += later.rows
         self.readable += later.readable
         for name, origins in later.shapes.items():
@@ -267,9 +271,9 @@ def _as_named_there(error: RowError, columns: Mapping[str, str]) -> RowError:
     """The error with the field as the rows call it."""
     for name, own in columns.items():
         if error.field == name or error.field.startswith((f"{name}.", f"{name}[")):
-            return RowError(own + error.field[len(name) :], error.bare, error.fix)
+            return RowError(own + error.field[len(name) :], error.what, error.fix)
     return error
 
 
 def _problem(row: Row, error: RowError) -> Problem:
-    return Problem(str(row.origin), error.what, error.fix)
+    return Problem(str(row.origin), str(error), error.fix)

@@ -20,9 +20,8 @@ from typing import Any, BinaryIO, cast
 from deft.core.errors import InputError, Problem
 from deft.core.registry import closest
 from deft.core.types import Origin, Row
-from deft.data import hub
 from deft.data.chunks import Chunk, of
-from deft.data.readers import csv, json, jsonl, tables, text
+from deft.data.readers import csv, hub, json, jsonl, tables, text
 
 STDIN, PIPED = "-", "stdin"
 """The name of standard input as a source, and what its rows call it."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from deft.core.types import Origin
 from deft.data import chunks, sources
-from deft.data.choices import Choices
 from deft.data.chunks import Chunk
+from deft.data.format import Choices
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deft.core.types import Fate, Origin
-from deft.data import mixture, split
 from deft.dataset.data_warnings import BIT
 from deft.dataset.source import SourceSpec
 from deft.dataset.store import FATES, RowGroup, Selection, Stage, Store
@@ -159,11 +159,11 @@ def assign_splits(store: Store, rule: SplitRule, evaluated: ContentIndex, repeat
         rows, digest = group.rows, group.arrays["digest"]
         is_evaluated[rows] = _is_encoded(group) & evaluated.has(digest)
         kept[rows] = (group.counts("examples") > 0) & ~is_evaluated[rows]
-        trained[rows] = kept[rows] & ~(rule.is_eval | split.held_out(digest, rule.share))
+        trained[rows] = kept[rows] & ~(rule.is_eval | held_out(digest, rule.share))
         stops[rows] = _stops(group, rule.stop_ids)
     fate[is_evaluated | (kept & ~trained)] = _NUMBER[Fate.HELD_OUT]
     passes = np.zeros(len(store), np.uint16)
-    passes[trained] = mixture.passes(int(trained.sum()), rule.times, rule.seed, rule.number)
+    passes[trained] = passes_of(int(trained.sum()), rule.times, rule.seed, rule.number)
     undrawn = trained & (passes == 0)
     fate[undrawn] = _NUMBER[Fate.LEFT_OUT]
     kept &= ~undrawn
@@ -173,6 +173,33 @@ def assign_splits(store: Store, rule: SplitRule, evaluated: ContentIndex, repeat
     warnings[is_evaluated] |= BIT["in_evaluation"]
     warnings[repeated] |= BIT["duplicate"]
     return SplitRows(store, rule, evaluated, fate, passes, kept, warnings)
+
+
+def held_out(digests: np.ndarray, share: float) -> np.ndarray:
+    """bool [rows]: true for about `share` of all digests, uint64; the same words always fall on the same side.
+
+    >>> held_out(np.array([2**62, 2**63], np.uint64), 0.5).tolist()
+    [True, False]
+    """
+    limit = math.ceil(share * 2**64)
+    return np.full(len(digests), True) if limit >= 2**64 else digests < np.uint64(limit)
+
+
+def passes_of(rows: int, times: float, seed: int, source: int) -> np.ndarray:
+    """uint16 [rows]: how often each row is learnt per epoch: floor(times), and once more for a share drawn by seed.
+
+    The share is exact to half a row, and the same in every epoch. `source` counts the sources, so that equal files draw
+    apart.
+
+    >>> passes_of(4, 1.5, seed=0, source=0).tolist(), passes_of(4, 3.0, seed=0, source=0).tolist()
+    ([1, 2, 2, 1], [3, 3, 3, 3])
+    """
+    whole = int(times)
+    found = np.full(rows, whole, np.uint16)
+    if times > whole:
+        order = np.random.Generator(np.random.Philox(key=[seed, source])).permutation(rows)
+        found[order[: round((times - whole) * rows)]] += 1
+    return found
 
 
 def _stops(group: RowGroup, stop_ids: frozenset[int]) -> np.ndarray:

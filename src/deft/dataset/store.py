@@ -111,25 +111,31 @@ class RowGroup:
         return np.diff(self.arrays[f"{name}_offsets"])
 
     def origin(self, row: int) -> Origin:
-        file, line, item = (int(self.arrays[name][row]) for name in ("file", "line", "item"))
+        file, line, item = (self.arrays[name].item(row) for name in ("file", "line", "item"))
         return Origin(self.files[file], line, item)
 
     def example(self, number: int, loss_weight: float = 1.0) -> Example:
         """The parts of an example; `loss_weight` is that of the source."""
-        origin = self.origin(bisect_right(self.arrays["examples_offsets"], number) - 1)
-        scale = float(self.arrays["scale"][number]) * loss_weight
-        return tuple(self._part(part, origin, scale) for part in self.values("parts", number))
+        origin = self.origin(bisect_right(self.arrays["examples_offsets"].data, number) - 1)
+        scale = self.arrays["scale"].item(number) * loss_weight
+        return tuple(self._part(part, origin, scale) for part in self.numbers("parts", number))
 
-    def values(self, name: str, element: int) -> range:
-        """Where the values of a list stand."""
+    def numbers(self, name: str, element: int) -> range:
+        """The numbers of the values of a list."""
+        span = self._span(name, element)
+        return range(span.start, span.stop)
+
+    def lengths(self, number: int) -> list[int]:
+        """The tokens of each part of an example."""
+        return [span.stop - span.start for span in (self._span("tokens", part) for part in self.numbers("parts", number))]
+
+    def _span(self, name: str, element: int) -> slice:
         offsets = self.arrays[f"{name}_offsets"]
-        return range(int(offsets[element]), int(offsets[element + 1]))
+        return slice(offsets.item(element), offsets.item(element + 1))
 
     def _part(self, part: int, origin: Origin, scale: float) -> Encoded:
-        tokens, runs = (
-            slice(each.start, each.stop) for each in (self.values(name, part) for name in ("tokens", "runs"))
-        )
-        weights = np.repeat(self.arrays["weight"][runs], self.arrays["length"][runs])
+        tokens, runs = self._span("tokens", part), self._span("runs", part)
+        weights = self.arrays["weight"][runs].repeat(self.arrays["length"][runs])
         return Encoded(origin, self.arrays["tokens"][tokens], weights if scale == 1.0 else weights * np.float32(scale))
 
 
@@ -191,7 +197,7 @@ class Store:
 
     def examples_of(self, row: int, loss_weight: float = 1.0) -> list[Example]:
         group, inner = self._of_row(row)
-        return [group.example(number, loss_weight) for number in group.values("examples", inner)]
+        return [group.example(number, loss_weight) for number in group.numbers("examples", inner)]
 
     def group_of(self, example: int) -> RowGroup:
         return self.groups[bisect_right(self._example_ends, example)]
@@ -339,12 +345,12 @@ class Examples(Sequence[Example]):
     def lengths(self, index: int) -> list[int]:
         """The tokens of each part of an example."""
         group, number, _ = self._at(index)
-        return [len(group.values("tokens", part)) for part in group.values("parts", number)]
+        return group.lengths(number)
 
     def targets(self, index: int) -> int:
         """The learnt tokens of an example."""
         group, number, _ = self._at(index)
-        return sum(int(group.arrays["targets"][part]) for part in group.values("parts", number))
+        return sum(group.arrays["targets"].item(part) for part in group.numbers("parts", number))
 
     def _by_group(self) -> Iterator[tuple[RowGroup, np.ndarray, float]]:
         return ((group, numbers, each.loss_weight) for each in self.selections for group, numbers in each.by_group())

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from deft.core import workers
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.files import Staging
-from deft.core.types import Conversation, Message, Origin
-from deft.data import hub, shapes, sources
+from deft.core.types import Message
+from deft.data import shapes, sources
+from deft.data.readers import hub
 from deft.data.shapes import Survey
 from deft.dataset import cache as caches
 from deft.dataset import examples
@@ -39,6 +41,8 @@ class Execution:
     processes: int | None = None
     advance: Advance = lambda rows: None
 
+
+FILE = "survey.json"
 
 NOT_KEPT = Execution()
 """By as many processes as there are cores, and kept nowhere."""
@@ -75,8 +79,8 @@ def _each(specs: Iterable[SourceSpec], survey: Callable[[SourceSpec], Survey]) -
 
 def _glanced(source: SourceSpec, execution: Execution) -> Survey:
     waiting = source.chunks()
-    count = shapes.counter((source.path, source.format, source.choices))
-    found = shapes.survey(map(count, islice(waiting, workers.HERE)), source.path, source.format, source.choices)
+    recipe = (source.path, source.format, source.choices)
+    found = shapes.survey(map(shapes.counter(recipe), islice(waiting, workers.HERE)), *recipe)
     if next(waiting, None) is None:
         return found
     return _surveyed(source, execution) if shapes.load(found.shape).left_out else replace(found, is_whole=False)
@@ -86,27 +90,31 @@ def _surveyed(source: SourceSpec, execution: Execution) -> Survey:
     content = _content(source)
     if execution.cache is None or not content:
         return replace(_survey(source, execution), content=content)
-    folder, _ = execution.cache.get(
-        key(source, content), lambda staging: _write_survey(staging, _survey(source, execution))
+    folder, _ = execution.cache.get(key(source, content), lambda staging: _write(staging, _survey(source, execution)))
+    return replace(_AS_JSON.validate_json((folder / FILE).read_bytes()), content=content)
+
+
+def _write(staging: Staging, survey: Survey) -> None:
+    """A survey as JSON; of its first conversation the words alone."""
+    first = survey.first and replace(
+        survey.first, messages=tuple(Message(each.role, each.content) for each in survey.first.messages), tools=()
     )
-    return replace(_read_survey(folder), content=content)
+    with staging.open(FILE) as file:
+        file.write(_AS_JSON.dump_json(replace(survey, first=first)))
+
+
+_AS_JSON = TypeAdapter(Survey)
 
 
 def _survey(source: SourceSpec, execution: Execution) -> Survey:
-    tallies = workers.ordered(
-        shapes.counter,
-        (source.path, source.format, source.choices),
-        source.chunks(),
-        execution.processes,
-        here=COUNTED_HERE,
-    )
-    return shapes.survey(_counted(tallies, execution.advance), source.path, source.format, source.choices)
+    recipe = (source.path, source.format, source.choices)
 
+    def counts() -> Iterator[shapes.ShapeCount]:
+        for count in workers.ordered(shapes.counter, recipe, source.chunks(), execution.processes, COUNTED_HERE):
+            execution.advance(count.rows)
+            yield count
 
-def _counted(tallies: Iterable[shapes.Tally], advance: Advance) -> Iterator[shapes.Tally]:
-    for tally in tallies:
-        advance(tally.rows)
-        yield tally
+    return shapes.survey(counts(), *recipe)
 
 
 def _content(source: SourceSpec) -> dict[str, str]:
@@ -134,27 +142,3 @@ def _own_code(format_name: str) -> str:
     shapes.load(format_name)
     file = import_module(format_name.partition(":")[0]).__file__
     return caches.digest(Path(file).read_text(encoding="utf-8")) if file else ""
-
-
-def _write_survey(staging: Staging, survey: Survey) -> None:
-    first = survey.first and {
-        "origin": asdict(survey.first.origin),
-        "kind": survey.first.kind,
-        "messages": [[message.role, message.content] for message in survey.first.messages],
-    }
-    refused = [[problem.where, problem.what, problem.fix] for problem in survey.refused]
-    left_out = [[*asdict(origin).values(), why] for origin, why in survey.left_out]
-    facts = {"shape": survey.shape, "rows": survey.rows, "refused_rows": survey.refused_rows}
-    staging.write_json("survey.json", {**facts, "first": first, "refused": refused, "left_out": left_out})
-
-
-def _read_survey(folder: Path) -> Survey:
-    found = json.loads((folder / "survey.json").read_text(encoding="utf-8"))
-    first = found["first"] and Conversation(
-        Origin(**found["first"]["origin"]),
-        found["first"]["kind"],
-        tuple(Message(role, content) for role, content in found["first"]["messages"]),
-    )
-    left_out = tuple((Origin(*origin), why) for *origin, why in found["left_out"])
-    refused = tuple(Problem(*problem) for problem in found["refused"])
-    return Survey(found["shape"], found["rows"], first, refused, found["refused_rows"], left_out)

@@ -81,7 +81,7 @@ def _of_list(prompts: Sequence[Any], where: str) -> Iterator[Prompt | Problem]:
             yield parse(value)
         except RowError as error:
             dot = "." if error.field and error.field[0] != "[" else ""
-            yield Problem(f"{where}[{index}]{dot}{error.field}", error.bare, error.fix)
+            yield Problem(f"{where}[{index}]{dot}{error.field}", error.what, error.fix)
 
 
 def _of_file(path: str, where: str) -> Iterator[Prompt | Problem]:

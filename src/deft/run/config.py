@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.registry import closest
-from deft.data.choices import Answers, Control
 from deft.data.fields import LARGEST_WEIGHT
+from deft.data.format import Answers, Control
 from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.render.policy import TrainOn

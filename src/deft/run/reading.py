@@ -18,7 +18,7 @@ from deft.core.hardware import Machine
 from deft.core.redact import redacted
 from deft.core.signals import Signals
 from deft.core.types import Objective
-from deft.data.choices import Choices
+from deft.data.format import Choices
 from deft.data.shapes import Survey
 from deft.dataset import cache, examples, survey
 from deft.dataset.cache import Cache
@@ -152,7 +152,9 @@ def source_spec(source: Source, split: str) -> SourceSpec:
         source.path,
         source.format,
         subset=source.subset,
-        choices=Choices(source.columns, source.answers, source.control, source.split or split),
+        choices=Choices(
+            source.columns, source.answers, source.control, source.split or split, source.split is not None
+        ),
         times=source.times,
         loss_weight=source.loss_weight,
         max_rows=source.max_rows,

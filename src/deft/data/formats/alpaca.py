@@ -11,8 +11,8 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages
-from deft.data.choices import Choices
 from deft.data.fields import RowError, kind_of, text_of
+from deft.data.format import Choices
 
 KEYS = ({"instruction", "output"}, {"instruction", "response"}, {"instruction", "input"}, {"instruction", "context"})
 

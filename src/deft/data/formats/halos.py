@@ -13,12 +13,12 @@ from typing import Any
 
 from deft.core.types import Conversation, Origin, Row
 from deft.data import messages, pairs
-from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, label_of, need, number_of, shortened, text_of
+from deft.data.format import Choices
 from deft.data.pairs import Side
 
 KEYS = ({"type", "prompt", "output"}, {"type", "prompt", "output_A"}, {"type", "prompt", "output_A", "output_B"})
-OPTIONS = {"answers", "control"}
+OPTIONS = {"answers", "control", "split"}
 _TYPES = ("sample", "binary_feedback", "pairwise_feedback", "scalar_feedback")
 
 

@@ -6,8 +6,8 @@ Each instance is a chat of its own.
 from __future__ import annotations
 
 from deft.core.types import Conversation, Row
-from deft.data.choices import Choices
 from deft.data.fields import list_of, need, object_of, text_of
+from deft.data.format import Choices
 from deft.data.formats.alpaca import question
 from deft.data.pairs import as_chat
 

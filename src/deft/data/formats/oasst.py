@@ -12,8 +12,8 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages
-from deft.data.choices import Choices
 from deft.data.fields import RowError, kind_of, need, number_of, object_of, role_of, text_of
+from deft.data.format import Choices
 
 KEYS = ({"message_tree_id", "prompt"}, {"message_id", "parent_id", "role", "text"})
 OPTIONS = {"answers"}

@@ -12,8 +12,8 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import pairs
-from deft.data.choices import Choices
 from deft.data.fields import LeftOut, RowError, kind_of, label_of, text_of
+from deft.data.format import Choices
 from deft.data.formats import alpaca, sharegpt
 from deft.data.pairs import Side
 

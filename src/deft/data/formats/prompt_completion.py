@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from deft.core.types import Conversation, Row
 from deft.data import pairs
-from deft.data.choices import Choices
 from deft.data.fields import need
+from deft.data.format import Choices
 
 KEYS = ({"prompt", "completion"},)
 

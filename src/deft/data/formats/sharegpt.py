@@ -10,8 +10,8 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages
-from deft.data.choices import Choices
 from deft.data.fields import list_of, need, object_of, role_of, text_of, weight_of
+from deft.data.format import Choices
 
 KEYS = ({"conversations"},)
 

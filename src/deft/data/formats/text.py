@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from deft.core.types import Conversation, Message, Row
-from deft.data.choices import Choices
 from deft.data.fields import RowError, need, text_of
+from deft.data.format import Choices
 
 KEYS = ({"text"}, {"<text>"})
 

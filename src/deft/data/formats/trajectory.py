@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deft.core.types import Conversation, Row
 from deft.data import messages
-from deft.data.choices import Choices
+from deft.data.format import Choices
 
 KEYS = ({"traj"},)
 

@@ -23,14 +23,14 @@ from deft.core.types import (
     Origin,
     ToolCall,
 )
-from deft.data import mixture, sources
-from deft.data.choices import Control
-from deft.data.split import digest
+from deft.data import sources
+from deft.data.format import Control
 from deft.dataset import build, examples
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
+from deft.dataset.examples import digest
 from deft.dataset.source import SourceSpec
-from deft.dataset.splits import ContentIndex, SplitRule, assign_splits
+from deft.dataset.splits import ContentIndex, SplitRule, assign_splits, passes_of
 from deft.dataset.store import Store
 from deft.dataset.survey import Execution, understand
 from deft.encoding.render.choose import choose
@@ -80,7 +80,7 @@ def test_rows_that_times_does_not_draw_are_left_out_by_name(row_encoder: RowEnco
 
 
 def test_equal_sources_draw_apart() -> None:
-    first, second = (mixture.passes(100, 0.5, seed=0, source=number) for number in (0, 1))
+    first, second = (passes_of(100, 0.5, seed=0, source=number) for number in (0, 1))
     assert (first.sum(), second.sum()) == (50, 50)
     assert first.tolist() != second.tolist()
 
