@@ -15,7 +15,8 @@ from readers import understand as understood
 from deft.core.errors import DeftError, InputError, Problems
 from deft.core.types import Message, ToolCall
 from deft.data import format as formats
-from deft.data import sources
+from deft.data import shapes, sources
+from deft.data.chunks import HeldRows
 from deft.data.format import Choices, Control
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -419,3 +420,23 @@ def test_the_corpus_of_bad_inputs_is_refused_by_line(corpus: Path, tmp_path: Pat
             assert f"train.jsonl:{case['line']}:" in message, (case["name"], message)
     assert len(cases) == 60
     assert accepted == ACCEPTED
+
+
+PAIR = {"prompt": "q", "completion": "a"}
+
+
+def test_a_split_that_was_named_needs_rows_that_have_splits() -> None:
+    with pytest.raises(
+        Problems, match=r"split has no meaning .* prompt_completion; only for halos, data sets of the Hub"
+    ):
+        understand([PAIR], split="test", names_split=True)
+    assert understand([PAIR], split="test").shape == "prompt_completion", "the default asks for nothing"
+    rated = [{"type": "sample", "prompt": "q", "output": "a", "split": split} for split in ("train", "test")]
+    assert len(understand(rated, split="test", names_split=True).conversations) == 1
+
+
+def test_a_split_of_a_data_set_of_the_hub_may_be_named() -> None:
+    chunk = HeldRows("me/rows", tuple(sources.from_values([PAIR], "me/rows")))
+    choices = Choices(split="test", names_split=True)
+    found = shapes.survey([shapes.counter(("me/rows", "auto", choices))(chunk)], "me/rows", "auto", choices)
+    assert found.shape == "prompt_completion"

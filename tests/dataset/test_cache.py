@@ -23,7 +23,7 @@ from tiny_models import write_llama
 from tiny_tokenizers import CHATML, byte_level
 
 from deft.commands import check
-from deft.core import files, workers
+from deft.core import files, types, workers
 from deft.core.errors import InputError, Problems
 from deft.core.files import Disk
 from deft.data import shapes, sources
@@ -241,12 +241,7 @@ def test_each_file_that_can_change_a_token_changes_the_key_and_no_other_does(tmp
     said = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     found = json.loads(said.stdout)
     executed, changing = set(found["executed"]), set(found["changing"])
-    assert {
-        "encoding/ascii_words.py",
-        "encoding/tokenizer.py",
-        "encoding/rows.py",
-        "encoding/render/template.py",
-    } <= executed
+    assert {f"encoding/{name}.py" for name in ("ascii_words", "tokenizer", "rows", "render/template")} <= executed
     assert {"data/formats/messages.py", "data/readers/tables.py"} <= executed
     assert executed <= changing, sorted(executed - changing)
     assert changing <= executed | {"data/formats/__init__.py"}, sorted(changing - executed)
@@ -296,6 +291,13 @@ def test_another_version_of_a_library_changes_the_key(monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setattr(cache, "version", lambda name, library=library: "0" if name == library else version(name))
             assert cache.code.__wrapped__(examples) != key, library
+
+
+def test_a_library_that_is_imported_for_types_alone_leaves_the_key_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "if TYPE_CHECKING:\n    import torch\n" in Path(types.__file__).read_text(), "else this tests nothing"
+    key = cache.code.__wrapped__(examples)
+    monkeypatch.setattr(cache, "version", lambda name: "0" if name == "torch" else version(name))
+    assert cache.code.__wrapped__(examples) == key
 
 
 def test_files_of_a_folder_and_a_user_s_own_format_are_in_the_digest(

@@ -1,7 +1,7 @@
 """The rows of a source -> their conversations, by the one format that reads them all.
 
-A source is read twice. The first pass finds its shape: each chunk has its `ShapeCount`, in any process, and `survey` adds
-them. The second pass converts each chunk by that shape.
+A source is read twice. The first pass finds its shape: `counter` counts each chunk, in any process, and `survey` adds
+the counts. The second pass converts each chunk by that shape.
 """
 
 from __future__ import annotations

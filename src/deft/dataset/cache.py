@@ -25,6 +25,7 @@ from deft.core.errors import DamagedError, DiskError, InputError
 from deft.core.files import Staging
 
 _IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w.]+))", re.MULTILINE)
+_FOR_TYPES = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t].*\n|\n)*", re.MULTILINE)
 _NAME = re.compile(r"(\w+)(?: as \w+)?(?: *#.*)?")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -70,8 +71,8 @@ def code(module: ModuleType) -> str:
 
 
 def _imports(path: Path) -> Iterator[tuple[str, str]]:
-    """The modules that a module imports, and the names that it takes from them."""
-    for module, names, alone in _IMPORT.findall(path.read_text(encoding="utf-8")):
+    """The modules that a module imports when it runs, and the names that it takes from them."""
+    for module, names, alone in _IMPORT.findall(_FOR_TYPES.sub("", path.read_text(encoding="utf-8"))):
         yield from ((module or alone, name) for name in _NAME.findall(names) or [""])
 
 

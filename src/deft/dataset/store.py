@@ -127,7 +127,9 @@ class RowGroup:
 
     def lengths(self, number: int) -> list[int]:
         """The tokens of each part of an example."""
-        return [span.stop - span.start for span in (self._span("tokens", part) for part in self.numbers("parts", number))]
+        return [
+            span.stop - span.start for span in (self._span("tokens", part) for part in self.numbers("parts", number))
+        ]
 
     def _span(self, name: str, element: int) -> slice:
         offsets = self.arrays[f"{name}_offsets"]
@@ -255,7 +257,8 @@ def joined(chunks: Iterable[EncodedChunk], marks: set[str]) -> Iterator[pa.Recor
 
 
 def _as_one(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    (batch,) = pa.Table.from_batches(batches).unify_dictionaries().combine_chunks().to_batches()
+    pool = pa.system_memory_pool()  # the default pool keeps what is freed
+    (batch,) = pa.Table.from_batches(batches).unify_dictionaries(pool).combine_chunks(pool).to_batches()
     return batch
 
 
