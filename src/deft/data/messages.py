@@ -9,12 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deft.core.types import (
-    Conversation,
-    Message,
-    Row,
-    ToolCall,
-)
+from deft.core.types import Conversation, Message, Row, ToolCall
 from deft.data.fields import (
     RowError,
     json_of,

@@ -10,12 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deft.core.types import (
-    Conversation,
-    Encoded,
-    Fate,
-    Message,
-)
+from deft.core.types import Conversation, Encoded, Fate, Message
 from deft.encoding.render import policy
 from deft.encoding.rows import EncodedRow, RowEncoder
 

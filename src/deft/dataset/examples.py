@@ -13,13 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from deft.core.errors import DeftError, Problem
-from deft.core.types import (
-    Conversation,
-    Encoded,
-    Fate,
-    Message,
-    Origin,
-)
+from deft.core.types import Conversation, Encoded, Fate, Message, Origin
 from deft.data import shapes
 from deft.data.format import Choices
 from deft.data.shapes import Outcome

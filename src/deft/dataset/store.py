@@ -127,9 +127,8 @@ class RowGroup:
 
     def lengths(self, number: int) -> list[int]:
         """The tokens of each part of an example."""
-        return [
-            span.stop - span.start for span in (self._span("tokens", part) for part in self.numbers("parts", number))
-        ]
+        spans = (self._span("tokens", part) for part in self.numbers("parts", number))
+        return [span.stop - span.start for span in spans]
 
     def _span(self, name: str, element: int) -> slice:
         offsets = self.arrays[f"{name}_offsets"]
