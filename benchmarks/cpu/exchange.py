@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from deft.plan.order import Batching, plan_epoch
+from deft.plan.order import Batching, plan
 
 
 def write(folder: Path, shape: Shape, rows: Sequence[Row], settings: dict[str, Any]) -> list[Row]:
@@ -28,7 +28,8 @@ def write(folder: Path, shape: Shape, rows: Sequence[Row], settings: dict[str, A
         folder / "train.jsonl", [{"prompt": words(row.prompt), "completion": words(row.learnt[:-1])} for row in rows]
     )
     sizes = np.array([len(row.ids) for row in rows], np.int64)
-    order = plan_epoch(sizes, Batching(examples=settings["examples_per_step"]), seed=0, epoch=0).order.tolist()
+    (epoch,) = plan(sizes, [(0, Batching(examples=settings["examples_per_step"]))], seed=0, epochs=[0])
+    order = epoch.order.tolist()
     ordered = [rows[index] for index in order]
     write_lines(folder / "rows.jsonl", [{"input_ids": row.ids, "labels": row.labels} for row in ordered])
     return ordered

@@ -157,7 +157,7 @@ def test_lazy_examples_say_the_same_as_the_examples_themselves(train: Path) -> N
         examples[len(examples)]
 
 
-def test_weights_and_symptoms_survive_the_disk_to_the_bit(tmp_path: Path) -> None:
+def test_weights_and_warnings_survive_the_disk_to_the_bit(tmp_path: Path) -> None:
     rows = [
         {**chat("Hi", "Hello", weight=1e-7), "loss_weight": 1 / 3},
         {"messages": [*chat("a", "b", weight=0.1)["messages"], *chat("c <|im_end|>", "d", weight=0.7)["messages"]]},

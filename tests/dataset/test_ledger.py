@@ -158,7 +158,7 @@ CASES: dict[str, tuple[tuple[RowEncoder, Any], tuple[RowEncoder, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_symptom_is_seen_where_it_is_and_only_there(name: str) -> None:
+def test_a_warning_is_found_where_it_is_and_only_there(name: str) -> None:
     (ill, ill_row), (well, well_row) = CASES[name]
     found = account(ill, ill_row)
     assert found.fates["trained"] == 1, found.lost
@@ -178,7 +178,7 @@ def test_tool_calls_that_the_template_drops_in_history_are_seen() -> None:
     assert account(row_encoder(shown), row).count("dropped_tool_calls") == 0
 
 
-def test_every_symptom_is_told_and_has_a_case() -> None:
+def test_every_warning_is_told_and_has_a_case() -> None:
     elsewhere = {"dropped_tool_calls", "duplicate", "in_evaluation"}
     assert set(CASES) | elsewhere == set(WARNINGS)
 
@@ -229,7 +229,7 @@ def test_white_space_learnt_after_the_stop_is_no_missing_stop() -> None:
     (mark,) = byte_level().convert_tokens_to_ids(["<|im_end|>"])
     learning_all = row_encoder(train_on="all", stop_ids=(mark,))
     assert account(learning_all, chat("Hi", "Hello")).count("no_stop") == 0
-    assert account(row_encoder(train_on="all"), chat("Hi", "Hello")).count("no_stop") == 1, "nobody stops at <|im_end|>"
+    assert account(row_encoder(train_on="all"), chat("Hi", "Hello")).count("no_stop") == 1, "no row ends with a stop"
 
 
 def test_a_finding_is_one_line_that_says_what_where_and_what_to_do() -> None:

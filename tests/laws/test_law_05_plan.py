@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from deft.core.types import Encoded, Origin
 from deft.plan import loader
-from deft.plan.order import Batching, plan_epoch
+from deft.plan.order import Batching, Epoch, plan
 from deft.plan.packs import pack
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
+
+
+def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> Epoch:
+    return plan(sizes, [(0, batching)], seed, [epoch])[0]
 
 
 def examples(lengths: list[int]) -> list[tuple[Encoded, ...]]:
@@ -75,7 +79,7 @@ def test_the_normalizer_is_the_weight_of_what_is_predicted() -> None:
     """The first token of a document is predicted from nothing: its weight is nobody's."""
     work = loader.make(examples([5, 9, 3]), Batching(examples=3), epochs=1, seed=0, microbatch_tokens=9).step(0)
     assert work.normalizer == 4 + 8 + 2
-    assert work.normalizer == sum(float(batch.weights.sum()) for batch in work.batches)
+    assert work.normalizer == sum(float(batch.weights.sum()) for batch in work.micro_batches)
 
 
 def test_normalize_by_examples_gives_each_row_one_count_whatever_its_length() -> None:

@@ -48,7 +48,7 @@ def decode_at(text: str, position: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         raise NotJson(f"not valid JSON: {error.msg} at column {error.colno}", _MEND, error.lineno) from error
     except (ValueError, RecursionError) as error:
-        raise _other(error, _line(text, position)) from error
+        raise _other(error, line_of(text, position)) from error
     _check_characters(value, text, position, end)
     return value, end
 
@@ -77,10 +77,10 @@ def _check_characters(value: Any, text: str, start: int, end: int) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         what = "a lone surrogate escape (\\ud800 to \\udfff) is not a character"
-        raise NotJson(what, line=_line(text, start)) from error
+        raise NotJson(what, line=line_of(text, start)) from error
 
 
-def _line(text: str, position: int) -> int:
+def line_of(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 

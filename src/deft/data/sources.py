@@ -84,11 +84,6 @@ def is_on_the_hub(path: str) -> bool:
     return not Path(path).exists() and not _is_glob(path) and hub.is_id(path)
 
 
-def piped() -> tuple[Chunk, ...]:
-    """The rows of standard input, which can be read once."""
-    return tuple(chunks(STDIN))
-
-
 def from_values(values: Iterable[Any], source: str = "rows") -> list[Row]:
     """Rows that a caller already holds.
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, overload
 
-import numpy as np
-
 from deft.core import workers
 from deft.core.errors import InputError, user_code
 from deft.core.files import Staging
@@ -26,7 +24,7 @@ from deft.dataset.examples import Recipe
 from deft.dataset.ledger import SourceLedger
 from deft.dataset.source import SourceSpec, items
 from deft.dataset.splits import ContentIndex, SplitRows, SplitRule, assign_splits
-from deft.dataset.store import EncodedChunk, Examples, Selection, Store
+from deft.dataset.store import EncodedChunk, Examples, Store
 from deft.dataset.survey import NOT_KEPT, Execution
 from deft.encoding import tokenizer as edge
 from deft.encoding.raw import Side
@@ -100,7 +98,7 @@ def store(
 ) -> Store:
     """The rows of a source, encoded: from the cache, or made and put there.
 
-    identity  of the encoder, where it is known already: it takes a look at the whole vocabulary
+    identity  of the encoder, where it is known already: finding it reads the whole vocabulary
     """
     chunks = partial(_chunks, source, found, row_encoder, execution)
     if execution.cache is None or not found.content:
@@ -181,11 +179,6 @@ def encode(
         held_rows = tuple(rows)
     ((source, found),) = survey.understand([SourceSpec("rows", rows=held_rows)], alone)
     done = store(source, found, examples.encoder(held, chosen, policy), alone)
-    every = Examples((Selection(done, 1.0, np.arange(done.examples)),))
-    lost = [
-        row
-        for group in done.groups
-        for row in (group.rows.start + np.flatnonzero(group.counts("examples") == 0)).tolist()
-    ]
-    refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row in lost)
-    return EncodedRows(tuple(part for example in every for part in example), refused)
+    every = [done.examples_of(row) for row in range(len(done))]
+    refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row, found in enumerate(every) if not found)
+    return EncodedRows(tuple(part for found in every for example in found for part in example), refused)

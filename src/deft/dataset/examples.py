@@ -109,7 +109,7 @@ def encoded(row_encoder: RowEncoder, found: Sequence[Outcome]) -> list[FatedRow]
     """Each row under one fate."""
     conversations = [each for outcome in found for each in outcome.conversations]
     rows = iter(_encoded_many(row_encoder, conversations))
-    return [_coded(outcome, list(islice(rows, len(outcome.conversations)))) for outcome in found]
+    return [_fated(outcome, list(islice(rows, len(outcome.conversations)))) for outcome in found]
 
 
 def _encoded_many(row_encoder: RowEncoder, conversations: Sequence[Conversation]) -> list[EncodedRow]:
@@ -127,7 +127,7 @@ def _encoded_many(row_encoder: RowEncoder, conversations: Sequence[Conversation]
         raise
 
 
-def _coded(outcome: Outcome, rows: Sequence[EncodedRow]) -> FatedRow:
+def _fated(outcome: Outcome, rows: Sequence[EncodedRow]) -> FatedRow:
     if outcome.refused:
         return FatedRow(_lost(outcome.origin, Fate.REFUSED, _why(outcome.refused)), Stage.UNREAD)
     if outcome.left_out:
@@ -226,7 +226,7 @@ def _examples(fated: Sequence[FatedRow]) -> pa.ListArray:
     examples = [example for each in fated for example in each.row.examples]
     parts = [part for example in examples for part in example]
     kind = SCHEMA.field("examples").type
-    digests = np.array([_digest(*each) for each in zip(examples, scales, strict=True)], np.uint64)
+    digests = np.array([_example_digest(*each) for each in zip(examples, scales, strict=True)], np.uint64)
     lists = _lists(
         [len(example) for example in examples], _parts(parts, kind.value_type.field("parts").type.value_type)
     )
@@ -264,7 +264,7 @@ def _struct(kind: pa.StructType, *fields: Any) -> pa.StructArray:
     return pa.StructArray.from_arrays(arrays, fields=list(kind))
 
 
-def _digest(example: Example, scale: float) -> int:
+def _example_digest(example: Example, scale: float) -> int:
     found = hashlib.blake2b(np.float64(scale).tobytes(), digest_size=8)
     for part in example:
         found.update(len(part.tokens).to_bytes(8, "little"))

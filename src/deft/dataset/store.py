@@ -236,7 +236,7 @@ def write(staging: Staging, chunks: Iterable[EncodedChunk]) -> None:
 
 
 def read(folder: Path, about: Mapping[str, Any]) -> Store:
-    """The store that `write` wrote, mapped: what is not looked at takes no memory."""
+    """The store that `write` wrote, mapped into memory: pages are read when they are needed."""
     return Store.of(pa.ipc.open_stream(pa.memory_map(str(folder / ROWS))), about["marks"])
 
 

@@ -128,7 +128,7 @@ def _lengths(examples: Sequence[Example], index: int) -> list[int]:
 def build(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
     """Documents (tokens, weights) -> one micro-batch. The one place that shifts: position t predicts token t + 1.
 
-    A document ends with the input that predicts its last target; what comes after is seen by nobody.
+    A document ends with the input that predicts its last target; no target depends on what comes after.
 
         tokens   [10 11 12 20 21  1]    weights  [0 0 0 1 1 1]
      -> tokens   [10 11 12 20 21]       rows     [2 3 4]         targets  [20 21 1]

@@ -36,18 +36,6 @@ class Epoch:
         return self.order[self.starts[step] : self.starts[step + 1]]
 
 
-def plan_epoch(sizes: np.ndarray, batching: Batching, seed: int, epoch: int) -> Epoch:
-    """Every example once, in an order drawn from (seed, epoch); the last step holds what is left.
-
-    sizes  int64 [E], tokens per example
-
-    >>> epoch = plan_epoch(np.array([5, 5, 5, 5, 5]), Batching(examples=2), seed=0, epoch=0)
-    >>> epoch.starts.tolist(), sorted(epoch.order.tolist())
-    ([0, 2, 4, 5], [0, 1, 2, 3, 4])
-    """
-    return plan(sizes, [(0, batching)], seed, [epoch])[0]
-
-
 def plan(
     sizes: np.ndarray, batchings: Sequence[tuple[int, Batching]], seed: int, epochs: Iterable[int]
 ) -> tuple[Epoch, ...]:

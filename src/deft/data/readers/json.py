@@ -15,6 +15,7 @@ from deft.core.types import Origin, Row
 from deft.data import json_text
 from deft.data.chunks import Chunk, of
 from deft.data.readers import jsonl
+from deft.data.readers.text import decoded
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -30,19 +31,7 @@ def chunks(stream: BinaryIO, source: str) -> Iterator[Chunk]:
     if _is_jsonl(head):
         yield from jsonl.chunks(stream, source, b"".join(head))
     else:
-        yield from of(_whole(b"".join(head) + stream.read(), source), source)
-
-
-def _whole(content: bytes, source: str) -> Iterator[Row | Problem]:
-    content = content.removeprefix(jsonl.BOM)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        yield Problem(f"{source}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
-        return
-    if text.strip():
-        yield from _document(source, text)
+        yield from of(_document(b"".join(head) + stream.read(), source), source)
 
 
 def _head(stream: BinaryIO) -> list[bytes]:
@@ -65,14 +54,26 @@ def _is_jsonl(head: list[bytes]) -> bool:
     return True
 
 
-def _document(source: str, text: str) -> Iterator[Row | Problem]:
-    """The elements of an array, each at its own line; anything else is one row."""
+def _document(content: bytes, source: str) -> Iterator[Row | Problem]:
+    """The rows of a document; a Problem where it goes wrong."""
+    text = decoded(content, source)
+    if isinstance(text, Problem):
+        yield text
+    elif text.strip():
+        try:
+            yield from _rows(source, text)
+        except json_text.NotJson as error:
+            yield Problem(f"{source}:{error.line}", error.what, error.fix)
+
+
+def _rows(source: str, text: str) -> Iterator[Row]:
+    """The elements of an array, each at its own line; anything else is one row. Raises NotJson."""
     position = _skip(text, 0)
     if text[position] != "[":
-        yield from _single(source, text, position)
-        return
-    line, counted, item, line_before = 1, 0, 0, 0
-    try:
+        value, end = json_text.decode_at(text, position)
+        yield Row(Origin(source, json_text.line_of(text, position)), value)
+    else:
+        line, counted, item, line_before = 1, 0, 0, 0
         position = _skip(text, position + 1)
         while text[position : position + 1] != "]":
             value, end = json_text.decode_at(text, position)
@@ -81,28 +82,11 @@ def _document(source: str, text: str) -> Iterator[Row | Problem]:
             yield Row(Origin(source, line, item if line == line_before else 0), value)
             line_before = line
             position = _after_comma(text, _skip(text, end))
-    except json_text.NotJson as error:
-        yield Problem(f"{source}:{error.line}", error.what, error.fix)
-        return
-    yield from _rest(source, text, position + 1)
-
-
-def _single(source: str, text: str, position: int) -> Iterator[Row | Problem]:
-    try:
-        value, end = json_text.decode_at(text, position)
-    except json_text.NotJson as error:
-        yield Problem(f"{source}:{error.line}", error.what, error.fix)
-        return
-    yield Row(Origin(source, text.count("\n", 0, position) + 1), value)
-    yield from _rest(source, text, end)
-
-
-def _rest(source: str, text: str, end: int) -> Iterator[Problem]:
-    """A Problem where more follows the document."""
+        end = position + 1
     rest = _skip(text, end)
     if rest < len(text):
-        where = f"{source}:{text.count(chr(10), 0, rest) + 1}"
-        yield Problem(where, "more text after the end of the JSON document", "one document a file, or a row a line")
+        what, fix = "more text after the end of the JSON document", "one document a file, or a row a line"
+        raise json_text.NotJson(what, fix, json_text.line_of(text, rest))
 
 
 def _after_comma(text: str, position: int) -> int:
@@ -118,7 +102,7 @@ def _after_comma(text: str, position: int) -> int:
 
 
 def _misplaced(what: str, text: str, position: int) -> json_text.NotJson:
-    return json_text.NotJson(f"not valid JSON: {what}", line=text.count("\n", 0, position) + 1)
+    return json_text.NotJson(f"not valid JSON: {what}", line=json_text.line_of(text, position))
 
 
 def _skip(text: str, position: int) -> int:

@@ -16,12 +16,18 @@ def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:
     >>> [row.value for row in read(io.BytesIO(b"One.\\r\\nTwo."), "a.txt")]
     ['One.\\nTwo.']
     """
-    content = stream.read().removeprefix(BOM)
+    text = decoded(stream.read(), source)
+    if isinstance(text, Problem):
+        yield text
+    elif text.strip():
+        yield Row(Origin(source, 1), text.replace("\r\n", "\n"))
+
+
+def decoded(content: bytes, source: str) -> str | Problem:
+    """A whole file as text, without its byte order mark."""
+    content = content.removeprefix(BOM)
     try:
-        text = content.decode("utf-8").replace("\r\n", "\n")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield Problem(f"{source}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
-        return
-    if text.strip():
-        yield Row(Origin(source, 1), text)
+        return Problem(f"{source}:{line}", "a byte is not UTF-8", "save the file as UTF-8")
