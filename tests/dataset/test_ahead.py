@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from test_compiled_layers import state_of
 from test_compiling import planned
-from test_static_shapes import state_of
 
 from deft.core.types import StepBatch
 from deft.plan.loader import Loader

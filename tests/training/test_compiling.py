@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_static_shapes import state_of
+from test_compiled_layers import state_of
 from tiny_models import write_llama
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir

@@ -13,10 +13,10 @@ from states import state_around
 from torch._dynamo.utils import counters
 
 from deft.core.types import MicroBatch
-from deft.model import attention, fused_layers, static
+from deft.model import attention, compiled_layers, fused_layers
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.static import pad
+from deft.model.compiled_layers import pad
 from deft.plan.loader import build
 from deft.training import compiling
 from deft.training.loss import nll
@@ -91,10 +91,10 @@ def test_layers_are_compiled_before_the_first_step_and_never_again(
     check_compiled_once(state_of("llama_tied", checkpointing), compiler, monkeypatch)
 
 
-@pytest.mark.parametrize("name", sorted(static.FAMILIES - {"gemma3_text"} | {"gemma3"} - {"llama"}))
+@pytest.mark.parametrize("name", sorted(compiled_layers.FAMILIES - {"gemma3_text"} | {"gemma3"} - {"llama"}))
 def test_layers_of_each_family_are_compiled_once(name: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_of(name)
-    assert state.causal_lm.model.config.model_type in static.FAMILIES
+    assert state.causal_lm.model.config.model_type in compiled_layers.FAMILIES
     check_compiled_once(state, compiler, monkeypatch)
 
 
