@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from test_compiled_layers import state_of
+from packed_llama import state_of
 from test_compiling import planned
 
 from deft.core.types import StepBatch

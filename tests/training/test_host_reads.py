@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed_llama import micro_batches, model
 from states import state_around
-from test_compiled_layers import micro_batches, model
 from torch import Tensor, nn
 
 from deft.core.types import StepBatch
