@@ -1,6 +1,7 @@
 """Protected lines: each is broken in a copy of the source, and the tests named beside it must fail.
 
     python -m tests.mutations [words ...]     all, or those whose module or tests have one of the words in their name
+    python -m tests.mutations --check         only that each line and test is found; it runs nothing
 
 A line is (module, its source, what it becomes, tests). The source must stand in the module exactly once; a test is
 the name of a file below tests/, or file::test. Exit code 1 where a line survives or is no longer found, or where a
@@ -30,6 +31,16 @@ class Mutation:
     mutated: str
     tests: tuple[str, ...]
 
+    @property
+    def is_found(self) -> bool:
+        """Whether the source stands in its module once, and every test is there."""
+        path = self.path(ROOT / "src")
+        is_once = path.is_file() and path.read_text(encoding="utf-8").count(self.source) == 1
+        return is_once and all(len(_files(test)) == 1 for test in self.tests)
+
+    def path(self, source: Path) -> Path:
+        return source.joinpath(*self.module.split(".")).with_suffix(".py")
+
     def __str__(self) -> str:
         first, other = (text.strip().splitlines() for text in (self.source, self.mutated))
         return f"{self.module}: {first[0].strip()} -> {other[0].strip() if other else '(nothing)'}"
@@ -41,6 +52,7 @@ def _of(module: str, source: str, mutated: str, *tests: str) -> Mutation:
 
 KILLED = "test_law_09_resume.py::test_killed_and_resumed_is_the_same_run"
 ATTENTION = "test_law_06_packing.py::test_attention_equals_its_definition"
+UNDO = "    state.masters.zero_grad()\n    randomness.restore(before)\n"
 EXPORT = "test_export.py::test_whatever_differs_is_named"
 
 TABLE: tuple[Mutation, ...] = (
@@ -101,14 +113,14 @@ TABLE: tuple[Mutation, ...] = (
     ),
     _of(
         "deft.training.step",
-        "total += share.detach()",
-        "total = share.detach()",
+        "total += mean.detach()",
+        "total = mean.detach()",
         "test_law_08_accumulation.py::test_the_cut_into_micro_batches_does_not_change_the_step",
     ),
     # Attention of packs.
-    _of("deft.model.causal", "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(2)", ATTENTION),
+    _of("deft.model.cpu.document_attention", "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(2)", ATTENTION),
     _of(
-        "deft.model.causal",
+        "deft.model.cpu.document_attention",
         "block.start - block.first - block.window,",
         "block.start - block.first - block.window - 1,",
         ATTENTION,
@@ -122,21 +134,19 @@ TABLE: tuple[Mutation, ...] = (
     # The update.
     _of(
         "deft.training.optim.adamw",
-        "if weight.ndim >= 2 else 0.0",
-        "if weight.ndim >= 1 else 0.0",
+        "if parameter.ndim >= 2 else 0.0",
+        "if parameter.ndim >= 1 else 0.0",
         "test_schedule_and_optimizer.py",
     ),
     _of(
-        "deft.training.optim.adamw",
+        "deft.training.masters",
         "limit / (norm + 1e-6), max=1.0)",
         "limit / (norm + 1e-6))",
         "test_schedule_and_optimizer.py",
     ),
     _of("deft.training.step", "clip_scale(norm, clip)", "clip_scale(norm, None)", "test_step.py"),
-    _of("deft.training.step", "state.optimizer.step(factor,", "state.optimizer.step(1.0,", "test_step.py"),
-    _of(
-        "deft.training.optim.adamw", "_add(self._sums[name], parameter.grad)", "pass", "test_schedule_and_optimizer.py"
-    ),
+    _of("deft.training.step", "state.update(lr,", "state.update(1.0,", "test_step.py"),
+    _of("deft.training.masters", "_add(self._sums[name], parameter.grad)", "pass", "test_schedule_and_optimizer.py"),
     _of(
         "deft.plan.schedule",
         "return (step + 1) / (rising + 1)",
@@ -144,40 +154,47 @@ TABLE: tuple[Mutation, ...] = (
         "test_schedule_and_optimizer.py",
     ),
     _of(
-        "deft.run.train",
+        "deft.run.build",
         'model.train(config.dropout == "config")',
         "model.train()",
         "test_train.py::test_dropout_is_off_unless_it_is_asked_for",
     ),
     # A step that is undone or tried leaves nothing behind.
-    _of("deft.training.step", "    state.optimizer.zero_grad()\n", "", "test_step.py"),
-    _of("deft.training.step", "    randomness.restore(before, state.learner.device)\n", "", "test_step.py"),
-    _of("deft.training.rehearse", "        randomness.restore(before, state.learner.device)\n", "", "test_step.py"),
-    _of("deft.training.rehearse", "        state.optimizer.zero_grad()\n", "", "test_step.py"),
-    _of("deft.training.badstep", "    randomness.restore(before, learner.device)\n", "", "test_step.py"),
+    _of("deft.training.step", UNDO, "    randomness.restore(before)\n", "test_step.py"),
+    _of("deft.training.step", UNDO, "    state.masters.zero_grad()\n", "test_step.py"),
+    _of("deft.training.step", "with randomness.preserved():", "if True:", "test_step.py"),
+    _of("deft.training.step", "            state.masters.zero_grad()\n", "            pass\n", "test_step.py"),
+    _of("deft.training.badstep", "with randomness.preserved(), causal", "with causal", "test_step.py"),
+    _of("deft.training.badstep", "        parameter.grad = None\n", "        pass\n", "test_step.py"),
+    # A user's own loss.
+    _of("deft.training.objectives", "with user_code(name):", "if True:", "test_objectives.py"),
+    _of("deft.training.objectives", "(_Alias.apply(leaf_KV),", "(leaf_KV,", "test_objectives.py"),
     # Held-out loss.
     _of("deft.evaluation.heldout", "total / weight", "total / max(1, len(examples))", "test_heldout.py"),
     _of(
         "deft.evaluation.heldout",
-        "total += float(nll_sum(learner, batch, loss))\n        weight += float(batch.weights.double().sum())",
-        "total += float(nll_sum(learner, batch, loss)) / float(batch.weights.double().sum())\n        weight += 1",
+        "total += float(tally.nll_sum)\n            weight += float(tally.weight_sum)",
+        "total += float(tally.nll_sum) / float(tally.weight_sum)\n            weight += 1",
         "test_heldout.py",
     ),
-    _of("deft.evaluation.heldout", "    learner.model.eval()\n", "", "test_heldout.py"),
-    _of("deft.evaluation.heldout", "learner.model.train(was_training)", "learner.model.train()", "test_heldout.py"),
+    _of("deft.model.causal_lm", "    model.eval()\n", "", "test_heldout.py"),
+    _of("deft.model.causal_lm", "            module.training = True\n", "            pass\n", "test_heldout.py"),
     # Resume, field by field.
-    _of("deft.run.train", 'set_random_state(stored.values["random-00000"])', "pass", KILLED),
+    _of("deft.run.train", "randomness.restore(randomness.from_json(stored", "str((stored", KILLED),
     _of("deft.run.train", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
-    _of("deft.training.optim.adamw", 'self.steps = int(state["steps"])', "pass", "test_schedule_and_optimizer.py"),
-    _of(
-        "deft.training.optim.adamw",
-        "            mine.copy_(state[key])",
-        '            if not key.startswith("exp_avg_sq"):\n                mine.copy_(state[key])',
-        "test_schedule_and_optimizer.py",
+    *(
+        _of(
+            "deft.training.masters",
+            "        mine.copy_(state[key])",
+            f'        if not key.startswith("{part}"):\n            mine.copy_(state[key])',
+            "test_schedule_and_optimizer.py",
+        )
+        for part in ("steps", "exp_avg_sq", "weight", "low")
     ),
     _of("deft.training.state", 'buffer.copy_(model[f"buffer.{key}"])', "pass", "test_state.py"),
-    _of("deft.training.state", "random.setstate((version, tuple(numbers), gauss))", "pass", "test_state.py"),
-    _of("deft.training.state", "np.random.set_state(", "dict(", "test_state.py"),
+    _of("deft.training.randomness", '    random.setstate(state["python"])\n', "", "test_state.py"),
+    _of("deft.training.randomness", '    np.random.set_state(state["numpy"])\n', "", "test_state.py"),
+    _of("deft.training.randomness", '    torch.set_rng_state(state["torch"])\n', "", "test_state.py"),
     _of("deft.training.state", "self.step = step\n", "pass\n", KILLED),
     _of(
         "deft.run.resume",
@@ -221,7 +238,7 @@ TABLE: tuple[Mutation, ...] = (
         "if first < 0:",
         "test_law_02_edge.py",
     ),
-    _of("deft.encoding.pieces", "if not found[2 * count].startswith(tail):", "if False:", "test_law_02_edge.py"),
+    _of("deft.encoding.pieces", " or not ids[2 * number].startswith(before)", "", "test_law_02_edge.py"),
     _of(
         "deft.encoding.pieces",
         "        if literal:\n            return self.tokenizer.literal(text, continues)\n",
@@ -268,6 +285,10 @@ def main(words: Sequence[str]) -> int:
     chosen = [
         each for each in TABLE if not words or any(word in " ".join([each.module, *each.tests]) for word in words)
     ]
+    if lost := [each for each in TABLE if not each.is_found]:
+        print("\n".join(f"NOT FOUND {each}" for each in lost))
+    if lost or words == ["--check"]:
+        return len(lost) > 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("without a mutation ...", flush=True)
@@ -291,9 +312,7 @@ def _results(chosen: Sequence[Mutation], folder: Path) -> Iterator[tuple[Mutatio
         while waiting and len(running) < JOBS:
             mutation = waiting.pop(0)
             place = folder / str(len(waiting))
-            if not _copied(mutation, place):
-                yield _told(mutation, "NOT FOUND")
-                continue
+            _copy(mutation, place)
             running[_start(place / "src", mutation.tests, place / "log")] = mutation
         if running:
             pid, status = os.wait()
@@ -307,15 +326,12 @@ def _told(mutation: Mutation, told: str) -> tuple[Mutation, str]:
     return mutation, told
 
 
-def _copied(mutation: Mutation, place: Path) -> bool:
-    """Whether the source was found, once; `place`/src is then the package with the mutation in it."""
+def _copy(mutation: Mutation, place: Path) -> None:
+    """Writes the package with the mutation in it to `place`/src."""
     shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    path = (place / "src").joinpath(*mutation.module.split(".")).with_suffix(".py")
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text.count(mutation.source) != 1:
-        return False
+    path = mutation.path(place / "src")
+    text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mutation.source, mutation.mutated), encoding="utf-8")
-    return True
 
 
 def _start(source: Path, tests: Sequence[str], log: Path) -> int:
@@ -335,11 +351,13 @@ def _start(source: Path, tests: Sequence[str], log: Path) -> int:
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(_found, tests)]))
 
 
+def _files(test: str) -> list[Path]:
+    return [*(ROOT / "tests").rglob(test.partition("::")[0])]
+
+
 def _found(test: str) -> str:
     """The path of a test below tests/, wherever it lies."""
-    file, colons, name = test.partition("::")
-    (path,) = (ROOT / "tests").rglob(file)
-    return f"{path}{colons}{name}"
+    return "".join([str(_files(test)[0]), *test.partition("::")[1:]])
 
 
 def _wait(pid: int) -> int:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import mutations
+
 import deft
 
 SOURCE = Path(deft.__file__).parent
@@ -71,3 +73,7 @@ def test_no_function_is_longer_than_fifty_lines() -> None:
 def test_no_riddles_stand_in_the_source() -> None:
     found = [f"{name}: {match[0]}" for name, text in modules() for match in RIDDLES.finditer(text)]
     assert found == []
+
+
+def test_every_protected_line_is_found() -> None:
+    assert [str(each) for each in mutations.TABLE if not each.is_found] == []

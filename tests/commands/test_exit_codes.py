@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deft.commands import cli
-from deft.core import crash, hardware, min_versions
+from deft.core import crash, hardware, versions
 from deft.core.errors import (
     DamagedError,
     DeftError,
@@ -90,15 +90,15 @@ def test_another_error_is_not_taken_for_it() -> None:
 
 
 def test_old_releases_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    min_versions.check()
-    monkeypatch.setattr(min_versions, "_found", {"torch": "2.10.1+cu128", "transformers": "5.12.0", "jinja2": None}.get)
+    versions.check_min_versions()
+    monkeypatch.setattr(versions, "_found", {"torch": "2.10.1+cu128", "transformers": "5.12.0", "jinja2": None}.get)
     with pytest.raises(
         InputError, match=r"torch 2\.10\.1\+cu128 \(at least 2\.11\), jinja2 missing \(at least 3\.1\.6\)"
     ):
-        min_versions.check()
+        versions.check_min_versions()
 
 
 def test_the_minimal_versions_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    for name, least in min_versions.MIN_VERSIONS.items():
+    for name, least in versions.MIN_VERSIONS.items():
         assert re.search(rf'"{name}>={re.escape(least)}[,"]', text), name

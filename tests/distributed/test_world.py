@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed_llama import micro_batches, model
 from states import state_around
-from test_static_shapes import micro_batches, model
 
 from deft.core.types import StepBatch
 from deft.distributed.world import World

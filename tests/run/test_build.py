@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed_llama import micro_batches, model
 from states import state_around
-from test_static_shapes import micro_batches, model
 from tiny_models import write_llama
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -43,10 +43,10 @@ from deft.run import (
 )
 from deft.run.forecast import Fit, Forecast, trace
 from deft.run.reading import Session
-from deft.training.dry_run import dry_run_step
 from deft.training.loss import nll
 from deft.training.loss.nll import NLL
 from deft.training.state import TrainState
+from deft.training.step import dry_run_step
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 64)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed_llama import state_of
 from rich.console import Console
 from safetensors.torch import load_file
-from test_static_shapes import state_of
 from tiny_models import write_llama
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir

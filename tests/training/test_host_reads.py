@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from packed_llama import micro_batches, model
 from states import state_around
-from test_static_shapes import micro_batches, model
 from torch import Tensor, nn
 
 from deft.core.types import StepBatch
 from deft.model import attention
 from deft.model.causal_lm import CausalLM
-from deft.model.static import CompiledLayers
+from deft.model.compiled_layers import CompiledLayers
 from deft.training import step
 from deft.training.loss import nll
 from deft.training.optim import adamw as optimizer

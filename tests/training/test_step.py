@@ -11,10 +11,9 @@ from tiny_training import dropout_state, planned
 
 from deft.core.types import StepBatch, Tally
 from deft.training import badstep
-from deft.training.dry_run import dry_run_step
 from deft.training.loss.nll import NLL, objective
 from deft.training.state import TrainState
-from deft.training.step import optimizer_step
+from deft.training.step import dry_run_step, optimizer_step
 
 LR = 1e-2
 

@@ -20,7 +20,7 @@ from deft.dataset.data_warnings import Finding
 from deft.dataset.ledger import SourceLedger
 from deft.distributed.world import World
 from deft.encoding.tokenizer import Tokenizer
-from deft.model.summary import ModelSummary, summarise
+from deft.model.load import ModelSummary, summarise
 from deft.plan import summary
 from deft.plan.loader import Loader
 from deft.plan.summary import PlanSummary

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from deft.core import min_versions, signals
+from deft.core import signals, versions
 from deft.core.errors import DeftError, InputError
 from deft.core.redact import redacted
 
@@ -165,7 +165,7 @@ def main() -> None:
     # torch then asks for huge pages for tensors of 2 MiB and more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        min_versions.check()
+        versions.check_min_versions()
         app()
     except signals.Preempted as stop:
         _leave(str(stop), signals.EXIT_CODE)

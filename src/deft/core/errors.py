@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ class UserCodeError(InputError):
         return UserCodeError, (str(self), self.brief)
 
 
+_BETWEEN = ("importlib", os.path.join("torch", "autograd"))
+"""What calls a user's code on our behalf; not shown in its traceback."""
+
+
 @contextmanager
 def user_code(name: str) -> Iterator[None]:
     """Whatever the body raises is an error of the user's function `name`: UserCodeError.
@@ -55,7 +60,8 @@ def user_code(name: str) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         ours = 2  # frames: this one, and the one that calls the user's
-        frames = [each for each in traceback.extract_tb(error.__traceback__)[ours:] if "importlib" not in each.filename]
+        found = traceback.extract_tb(error.__traceback__)[ours:]
+        frames = [each for each in found if not any(between in each.filename for between in _BETWEEN)]
         what = f"{name} raised {''.join(traceback.format_exception_only(error)).strip()}"
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         text = "\n".join([what, *traceback.format_list(frames)])

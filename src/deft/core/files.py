@@ -457,7 +457,7 @@ def _inside(name: str) -> str:
     'a/b.json'
     >>> _inside("../b.json")
     Traceback (most recent call last):
-    deft.errors.InputError: '../b.json': not a path inside the folder
+    deft.core.errors.InputError: '../b.json': not a path inside the folder
     """
     if not name or "\0" in name or name != PurePosixPath(name).as_posix() or {"..", "."} & set(name.split("/")):
         raise InputError(f"{name!r}: not a path inside the folder")

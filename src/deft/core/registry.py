@@ -18,7 +18,7 @@ from deft.core.errors import InputError, UserCodeError, user_code
 def names(room: ModuleType) -> list[str]:
     """The modules of a package, sorted; those that begin with an underscore are not for users.
 
-    >>> from deft import loss
+    >>> from deft.training import loss
     >>> names(loss)
     ['nll']
     """
@@ -30,10 +30,10 @@ def load(room: ModuleType, name: str, key: str) -> ModuleType:
 
     key  the configuration's, for the error
 
-    >>> from deft import optim
+    >>> from deft.training import optim
     >>> load(optim, "adam", "optimizer.name")
     Traceback (most recent call last):
-    deft.errors.InputError: optimizer.name: 'adam' is not there; did you mean 'adamw'?
+    deft.core.errors.InputError: optimizer.name: 'adam' is not there; did you mean 'adamw'?
     """
     known = names(room)
     if name not in known:
@@ -58,7 +58,7 @@ def own(name: str, key: str) -> Callable[..., Any]:
     3.0
     >>> own("math:sqr", "data.format")
     Traceback (most recent call last):
-    deft.errors.InputError: data.format: math has no function 'sqr'; did you mean 'sqrt'?
+    deft.core.errors.InputError: data.format: math has no function 'sqr'; did you mean 'sqrt'?
     """
     path, _, attribute = name.partition(":")
     try:

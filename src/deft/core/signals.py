@@ -39,7 +39,7 @@ class Signals:
     ...     signals.arrive(signal.SIGTERM)
     ...     print("the step is finished")
     Traceback (most recent call last):
-    deft.signals.Preempted: SIGTERM: nothing was trained yet, run the same command again to go on
+    deft.core.signals.Preempted: SIGTERM: nothing was trained yet, run the same command again to go on
     """
 
     arrived: int | None = None

@@ -8,8 +8,7 @@ import torch
 
 from deft.core.types import MicroBatch, Objective
 from deft.encoding.rows import Example
-from deft.model.causal_lm import CausalLM
-from deft.model.evaluating import evaluating
+from deft.model.causal_lm import CausalLM, evaluating
 from deft.plan.loader import build
 from deft.plan.packs import pack
 

@@ -22,11 +22,12 @@ from deft.core.types import (
     Objective,
     Tally,
 )
-from deft.model import fused_layers, lookup
+from deft.model import fused_layers
 from deft.model.attention import packing_arguments, sealed_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
+from deft.model.compiled_layers import CompiledLayers, pad
+from deft.model.fused_layers import embed, is_plain_embedding
 from deft.model.multimodal import text_body
-from deft.model.static import CompiledLayers, pad
 
 Mode = Literal["packed", "alone", "whole"]
 """packed: the body once over all documents of a micro-batch, with our attention.
@@ -89,7 +90,7 @@ class CausalLM(nn.Module):
     def hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Head]:
         """float [K, H] at batch.rows, and the head to apply to it. For the modes packed and alone.
 
-        A loss through this head gives a tied matrix one gradient (lookup.py), through `head` the sum of two.
+        A loss through this head gives a tied matrix one gradient (fused_layers.py), through `head` the sum of two.
         """
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
         if self.mode == "alone":
@@ -98,7 +99,7 @@ class CausalLM(nn.Module):
         bucket = self._bucket(batch)
         if self.compiled is not None and bucket is not None and torch.is_grad_enabled():
             with self.compiled.in_place(), checkpointed(self.model, self.checkpointing):
-                return static_hidden(self.model, pad(batch, bucket))[batch.rows], self.head
+                return compiled_hidden(self.model, pad(batch, bucket))[batch.rows], self.head
         is_trimmed = fused_layers.trims(self.model)
         with checkpointed(self.model, self.checkpointing):
             return self._trimmed(batch) if is_trimmed else (packed_hidden(self.model, batch)[batch.rows], self.head)
@@ -108,8 +109,8 @@ class CausalLM(nn.Module):
         batch = pad(batch, round_up_rows(len(batch.tokens)))
         head, embedding = self.head, self.model.get_input_embeddings()
         arguments: dict[str, Any] = {"target_rows": batch.rows}
-        if lookup.fits(embedding):
-            embedded_MH, matrix_VH = lookup.embed(embedding, batch.tokens)
+        if is_plain_embedding(embedding):
+            embedded_MH, matrix_VH = embed(embedding, batch.tokens)
             arguments["embedded"] = embedded_MH[None]
             head = replace(head, weight=matrix_VH) if head.weight is embedding.weight else head
         hidden = packed_hidden(self.model, batch, **arguments)
@@ -147,7 +148,7 @@ def packed_hidden(model: PreTrainedModel, batch: MicroBatch, **arguments: Any) -
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing, **arguments)[0]
 
 
-def static_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+def compiled_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """float [M, H]: the same for layers that are compiled for M tokens, whichever documents these belong to."""
     packing = sealed_arguments(batch.documents, batch.tokens.device)
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing)[0]
@@ -182,3 +183,23 @@ def _body(model: PreTrainedModel, tokens_NT: Tensor, embedded: Tensor | None = N
     """`embedded` [N, T, H]: the tokens' embeddings, if they have been looked up."""
     inputs = {"input_ids": tokens_NT} if embedded is None else {"inputs_embeds": embedded}
     return text_body(model)(**inputs, use_cache=False, **arguments).last_hidden_state
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model and its modules are in evaluation mode.
+
+    >>> model = nn.Dropout()
+    >>> with evaluating(model):
+    ...     print(model.training)
+    False
+    >>> model.training
+    True
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

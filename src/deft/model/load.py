@@ -17,6 +17,10 @@ from deft.core import hardware
 from deft.core.errors import InputError, Problem
 from deft.model import multimodal, security
 
+_ATTENTION_LAYERS = {"full_attention": False, "sliding_attention": True}
+"""Layer types of a config that our attention computes: whether they have a window."""
+_RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -120,6 +124,51 @@ def can_take_attention(model: PreTrainedModel) -> bool:
 def own_attention(model: PreTrainedModel) -> str:
     """The attention transformers would choose for this architecture: "sdpa", or "eager" where it has no other."""
     return model.get_correct_attn_implementation(None)
+
+
+def unpackable(model: PreTrainedModel) -> str:
+    """Why documents of this model cannot be packed, as far as its config tells, or nothing. It needs no weights."""
+    expected = expected_windows(model)
+    if isinstance(expected, str):
+        return expected
+    return "" if can_take_attention(model) else "attention does not go through transformers' AttentionInterface"
+
+
+def expected_windows(model: PreTrainedModel) -> list[bool] | str:
+    """For each layer with attention whether it has a sliding window; or why our attention cannot stand in for it."""
+    text = model.config.get_text_config()
+    config = text.to_dict()
+    types = config.get("layer_types")
+    if types is None:
+        return [config.get("sliding_window") is not None] * text.num_hidden_layers
+    if unknown := sorted(set(types) - _ATTENTION_LAYERS.keys() - _RECURRENT_LAYERS):
+        return f"its layers of type {unknown[0]} need a mask of their own"
+    return [_ATTENTION_LAYERS[kind] for kind in types if kind in _ATTENTION_LAYERS]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """parameters, tied ones once; why documents will run one at a time, as far as the config tells, else nothing."""
+
+    parameters: int
+    against_packing: str
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """What full fine-tuning keeps per parameter: fp32 master, gradient, two moments, and a copy to compute with.
+
+        Activations come on top.
+        """
+        copy = 0 if dtype == torch.float32 else dtype.itemsize
+        return self.parameters * (4 * 4 + copy)
+
+
+def summarise(base: Base) -> ModelSummary:
+    """The model as its config describes it, made without memory for its weights."""
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    with torch.device("meta"):
+        # The attention is named so that a config.json cannot choose one, as in `load`.
+        model = multimodal.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return ModelSummary(sum(parameter.numel() for parameter in model.parameters()), unpackable(model))
 
 
 def stop_ids(*holders: Any) -> tuple[int, ...]:

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from deft.core.errors import InputError, Problem
 from deft.core.types import MicroBatch
 from deft.model import attention, fused_layers
-from deft.model.causal_lm import CausalLM, alone_hidden, packed_hidden, whole_logits
-from deft.model.evaluating import evaluating
-from deft.model.load import can_take_attention, own_attention
+from deft.model.causal_lm import CausalLM, alone_hidden, evaluating, packed_hidden, whole_logits
+from deft.model.load import can_take_attention, expected_windows, own_attention, unpackable
 from deft.model.multimodal import text_body
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}
@@ -34,10 +33,6 @@ HEAD_SHARE = 0.125
 """The head is one layer: of the tolerance it may use this share."""
 LOGIT_SIZE = 30.0
 """Root mean square of the logits a head is tried at: a soft-cap cannot be seen on the small logits of a fresh model."""
-
-_ATTENTION_LAYERS = {"full_attention": False, "sliding_attention": True}
-"""Layer types of a config that our attention computes: whether they have a window."""
-_RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
 
 
 def choose(model: PreTrainedModel) -> CausalLM:
@@ -124,19 +119,11 @@ def _head_fault(causal_lm: CausalLM, batch: MicroBatch, hidden_MH: Tensor) -> st
     return ""
 
 
-def unpackable(model: PreTrainedModel) -> str:
-    """Why documents of this model cannot be packed, as far as its config tells, or nothing. It needs no weights."""
-    expected = _expected_windows(model)
-    if isinstance(expected, str):
-        return expected
-    return "" if can_take_attention(model) else "attention does not go through transformers' AttentionInterface"
-
-
 def _packing_fault(model: PreTrainedModel, batch: MicroBatch, alone_MH: Tensor) -> str:
     """Why packed documents cannot be trusted in this model, or nothing."""
     if fault := unpackable(model):
         return fault
-    expected = _expected_windows(model)
+    expected = expected_windows(model)
     _use_attention(model, attention.NAME)
     windows_seen: list[int | None] = []
     try:
@@ -164,18 +151,6 @@ def _use_fused_layers(model: PreTrainedModel, batch: MicroBatch) -> None:
         return
     if not max(_errors(packed_hidden(model, batch), own_MH, batch.documents)) <= _tolerance(model):
         fused_layers.remove(model)
-
-
-def _expected_windows(model: PreTrainedModel) -> list[bool] | str:
-    """For each layer with attention whether it has a sliding window; or why our attention cannot stand in for it."""
-    text = model.config.get_text_config()
-    config = text.to_dict()
-    types = config.get("layer_types")
-    if types is None:
-        return [config.get("sliding_window") is not None] * text.num_hidden_layers
-    if unknown := sorted(set(types) - _ATTENTION_LAYERS.keys() - _RECURRENT_LAYERS):
-        return f"its layers of type {unknown[0]} need a mask of their own"
-    return [_ATTENTION_LAYERS[kind] for kind in types if kind in _ATTENTION_LAYERS]
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

@@ -27,8 +27,7 @@ from deft.core.types import MicroBatch, Objective
 from deft.model import attention, fused_layers, multimodal
 from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.load import Base
-from deft.model.selftest import unpackable
+from deft.model.load import Base, unpackable
 from deft.plan.loader import Loader
 from deft.training.masters import Masters
 from deft.training.optim.adamw import AdamW

@@ -21,7 +21,7 @@ from deft.core.types import StepRecord
 from deft.distributed.world import World
 from deft.evaluation import samples as evaluate
 from deft.evaluation.heldout import held_out_loss
-from deft.model.summary import summarise
+from deft.model.load import summarise
 from deft.plan.schedule import lr_multiplier
 from deft.run import config as configuration
 from deft.run import (
@@ -40,10 +40,10 @@ from deft.tracking import jsonl
 from deft.tracking.jsonl import Logs
 from deft.training import badstep, checkpoint, compiling, randomness
 from deft.training.checkpoint import Checkpoint, Found, Keep
-from deft.training.dry_run import dry_run_step
 from deft.training.loop import train as train_steps
 from deft.training.saving import Saver
 from deft.training.state import TrainState
+from deft.training.step import dry_run_step
 
 SHOWN_SAMPLES = 3
 

@@ -15,11 +15,11 @@ from torch.utils._triton import has_triton
 from deft.core import hardware
 from deft.core.types import Objective
 from deft.dataset import cache
-from deft.model import static
+from deft.model import compiled_layers
 from deft.model.causal_lm import CausalLM
 from deft.plan.loader import Loader
-from deft.training.dry_run import dry_run_step
 from deft.training.state import TrainState
+from deft.training.step import dry_run_step
 
 LEAST_WORK = 1e17
 """FLOP of a run whose layers are worth compiling. Three buckets take about a minute, and a fifth of five minutes is won
@@ -39,7 +39,7 @@ def begin(state: TrainState, planned: Loader, objective: Objective, say: Callabl
 def is_sound(causal_lm: CausalLM) -> bool:
     """Whether the layers of a model can be compiled: selective checkpointing and dropout have ways of their own."""
     model = causal_lm.model
-    is_known = causal_lm.mode == "packed" and model.config.model_type in static.FAMILIES
+    is_known = causal_lm.mode == "packed" and model.config.model_type in compiled_layers.FAMILIES
     is_plain = causal_lm.checkpointing != "selective" and not model.training
     return causal_lm.device.type == "cuda" and is_known and is_plain and has_triton()
 
@@ -47,7 +47,7 @@ def is_sound(causal_lm: CausalLM) -> bool:
 def buckets(planned: Loader) -> tuple[int, ...]:
     """What micro-batches are filled up to. A document that is longer than all runs as it is."""
     sizes = [size for step in planned.spread_steps() for size in planned.sizes(step)]
-    return static.choose_buckets(sizes, largest=max(sizes))
+    return compiled_layers.choose_buckets(sizes, largest=max(sizes))
 
 
 def compile_for(
@@ -59,11 +59,11 @@ def compile_for(
 ) -> None:
     """Gives the model layers that are compiled for these buckets, or says why it has none."""
     began, causal_lm = time.perf_counter(), state.causal_lm
-    compiled = static.compiled(causal_lm.model, sizes, backend)
+    compiled = compiled_layers.compiled(causal_lm.model, sizes, backend)
     try:
         for size in sizes:
             causal_lm.compiled = replace(compiled, buckets=(size,))
-            dry_run_step(state, static.smallest(), objective)
+            dry_run_step(state, compiled_layers.smallest(), objective)
     except Exception as error:  # Whatever a compiler objects to, the run goes on without it.
         causal_lm.compiled = None
         if hardware.is_out_of_memory(error):

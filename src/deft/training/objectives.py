@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from deft.core import registry
@@ -35,6 +37,8 @@ class OwnObjective:
     The scalar is a sum over the targets, linear in weights_K; means and normalizers are in the weights. logits_KV are
     final, in fp32 (fp64 where the model is), and whole: unlike deft's own loss, this one needs memory for all of them.
 
+    What the function raises, or its backward pass, is a UserCodeError.
+
     >>> own = OwnObjective(
     ...     "my:loss", lambda logits_KV, targets_K, weights_K: (weights_K * logits_KV.logsumexp(1)).sum()
     ... )
@@ -56,14 +60,54 @@ class OwnObjective:
 
     def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
         """From final logits. InputError where the function gives no scalar, or one without a gradient."""
+        logits_KV = _wide(logits_KV)
+        has_graph = torch.is_grad_enabled() and logits_KV.requires_grad
+        arguments = logits_KV, targets_K, weights_K
+        total = _OwnLoss.apply(*arguments, self) if has_graph else self.total(*arguments)
+        return Tally(total, weights_K.double().sum())
+
+    def total(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+        """What the function gives, once it has been checked."""
         with user_code(self.name):
-            total = self.function(_wide(logits_KV), targets_K, weights_K)
+            total = self.function(logits_KV, targets_K, weights_K)
         if not isinstance(total, Tensor) or total.ndim != 0:
             shape = f"a tensor of shape {list(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
             raise InputError(f"loss.name: {self.name} gave {shape}; it must give the sum over all targets, a scalar")
         if logits_KV.requires_grad and not total.requires_grad:
             raise InputError(f"loss.name: {self.name} gave a number without a gradient; compute it from the logits")
-        return Tally(total, weights_K.double().sum())
+        return total
+
+
+class _OwnLoss(torch.autograd.Function):
+    """A user's function with a graph of its own, so that an error in its backward pass is known to be the user's."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor, own: OwnObjective) -> Tensor:
+        leaf_KV = logits_KV.detach().requires_grad_()
+        with torch.enable_grad():
+            total = own.total(_Alias.apply(leaf_KV), targets_K, weights_K)
+        ctx.graph = own.name, leaf_KV, total
+        return total.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (name, leaf_KV, total), ctx.graph = ctx.graph, None
+        with user_code(name):
+            torch.autograd.backward(total, grad)
+        return leaf_KV.grad, None, None, None
+
+
+class _Alias(torch.autograd.Function):
+    """The same tensor as a result, which a user's function may change in place; torch forbids that for a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_KV: Tensor) -> Tensor:
+        return logits_KV.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_KV: Tensor) -> Tensor:
+        return grad_KV
 
 
 def _wide(logits_KV: Tensor) -> Tensor:

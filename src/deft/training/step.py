@@ -96,6 +96,15 @@ def _undo(state: TrainState, before: dict[str, Any]) -> None:
     randomness.restore(before)
 
 
+def dry_run_step(state: TrainState, micro_batch: MicroBatch, objective: Objective) -> None:
+    """One forward and backward without an update, to see what fits: no gradient and no random number is left of it."""
+    with randomness.preserved():
+        try:
+            state.causal_lm(micro_batch, objective).nll_sum.backward()
+        finally:
+            state.masters.zero_grad()
+
+
 def mean_share(causal_lm: CausalLM, micro_batch: MicroBatch, normalizer: float, objective: Objective) -> Tensor:
     """What a micro-batch adds to the loss of its step: a scalar with its graph; NaN where the normalizer is 0.
 

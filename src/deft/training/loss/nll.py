@@ -144,7 +144,7 @@ class _HeadLoss(torch.autograd.Function):
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
-        rows = _Rows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
+        rows = _SoftmaxRows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
         for own_SV, slice_S in rows.slices(logits_KV):
             # A copy even of wide logits: the caller's are not ours to write to.
             slice_S.softmax_gradient_in_place(own_SV.to(rows.weights.dtype, copy=True))
@@ -155,7 +155,7 @@ class _LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits_KV, targets_K, weights_K = ctx.saved_tensors
-        rows = _Rows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
+        rows = _SoftmaxRows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
         gradient_KV = torch.empty_like(logits_KV)
         own = gradient_KV.split(_slice_rows(logits_KV))
         for (logits_SV, slice_S), gradient_SV in zip(rows.slices(logits_KV), own, strict=True):
@@ -185,7 +185,7 @@ def _logits_gradient(
 
     d_bias gets what these rows add to it; scratch holds a slice in fp32, where logits are narrower.
     """
-    rows = _Rows.of(targets_B, weights_B)
+    rows = _SoftmaxRows.of(targets_B, weights_B)
     for own_SV, slice_S in rows.slices(logits_BV):
         slice_SV = own_SV if scratch is None else scratch[: len(own_SV)].copy_(own_SV)
         tanh_SV = _cap_in_place(slice_SV, scale, softcap)
@@ -198,7 +198,7 @@ def _logits_gradient(
     return rows.loss()
 
 
-class _Rows(NamedTuple):
+class _SoftmaxRows(NamedTuple):
     """Rows of logits, and what their softmax tells of the loss. Each [B, 1], all but the targets wide.
 
     What needs no logits is computed for all slices at once: each operation costs its start, and far more in a forecast.
@@ -215,13 +215,13 @@ class _Rows(NamedTuple):
     total: Tensor
 
     @staticmethod
-    def of(targets_B: Tensor, weights_B: Tensor) -> _Rows:
-        return _Rows(targets_B[:, None], weights_B[:, None], *weights_B.new_empty(3, len(weights_B), 1).unbind())
+    def of(targets_B: Tensor, weights_B: Tensor) -> _SoftmaxRows:
+        return _SoftmaxRows(targets_B[:, None], weights_B[:, None], *weights_B.new_empty(3, len(weights_B), 1).unbind())
 
-    def slices(self, logits_BV: Tensor) -> Iterator[tuple[Tensor, _Rows]]:
+    def slices(self, logits_BV: Tensor) -> Iterator[tuple[Tensor, _SoftmaxRows]]:
         """Some logits at a time, and the rows that they are of."""
         parts = zip(*(each.split(_slice_rows(logits_BV)) for each in (logits_BV, *self)), strict=True)
-        return ((logits_SV, _Rows(*rows)) for logits_SV, *rows in parts)
+        return ((logits_SV, _SoftmaxRows(*rows)) for logits_SV, *rows in parts)
 
     def softmax_gradient_in_place(self, logits_BV: Tensor, statistics: Tensor | None = None) -> None:
         """logits_BV becomes weights * (softmax(logits) - onehot(targets)).

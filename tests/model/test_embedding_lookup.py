@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deft.core.types import Head
-from deft.model import fused_layers, lookup
+from deft.model import fused_layers
 from deft.training.loss import nll
 
 VOCABULARY, SIZE, PADDING = 11, 8, 4
@@ -34,7 +34,7 @@ def test_gradients_are_those_of_autograd(is_tied: bool, padding: int | None) -> 
     functional.cross_entropy((embedding(tokens) * factors) @ head.T, tokens).backward()
     assert embedding.weight.grad is not None
     expected, embedding.weight.grad = embedding.weight.grad, None
-    rows, matrix = lookup.embed(embedding, tokens)
+    rows, matrix = fused_layers.embed(embedding, tokens)
     functional.cross_entropy((rows * factors) @ (matrix if is_tied else head).T, tokens).backward()
 
     assert torch.equal(rows, embedding(tokens))
@@ -55,22 +55,22 @@ def test_tokens_that_occur_often_are_summed_in_fp32() -> None:
         return float((embedding.weight.grad - exact).norm() / exact.norm())
 
     # On some processors torch's index_add_ sums widely by itself, on others it does not.
-    assert lookup._sums(tokens, factors)[1].dtype == torch.float32
+    assert fused_layers._sums(tokens, factors)[1].dtype == torch.float32
     assert error(embedding(tokens)) > 0.1
-    assert error(lookup.embed(embedding, tokens)[0]) < 2**-8
+    assert error(fused_layers.embed(embedding, tokens)[0]) < 2**-8
 
 
 def test_a_tied_matrix_gets_one_gradient_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     causal_lm, batch = causal_lm_of("llama_tied", "packed"), as_batch(random_documents())
     assert fused_layers.install(causal_lm.model)
     made: list[int] = []
-    backward = lookup._Lookup.backward
+    backward = fused_layers._Lookup.backward
 
     def watched(ctx: object, grad: Tensor, total: Tensor) -> tuple[Tensor, None, None]:
         made.append(total.data_ptr())
         return backward(ctx, grad, total)
 
-    monkeypatch.setattr(lookup._Lookup, "backward", staticmethod(watched))
+    monkeypatch.setattr(fused_layers._Lookup, "backward", staticmethod(watched))
     nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights).backward()
     gradient = causal_lm.model.get_input_embeddings().weight.grad
     assert made == [gradient.data_ptr()]
@@ -113,5 +113,5 @@ class Scaled(nn.Embedding):
     ],
 )
 def test_an_embedding_with_ways_of_its_own_is_left_alone(odd: nn.Module) -> None:
-    assert lookup.fits(nn.Embedding(3, 2, padding_idx=0))
-    assert not lookup.fits(odd)
+    assert fused_layers.is_plain_embedding(nn.Embedding(3, 2, padding_idx=0))
+    assert not fused_layers.is_plain_embedding(odd)

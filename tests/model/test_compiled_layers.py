@@ -5,44 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import architectures
-import numpy as np
 import pytest
 import torch
-from states import state_around
+from packed_llama import micro_batches, model, state_of
 from torch._dynamo.utils import counters
 
 from deft.core.types import MicroBatch
-from deft.model import attention, fused_layers, static
+from deft.model import compiled_layers, fused_layers
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.static import pad
-from deft.plan.loader import build
+from deft.model.compiled_layers import pad
 from deft.training import compiling
 from deft.training.loss import nll
 from deft.training.state import TrainState
 
-LENGTHS = [[40, 25], [33, 20, 9], [60, 5], [30, 10, 20, 5], [1 + 12, 50], [9, 8, 7, 6, 5, 4], [50], [2, 2, 2]]
 BUCKETS = (32, 64, 72)
-
-
-def micro_batches() -> list[MicroBatch]:
-    draw = np.random.default_rng(0)
-    return [
-        build([(draw.integers(3, 130, length), (np.arange(length) > 0).astype(np.float32)) for length in lengths])
-        for lengths in LENGTHS
-    ]
-
-
-def model(name: str = "llama_tied") -> Any:
-    own = architectures.build(name).eval()
-    own.set_attn_implementation(attention.NAME)
-    return own
-
-
-def state_of(name: str = "llama_tied", checkpointing: Checkpointing = "none") -> TrainState:
-    causal_lm = CausalLM(model(name), "packed", checkpointing=checkpointing)
-    return state_around(causal_lm, torch.float32)
 
 
 def gradients(causal_lm: CausalLM, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -91,10 +68,10 @@ def test_layers_are_compiled_before_the_first_step_and_never_again(
     check_compiled_once(state_of("llama_tied", checkpointing), compiler, monkeypatch)
 
 
-@pytest.mark.parametrize("name", sorted(static.FAMILIES - {"gemma3_text"} | {"gemma3"} - {"llama"}))
+@pytest.mark.parametrize("name", sorted(compiled_layers.FAMILIES - {"gemma3_text"} | {"gemma3"} - {"llama"}))
 def test_layers_of_each_family_are_compiled_once(name: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_of(name)
-    assert state.causal_lm.model.config.model_type in static.FAMILIES
+    assert state.causal_lm.model.config.model_type in compiled_layers.FAMILIES
     check_compiled_once(state, compiler, monkeypatch)
 
 
