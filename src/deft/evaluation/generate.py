@@ -7,7 +7,6 @@ lists of messages, rendered by the tokenizer's chat template with its generation
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +23,7 @@ from deft.core.registry import closest
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.tokenizer import Tokenizer
 from deft.model import load as models
+from deft.model.evaluating import evaluating
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -81,7 +81,7 @@ def complete(
     rows = [request.prompt_ids(prompt) for prompt in prompts]
     lengths = [request.answer_length(row) for row in rows]
     answers = [""] * len(rows)
-    with evaluation_mode(model):
+    with evaluating(model):
         for members in _batches(rows, lengths):
             batch = [rows[index] for index in members]
             for index, row, ids in zip(members, batch, request.generate(batch, lengths[members[0]]), strict=True):
@@ -161,18 +161,6 @@ def cut(text: str, stop_sequences: Sequence[str]) -> str:
     """
     found = [position for position in map(text.find, stop_sequences) if position >= 0]
     return text[: min(found)].rstrip() if found else text
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True, slots=True)
