@@ -83,9 +83,9 @@ def complete(
     answers = [""] * len(rows)
     with evaluating(model):
         for members in _batches(rows, lengths):
-            batch = [rows[index] for index in members]
-            for index, row, ids in zip(members, batch, request.generate(batch, lengths[members[0]]), strict=True):
-                answers[index] = cut(continuation(request.held, row, request.before_stop(ids)), request.stops)
+            found = request.generate([rows[index] for index in members], lengths[members[0]])
+            for index, ids in zip(members, found, strict=True):
+                answers[index] = cut(continuation(request.held, rows[index], ids), request.stops)
     return answers
 
 
@@ -186,11 +186,11 @@ class Request:
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """The ids of a prompt. Raises InputError where it is empty and the tokenizer has no token to start from."""
-        held, text = self.held, prompt_text(self.held, prompt)
-        if not isinstance(prompt, str):
-            ids = held.ids(text)
+        held = self.held
+        if isinstance(prompt, str):
+            ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
         else:
-            ids = (held.start_ids if held.puts_bos else []) + held.literal(text, continues=False)
+            ids = held.ids(prompt_text(held, prompt))
         if ids or held.start_ids:
             return ids or held.start_ids
         raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")
@@ -208,7 +208,7 @@ class Request:
     def generate(
         self, rows: Sequence[list[int]], new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[list[int]]:
-        """The new ids of each row, padded, by transformers' generate on left-padded rows.
+        """The new ids of each row before its first stop token, by transformers' generate on left-padded rows.
 
         Raises InputError where transformers refuses the settings.
         """
@@ -223,7 +223,7 @@ class Request:
             found = self.model.generate(input_ids=ids, attention_mask=mask, **given)
         except ValueError as error:
             raise InputError(f"generate: {error}") from error
-        return [row[width:] for row in found.tolist()]
+        return [self.before_stop(row[width:]) for row in found.tolist()]
 
     def before_stop(self, ids: list[int]) -> list[int]:
         """The ids before the first stop token."""
