@@ -140,7 +140,7 @@ def demo(
 ) -> None:
     """Train a tiny base model and fine-tune it, on data that deft makes itself: two minutes on two cores."""
     with _imports():
-        from deft.commands.demo.demo import run
+        from deft.commands.demo.command import run
 
     run(output)
 
