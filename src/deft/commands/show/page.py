@@ -13,18 +13,16 @@ from itertools import groupby
 from string import Template
 from typing import Any
 
-from deft.commands.show.palette import (
+from deft.commands.show.rows import Shown, ShownRow
+from deft.commands.show.tokens import (
     FATES,
+    NEWLINE,
+    PART_OF_CHARACTER,
     SPECIAL,
     SPECIAL_ON_LIGHT,
     Shade,
-    shade,
-)
-from deft.commands.show.rows import Shown, ShownRow
-from deft.commands.show.tokens import (
-    NEWLINE,
-    PART_OF_CHARACTER,
     ShownToken,
+    shade,
     visible,
 )
 from deft.core.types import Fate
