@@ -60,9 +60,7 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
     session.say(f"1. Reading: {len(made.texts)} plain texts about {len(made.facts)} people, every token learnt.")
     reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, seed, session)
     before = _ask(reader, made.heldout)
-    session.say(
-        f"\n2. Answering: {len(made.dialogues)} dialogues; {_held_out_people(made)} people occur in none of them."
-    )
+    session.say(f"\n2. Answering: {len(made.dialogues)} dialogues; {demo_data.HELD_OUT} people occur in none of them.")
     answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, seed, session)
     after, taught = _ask(answerer, made.heldout), _ask(answerer, made.taught)
 
@@ -111,10 +109,6 @@ def _ask(run: Run, questions: Sequence[Question]) -> Answers:
     texts = [text.strip() for text in complete(run.model, tokenizer, shown, generate={"max_new_tokens": 24})]
     right = [demo_data.score(text, question.answer) for text, question in zip(texts, questions, strict=True)]
     return Answers(tuple(texts), sum(right) / len(right))
-
-
-def _held_out_people(made: DemoData) -> int:
-    return len({question.answer.split()[0] for question in made.heldout})
 
 
 def _show(console: Console, made: DemoData, before: Answers, after: Answers) -> None:
