@@ -15,8 +15,14 @@ NEWLINE, TAB, PART_OF_CHARACTER = "↵", "⇥", "‥"
 
 _LONGEST_CHARACTER = 8
 """More tokens than this never share a character; bytes that make none by then are no UTF-8."""
-_DIRECTIONS = {*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0x2028, 0x2029}
+_DIRECTIONS = (*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0x2028, 0x2029)
 """Characters that have no width, change the direction of writing, or break lines."""
+_SIGNS = {
+    **{code: f"⟨{code:02X}⟩" for code in (*range(0x7F, 0xA0), *_DIRECTIONS, *range(0xD800, 0xE000))},
+    **{code: chr(0x2400 + code) for code in range(0x20)},
+    ord("\n"): NEWLINE + "\n",
+    ord("\t"): TAB,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +103,7 @@ def visible(text: str) -> str:
     >>> visible("a\\n"), visible("\\t\\x1b[31m"), visible("\\u202e"), visible("")
     ('a↵\\n', '⇥␛[31m', '⟨202E⟩', '‥')
     """
-    return "".join(map(_visible, text)) or PART_OF_CHARACTER
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return NEWLINE + "\n"
-    if character == "\t":
-        return TAB
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0x7F <= code < 0xA0 or code in _DIRECTIONS or 0xD800 <= code < 0xE000:
-        return f"⟨{code:02X}⟩"
-    return character
+    return text.translate(_SIGNS) or PART_OF_CHARACTER
 
 
 @dataclass(frozen=True, slots=True)
