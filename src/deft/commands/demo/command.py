@@ -43,30 +43,28 @@ class Answers:
     accuracy: float
 
 
-def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run(output: str) -> None:
     """Trains the base on plain text, fine-tunes it on dialogues, and asks both the held-out questions.
 
-    Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`; returns what demo.json holds.
+    Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`.
     """
-    console = console or Console()
-    session = Session(console=console, owns_process=True)
+    session = Session(owns_process=True)
     folder = preflight.output_folder(output)
     preflight.make_folder(folder)
     began = time.perf_counter()
-    made = demo_data.build(seed)
+    made = demo_data.build()
     _write_data(folder / "data", made)
-    base.write_base(folder / "untrained", base.build_tokenizer(made.texts, VOCAB_SIZE), seed)
+    base.write_base(folder / "untrained", base.build_tokenizer(made.texts, VOCAB_SIZE))
 
     session.say(f"1. Reading: {len(made.texts)} plain texts about {len(made.facts)} people, every token learnt.")
-    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, seed, session)
+    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, session)
     before = _ask(reader, made.heldout)
     session.say(f"\n2. Answering: {len(made.dialogues)} dialogues; {demo_data.HELD_OUT} people occur in none of them.")
-    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, seed, session)
+    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, session)
     after, taught = _ask(answerer, made.heldout), _ask(answerer, made.taught)
 
-    _show(console, made, before, after)
+    _show(session.console, made, before, after)
     found = {
-        "seed": seed,
         "heldout_questions": len(made.heldout),
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
@@ -80,7 +78,6 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
         "The dialogues taught it to answer; the facts it had read before.\n"
         f"Report: {answerer.folder / 'report.html'}\nTalk to it: deft chat {answerer.folder / 'final'}"
     )
-    return found
 
 
 def _write_data(folder: Path, made: DemoData) -> None:
@@ -90,11 +87,9 @@ def _write_data(folder: Path, made: DemoData) -> None:
         files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _train(
-    folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], seed: int, session: Session
-) -> Run:
+def _train(folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], session: Session) -> Run:
     values = {"model": str(folder / model), "data": str(folder / "data" / data), "output": str(folder / output)}
-    return run_config(config.make(config.nested({**settings, **values, "seed": seed})), session)
+    return run_config(config.make(config.nested({**settings, **values})), session)
 
 
 def _ask(run: Run, questions: Sequence[Question]) -> Answers:
