@@ -159,12 +159,12 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.evaluation.heldout", "total / weight", "total / max(1, len(examples))", "test_heldout.py"),
     _of(
         "deft.evaluation.heldout",
-        "total += float(nll_sum(learner, batch, loss))\n        weight += float(batch.weights.double().sum())",
-        "total += float(nll_sum(learner, batch, loss)) / float(batch.weights.double().sum())\n        weight += 1",
+        "total += float(tally.nll_sum)\n            weight += float(tally.weight_sum)",
+        "total += float(tally.nll_sum) / float(tally.weight_sum)\n            weight += 1",
         "test_heldout.py",
     ),
-    _of("deft.evaluation.heldout", "    learner.model.eval()\n", "", "test_heldout.py"),
-    _of("deft.evaluation.heldout", "learner.model.train(was_training)", "learner.model.train()", "test_heldout.py"),
+    _of("deft.model.evaluating", "    model.eval()\n", "", "test_heldout.py"),
+    _of("deft.model.evaluating", "            module.training = True\n", "            pass\n", "test_heldout.py"),
     # Resume, field by field.
     _of("deft.run.train", 'set_random_state(stored.values["random-00000"])', "pass", KILLED),
     _of("deft.run.train", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
