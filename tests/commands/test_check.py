@@ -235,6 +235,6 @@ def test_the_template_s_stop_mark_is_found_in_a_run(tmp_path: Path, model: Path)
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "numpy", "pydantic", "rich.table"]
-    code = f"import sys; import deft.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys; import deft.commands.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -25,14 +25,8 @@ from tiny_tokenizers import CHATML, byte_level, sentencepiece
 
 import deft
 from deft.commands.show import page, rows, terminal
-from deft.commands.show.palette import (
-    LEARNT,
-    SPECIAL,
-    UNLEARNT,
-    shade,
-)
 from deft.commands.show.rows import Shown, Wanted
-from deft.commands.show.tokens import TokenTexts, visible
+from deft.commands.show.tokens import LEARNT, SPECIAL, UNLEARNT, TokenTexts, shade, visible
 from deft.core.types import Fate
 from deft.dataset import build
 from deft.encoding import tokenizer as edge

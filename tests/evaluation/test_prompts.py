@@ -109,7 +109,7 @@ def test_all_of_them_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("promps.txt", "no such file or folder; did you mean prompts.txt?"),
+        ("promps.txt", "no such file or folder; did you mean 'prompts.txt'?"),
         ("prompts.md", "unknown kind of file"),
         ("empty.txt", "the file is empty"),
         ("What is 2 + 2?", "put it in a list"),

@@ -12,12 +12,7 @@ from rich.console import Console
 from deft.core.errors import InputError
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.tokenizer import Tokenizer
-from deft.evaluation.generate import (
-    Messages,
-    check_stops,
-    load,
-    resolve,
-)
+from deft.evaluation.generate import Messages, check_stops, load, resolve
 from deft.evaluation.streaming import stream
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from deft.distributed.world import World
 from deft.encoding.tokenizer import Tokenizer
 from deft.model.load import ModelSummary, summarise
 from deft.plan import summary
-from deft.plan.loader import Loader
 from deft.plan.summary import PlanSummary
 from deft.run import plan_time, prepare, reading
 from deft.run.build import build, pretrained, settle_process
@@ -78,38 +77,46 @@ def run(
     tokens, in one error, then, after everything is printed, what became of the rows. MemoryShort where micro-batches
     that are timed do not fit.
     """
-    console = console or _console()
-    session = Session(console=console)
+    session = Session(console=console or _console())
     checked = reading.check(config, session, needs_weights=is_timed)
     data = prepare.encode(config, checked, checked.encoder(), session)
     plan = prepare.plan(config, checked, data) if data.train else None
     fit = prepare.fitted(config, checked, data, plan, session) if plan else None
-    checkup = Checkup(
+    found = Checkup(
         ledgers=data.ledgers,
         model=summarise(checked.base),
-        plan=_summary(fit.planned, data) if fit else None,
+        plan=_summary(fit, data) if fit else None,
         expected=forecast(fit, checked.machine) if fit else None,
         findings=tuple(_findings(config, checked, data)),
     )
-    _print(console, config, checked, checkup)
-    _write(report, checkup)
+    _print(session, config, checked, found)
+    _write(report, found)
     prepare.stop_unless_trainable(config, checked, data)
     if fit and is_timed:
-        checkup = replace(checkup, time=_measured(config, checked, fit, session))
-        session.say(f"time      {checkup.time}")
-        _write(report, checkup)
+        found = replace(found, time=_measured(config, checked, fit, session))
+        session.say(f"time      {found.time}")
+        _write(report, found)
     else:
         session.say("time      deft check --time measures it: it loads the model and runs a few micro-batches")
-    console.print("Nothing keeps this run from starting.")
-    return checkup
+    session.say("Nothing keeps this run from starting.")
+    return found
 
 
 def _measured(config: Config, checked: Checked, fit: Fit, session: Session) -> PlanTime:
-    """Loads the model as a run does and times micro-batches of the plan; MemoryShort where they do not fit."""
+    """Loads the model as the command line does for a run and times micro-batches of the plan.
+
+    Raises MemoryShort where they do not fit.
+    """
+
+    def make_model() -> PreTrainedModel:
+        model = pretrained(checked.base, checked.machine)
+        settle_process(model, fit.planned)
+        return model
+
     session.say(f"loading {config.model} to time a few micro-batches of it")
     fix = "a smaller microbatch_tokens or max_length needs less memory"
     with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
-        state = build(config, partial(_model, checked, fit), checked.machine, World())
+        state = build(config, make_model, checked.machine, World())
         if state.causal_lm.note:
             session.say(state.causal_lm.note)
         state.causal_lm.checkpointing = fit.checkpointing
@@ -117,16 +124,9 @@ def _measured(config: Config, checked: Checked, fit: Fit, session: Session) -> P
         return plan_time.measure(state, fit.planned, checked.objective, config.optimizer.clip)
 
 
-def _model(checked: Checked, fit: Fit) -> PreTrainedModel:
-    """As the command line loads it for a run: the timing is that of the same process."""
-    model = pretrained(checked.base, checked.machine)
-    settle_process(model, fit.planned)
-    return model
-
-
-def _write(report: str | None, checkup: Checkup) -> None:
+def _write(report: str | None, found: Checkup) -> None:
     if report:
-        files.write_json(Path(report), checkup.as_json())
+        files.write_json(Path(report), found.as_json())
 
 
 def _console() -> Console:
@@ -134,11 +134,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def _summary(planned: Loader, data: Dataset) -> PlanSummary:
-    examples = data.train
-    return summary.summarise(
-        planned.epochs, planned.steps, examples.lengths, examples.targets, planned.microbatch_tokens
-    )
+def _summary(fit: Fit, data: Dataset) -> PlanSummary:
+    plan, examples = fit.planned, data.train
+    return summary.summarise(plan.epochs, plan.steps, examples.lengths, examples.targets, plan.microbatch_tokens)
 
 
 def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Finding]:
@@ -158,15 +156,16 @@ def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Findi
 
 def _too_long(checked: Checked, ledgers: Sequence[SourceLedger]) -> Iterator[Finding]:
     """Rows that max_length took something from, or altogether."""
-    rows = sum(source.rows for source in ledgers)
+    rows, longest = sum(source.rows for source in ledgers), checked.policy.max_length
+    is_longest = longest == checked.base.max_positions
     for fate, what in ((Fate.CUT, "cut"), (Fate.TOO_LONG, "left out")):
         lost = ledger.met(ledgers, fate)
         if lost:
             first = tuple(problem.where for problem in ledger.named(ledgers, fate)[: ledger.FIRST_ROWS])
             yield Finding(
                 "warning" if lost >= LOST_SHARE * rows else "note",
-                f"{what}, as longer than {checked.policy.max_length} tokens: {lost} of {rows} rows",
-                "raise max_length, or choose another overflow",
+                f"{what}, as longer than {longest} tokens: {lost} of {rows} rows",
+                "choose another overflow" if is_longest else "raise max_length, or choose another overflow",
                 first if len(first) == lost else (*first, "..."),
             )
 
@@ -198,29 +197,22 @@ def stop_findings(tokenizer: Tokenizer, stop_ids: Sequence[int], marks: frozense
         yield Finding("note", what, "harmless: deft pads nothing, and takes no mask from a token's id")
 
 
-def _print(console: Console, config: Config, checked: Checked, checkup: Checkup) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    console.print(_table(checkup.ledgers))
-    for source in checkup.ledgers:
-        for line in _source_lines(source):
-            say(line)
-    say("")
+def _print(session: Session, config: Config, checked: Checked, found: Checkup) -> None:
+    session.console.print(_table(found.ledgers))
+    for line in chain.from_iterable(map(_source_lines, found.ledgers)):
+        session.say(line)
+    session.say("")
     if checked.is_chat:
-        say(f"template  {checked.chosen.where}")
-    for line in _model_lines(config, checked, checkup.model, checkup.expected):
-        say(line)
-    for line in _plan_lines(checkup.plan) if checkup.plan else ["plan      no row is left to train on"]:
-        say(line)
-    say("")
-    for finding in checkup.findings:
+        session.say(f"template  {checked.chosen.where}")
+    for line in [*_model_lines(config, checked, found), *_plan_lines(found.plan), ""]:
+        session.say(line)
+    for finding in found.findings:
         style = "yellow" if finding.level == "warning" else ""
-        console.print(str(finding), style=style, highlight=False, soft_wrap=True, markup=False)
+        session.console.print(str(finding), style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(ledgers: Sequence[SourceLedger]) -> Table:
-    """A line per source; fates that nobody met are left out."""
+    """A line per source; fates of no row are left out."""
     fates = [fate for fate in Fate if any(source.fates[fate.value] for source in ledgers)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("source", "shape"):
@@ -244,23 +236,24 @@ def _source_lines(source: SourceLedger) -> Iterator[str]:
     yield "  longest: " + ", ".join(f"{row} ({tokens:,})" for row, tokens in source.longest_rows)
 
 
-def _model_lines(config: Config, checked: Checked, model: ModelSummary, expected: Forecast | None) -> Iterator[str]:
-    base, machine = checked.base, checked.machine
+def _model_lines(config: Config, checked: Checked, found: Checkup) -> Iterator[str]:
+    base, machine, model = checked.base, checked.machine, found.model
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
     yield (
         f"model     {config.model}: {base.model_type}, {model.parameters / 1e6:,.2f} M parameters, {base.dtype}, "
         f"{limit}, vocabulary {base.vocab_size:,}"
     )
-    dtype = str(machine.dtype).removeprefix("torch.")
-    yield f"computes  in {dtype} on {machine.device}; masters are fp32"
-    yield f"expected  {expected}" if expected else "expected  the memory of this model shows in the run only"
-    packing = (
-        f"one document at a time, as {model.against_packing}" if model.against_packing else "by all the config says"
-    )
+    yield f"computes  in {machine.dtype_name} on {machine.device}; masters are fp32"
+    yield f"expected  {found.expected or 'the memory of this model shows in the run only'}"
+    against = model.against_packing
+    packing = f"one document at a time, as {against}" if against else "by all the config says"
     yield f"packing   {packing}; the self-test of the loaded model decides before the first step"
 
 
-def _plan_lines(plan: PlanSummary) -> Iterator[str]:
+def _plan_lines(plan: PlanSummary | None) -> Iterator[str]:
+    if plan is None:
+        yield "plan      no row is left to train on"
+        return
     epochs = f"{plan.epochs} epochs of {plan.steps_per_epoch} steps over {plan.examples:,} examples"
     yield f"plan      {plan.steps:,} steps: {epochs}"
     yield (

@@ -32,11 +32,7 @@ app = typer.Typer(
     help="Supervised fine-tuning of language models.",
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[RUN.YAML] [KEY=VALUE]...", help="a YAML or TOML file, and keys of it that are set here"),
-]
-DataOrOverrides = Annotated[
+Arguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RUN.YAML | DATA...] [KEY=VALUE]...", help="a YAML or TOML file, or data files, and keys"),
 ]
@@ -47,25 +43,20 @@ Settings = Annotated[
 
 
 @app.command()
-def train(arguments: Overrides = None) -> None:
-    """Fine-tune a model on demonstrations: deft train model=... data.train=... output=..."""
+def train(arguments: Arguments = None) -> None:
+    """Fine-tune a model on demonstrations: deft train data.jsonl model=... output=..."""
     with signals.handled() as handled:
-        files, overrides = _sorted(arguments)
-        if len(files) > 1:
-            raise InputError(f"{files[1]}: one configuration file at most; other arguments are key=value")
+        config = _config(arguments)
         with _imports():
-            from deft.run import config
-
-            made = config.load(files[0] if files else None, overrides)
             from deft.run.reading import Session
             from deft.run.train import train as run
 
-        run(made, Session(signals=handled, began=BEGAN, owns_process=True))
+        run(config, Session(signals=handled, began=BEGAN, owns_process=True))
 
 
 @app.command()
 def check(
-    arguments: DataOrOverrides = None,
+    arguments: Arguments = None,
     report: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="write what is found to a file as well")
     ] = None,
@@ -74,15 +65,16 @@ def check(
     ] = False,
 ) -> None:
     """Do everything but train, without weights: exit code 0, or 2 where training would not start."""
+    config = _config(arguments)
     with _imports():
         from deft.commands.check import run
 
-    run(_config(arguments), report, is_timed=is_timed)
+    run(config, report, is_timed=is_timed)
 
 
 @app.command()
 def show(
-    arguments: DataOrOverrides = None,
+    arguments: Arguments = None,
     rows: Annotated[int | None, typer.Option(metavar="N", help="how many rows (10; 500 on a page)", min=1)] = None,
     only: Annotated[str | None, typer.Option(metavar="FATE", help="rows of one fate, such as refused or cut")] = None,
     source: Annotated[str, typer.Option(metavar="FILE", help="rows of one source: the end of its path")] = "",
@@ -90,10 +82,11 @@ def show(
     html: Annotated[str | None, typer.Option(metavar="FILE", help="write one self-contained page instead")] = None,
 ) -> None:
     """Show what is learnt: every token, coloured by its weight. A data file alone needs model=FOLDER, its tokenizer."""
+    config = _config(arguments)
     with _imports():
         from deft.commands.show.command import run
 
-    run(_config(arguments), count=rows, only=only, source=source, from_line=from_line, html=html)
+    run(config, count=rows, only=only, source=source, from_line=from_line, html=html)
 
 
 @app.command()
@@ -140,7 +133,7 @@ def demo(
 ) -> None:
     """Train a tiny base model and fine-tune it, on data that deft makes itself: two minutes on two cores."""
     with _imports():
-        from deft.commands.demo.demo import run
+        from deft.commands.demo.command import run
 
     run(output)
 
@@ -203,17 +196,13 @@ def _run_folder(arguments: list[str]) -> Path:
     return Path(".")
 
 
-def _sorted(arguments: list[str] | None) -> tuple[list[str], list[str]]:
-    """Files, and key=value."""
-    given = arguments or []
-    return [each for each in given if "=" not in each], [each for each in given if "=" in each]
-
-
 def _config(arguments: list[str] | None) -> Config:
     """A configuration file or data files, with key=value -> the configuration."""
-    from deft.run import config
+    with _imports():
+        from deft.run import config
 
-    files, overrides = _sorted(arguments)
+    files = [each for each in arguments or [] if "=" not in each]
+    overrides = [each for each in arguments or [] if "=" in each]
     settings = [file for file in files if file.endswith((".yaml", ".yml", ".toml"))]
     if len(settings) > 1 or (settings and len(files) > 1):
         raise InputError(f"{files[1]}: one configuration file, or data files; other arguments are key=value")

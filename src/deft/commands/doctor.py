@@ -17,9 +17,9 @@ WRITTEN_BYTES = 2**27
 LEAST_DISK, LEAST_MEMORY = 2**31, 2**32
 
 
-def run(console: Console | None = None) -> None:
+def run() -> None:
     """Prints what it finds: the machine, its disk, and what is wrong with them."""
-    console = console or Console()
+    console = Console()
     device = hardware.device("auto")
     fit = _troubles(device) or ["This machine is fit.", "deft check --time says how long a run takes on it."]
     for line in [*_machine_lines(device), *_disk_lines(Path.cwd()), *fit]:

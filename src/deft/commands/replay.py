@@ -18,9 +18,9 @@ from deft.training import objectives as losses
 from deft.training.badstep import Diagnosis, PartNumbers
 
 
-def run(path: str, console: Console | None = None) -> None:
+def run(path: str) -> None:
     """Prints what the step gives with the weights it had. Raises NumbersError where that is not finite again."""
-    folder, console = Path(path), console or Console()
+    folder = Path(path)
     if not (folder / "step.json").is_file():
         raise InputError(f"{folder}: not a bad step; name a folder RUN/bad-step-N that deft train has written")
     config = configuration.load(str(folder.parent / "config.yaml"))
@@ -31,14 +31,15 @@ def run(path: str, console: Console | None = None) -> None:
     randomness.restore(random)
     objective = losses.load(config.loss.name)
     diagnosis = badstep.examine(state.causal_lm, step_batch, objective)
-    for line in described(step_batch, diagnosis):
+    console = Console()
+    for line in _described(step_batch, diagnosis):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if not diagnosis.is_finite:
         rows = badstep.named(diagnosis.rows(step_batch))
         raise NumbersError(f"step {step_batch.step + 1} is not finite again: {rows}")
 
 
-def described(step_batch: StepBatch, diagnosis: Diagnosis) -> list[str]:
+def _described(step_batch: StepBatch, diagnosis: Diagnosis) -> list[str]:
     """A diagnosis for people."""
     count, rows = len(step_batch.micro_batches), sum(map(len, step_batch.origins))
     about = f"{count} micro-batches, {rows} documents, normalizer {step_batch.normalizer:g}"

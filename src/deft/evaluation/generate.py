@@ -7,7 +7,6 @@ lists of messages, rendered by the tokenizer's chat template with its generation
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +23,7 @@ from deft.core.registry import closest
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.tokenizer import Tokenizer
 from deft.model import load as models
+from deft.model.evaluating import evaluating
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -81,11 +81,11 @@ def complete(
     rows = [request.prompt_ids(prompt) for prompt in prompts]
     lengths = [request.answer_length(row) for row in rows]
     answers = [""] * len(rows)
-    with evaluation_mode(model):
+    with evaluating(model):
         for members in _batches(rows, lengths):
-            batch = [rows[index] for index in members]
-            for index, row, ids in zip(members, batch, request.generate(batch, lengths[members[0]]), strict=True):
-                answers[index] = cut(continuation(request.held, row, request.before_stop(ids)), request.stops)
+            found = request.generate([rows[index] for index in members], lengths[members[0]])
+            for index, ids in zip(members, found, strict=True):
+                answers[index] = cut(continuation(request.held, rows[index], ids), request.stops)
     return answers
 
 
@@ -163,18 +163,6 @@ def cut(text: str, stop_sequences: Sequence[str]) -> str:
     return text[: min(found)].rstrip() if found else text
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call's model and checked settings. settings: what `generate` of transformers takes, without the length."""
@@ -198,11 +186,11 @@ class Request:
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """The ids of a prompt. Raises InputError where it is empty and the tokenizer has no token to start from."""
-        held, text = self.held, prompt_text(self.held, prompt)
-        if not isinstance(prompt, str):
-            ids = held.ids(text)
+        held = self.held
+        if isinstance(prompt, str):
+            ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
         else:
-            ids = (held.start_ids if held.puts_bos else []) + held.literal(text, continues=False)
+            ids = held.ids(prompt_text(held, prompt))
         if ids or held.start_ids:
             return ids or held.start_ids
         raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")
@@ -220,7 +208,7 @@ class Request:
     def generate(
         self, rows: Sequence[list[int]], new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[list[int]]:
-        """The new ids of each row, padded, by transformers' generate on left-padded rows.
+        """The new ids of each row before its first stop token, by transformers' generate on left-padded rows.
 
         Raises InputError where transformers refuses the settings.
         """
@@ -235,7 +223,7 @@ class Request:
             found = self.model.generate(input_ids=ids, attention_mask=mask, **given)
         except ValueError as error:
             raise InputError(f"generate: {error}") from error
-        return [row[width:] for row in found.tolist()]
+        return [self.before_stop(row[width:]) for row in found.tolist()]
 
     def before_stop(self, ids: list[int]) -> list[int]:
         """The ids before the first stop token."""

@@ -14,7 +14,6 @@ import torch
 
 from deft.core.errors import InputError, user_code
 from deft.encoding import tokenizer as tokenizers
-from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import generate as generation
 from deft.evaluation.prompts import Prompt
 
@@ -24,20 +23,10 @@ MetricFn: TypeAlias = Callable[..., Mapping[str, Sequence[float]]]
 NEW_TOKENS = 40
 """Length of a sampled answer where `generate` does not give `max_new_tokens` (trlx's default)."""
 
-LISTS = frozenset(
-    {
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "constraints",
-        "dola_layers",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "force_words_ids",
-        "forced_eos_token_id",
-        "sequence_bias",
-        "suppress_tokens",
-    }
-)
+LISTS = {
+    *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "eos_token_id"),
+    *("exponential_decay_length_penalty", "force_words_ids", "forced_eos_token_id", "sequence_bias", "suppress_tokens"),
+}
 """Settings for which transformers itself expects a list: never swept."""
 
 
@@ -89,12 +78,11 @@ def settings(generate: Mapping[str, Any]) -> tuple[SampleSetting, ...]:
     if not swept:
         return (SampleSetting("", generation.resolve(generate, NEW_TOKENS)),)
     (key,) = swept
-    if not generate[key]:
+    values = generate[key]
+    if not values:
         raise InputError(f"evaluate.generate.{key}: an empty list sweeps nothing; give values or leave it out")
-    return tuple(
-        SampleSetting(f"{key}={value}", generation.resolve({**generate, key: value}, NEW_TOKENS))
-        for value in generate[key]
-    )
+    chosen = [generation.resolve({**generate, key: value}, NEW_TOKENS) for value in values]
+    return tuple(SampleSetting(f"{key}={value}", each) for value, each in zip(values, chosen, strict=True))
 
 
 def sample(
@@ -110,36 +98,27 @@ def sample(
     Random numbers are drawn from a copy of torch's state, so that sampling does not change training. Raises
     UserCodeError where `metric_fn` raises, InputError where its result is not one number per sample and name.
     """
-    held = tokenizers.wrap(tokenizer)
     if not prompts:
         return Samples((), {})
-    parts = [_sample(model, held, prompts, setting, stop_sequences, metric_fn) for setting in settings(generate)]
-    return Samples(
-        tuple(row for part in parts for row in part.rows), {k: v for part in parts for k, v in part.means.items()}
-    )
-
-
-def _sample(
-    model: Any,
-    held: Tokenizer,
-    prompts: Sequence[Prompt],
-    setting: SampleSetting,
-    stop_sequences: Sequence[str],
-    metric_fn: MetricFn | None,
-) -> Samples:
-    texts = [generation.prompt_text(held, prompt.prompt) for prompt in prompts]
-    cards = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(cards):
-        outputs = generation.complete(
-            model, held, [p.prompt for p in prompts], generate=setting.generate, stop_sequences=stop_sequences
-        )
-    metrics = _measure(metric_fn, texts, outputs, prompts) if metric_fn else {}
-    rows = tuple(
-        Sample(text, output, {name: values[index] for name, values in metrics.items()}, setting.name)
-        for index, (text, output) in enumerate(zip(texts, outputs, strict=True))
-    )
-    means = {f"metrics/{name}{setting.suffix}": sum(values) / len(values) for name, values in metrics.items()}
-    return Samples(rows, means)
+    held = tokenizers.wrap(tokenizer)
+    texts = [generation.prompt_text(held, each.prompt) for each in prompts]
+    rows: list[Sample] = []
+    means: dict[str, float] = {}
+    for setting in settings(generate):
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            outputs = generation.complete(
+                model,
+                held,
+                [each.prompt for each in prompts],
+                generate=setting.generate,
+                stop_sequences=stop_sequences,
+            )
+        metrics = _measure(metric_fn, texts, outputs, prompts) if metric_fn else {}
+        for index, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+            of_answer = {name: values[index] for name, values in metrics.items()}
+            rows.append(Sample(text, output, of_answer, setting.name))
+        means |= {f"metrics/{name}{setting.suffix}": sum(values) / len(values) for name, values in metrics.items()}
+    return Samples(tuple(rows), means)
 
 
 def _measure(
@@ -157,17 +136,14 @@ def _measure(
 
 
 def _numbers(name: str, values: Any, count: int) -> list[float]:
-    # Arrays and tensors of any library, from any device.
+    """One number per sample, from a list, array or tensor of any library and device."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(plain, str) or not isinstance(plain, Sequence):
         raise InputError(f"metric_fn: {name!r} is {type(values).__name__}; it must be a list of {count} numbers")
     if len(plain) != count:
         raise InputError(f"metric_fn: {name!r} has {len(plain)} values for {count} samples; give one per sample")
-    return [_number(name, index, value) for index, value in enumerate(plain)]
-
-
-def _number(name: str, index: int, value: Any) -> float:
-    plain = value.item() if hasattr(value, "item") else value
-    if not isinstance(plain, int | float):
-        raise InputError(f"metric_fn: {name!r}[{index}] is {plain!r}, not a number")
-    return float(plain)
+    numbers = [value.item() if hasattr(value, "item") else value for value in plain]
+    for index, value in enumerate(numbers):
+        if not isinstance(value, int | float):
+            raise InputError(f"metric_fn: {name!r}[{index}] is {value!r}, not a number")
+    return [float(value) for value in numbers]

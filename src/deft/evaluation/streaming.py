@@ -11,13 +11,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from deft.core.errors import InputError
-from deft.evaluation.generate import (
-    Messages,
-    Request,
-    continuation,
-    cut,
-    evaluation_mode,
-)
+from deft.evaluation.generate import Messages, Request, continuation, cut
+from deft.model.evaluating import evaluating
 
 CONTEXT_TOKENS = 16
 """Tokens before a piece with which it is decoded."""
@@ -87,7 +82,7 @@ def _streamed(request: Request, row: list[int], new_tokens: int) -> Iterator[str
         except BaseException as error:
             pieces.queue.put(error)
 
-    with evaluation_mode(request.model):
+    with evaluating(request.model):
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         try:

@@ -25,7 +25,8 @@ from deft.core import files
 from deft.core.errors import DeftError, DiskError
 from deft.core.files import Staging
 from deft.encoding import tokenizer as tokenizers
-from deft.evaluation.generate import SAMPLING, evaluation_mode, own_stop_ids
+from deft.evaluation.generate import SAMPLING, own_stop_ids
+from deft.model.evaluating import evaluating
 from deft.model.load import stop_ids as stop_ids_of
 from deft.model.multimodal import auto_class
 
@@ -415,7 +416,7 @@ def _compare_logits(model: Any, exact: Any, row: Sequence[int], index: int) -> f
 def _logits(model: Any, row: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """fp32 [T, V]: a row alone through the model, with other weights and buffers in place of its own where given."""
     inputs = {"input_ids": torch.tensor([list(row)], device=model.device), "use_cache": False}
-    with evaluation_mode(model):
+    with evaluating(model):
         out = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
     return out.logits[0].float()
 

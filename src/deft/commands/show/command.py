@@ -29,10 +29,9 @@ def run(
     source: str = "",
     from_line: int = 1,
     html: str | None = None,
-    console: Console | None = None,
 ) -> None:
     """Shows what is learnt of the rows of a run; `html` names a page to write instead. Nothing is trained."""
-    console = console or Console()
+    console = Console()
     wanted = Wanted(count or (PAGE_ROWS if html else TERMINAL_ROWS), _fate(only), source, from_line)
     session = Session(console=console)
     reading = read(config, session)
@@ -57,7 +56,7 @@ def _names(sources: Sequence[tuple[SourceSpec, Survey]]) -> list[str]:
 
 
 def _fate(only: str | None) -> Fate | None:
-    fates = {fate.value: fate for fate in Fate}
-    if only is None or only in fates:
-        return fates[only] if only else None
-    raise InputError(f"--only: {only!r} is no fate; one of {', '.join(fates)}")
+    try:
+        return None if only is None else Fate(only)
+    except ValueError:
+        raise InputError(f"--only: {only!r} is no fate; one of {', '.join(Fate)}") from None

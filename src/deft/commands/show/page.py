@@ -13,18 +13,16 @@ from itertools import groupby
 from string import Template
 from typing import Any
 
-from deft.commands.show.palette import (
+from deft.commands.show.rows import Shown, ShownRow
+from deft.commands.show.tokens import (
     FATES,
+    NEWLINE,
+    PART_OF_CHARACTER,
     SPECIAL,
     SPECIAL_ON_LIGHT,
     Shade,
-    shade,
-)
-from deft.commands.show.rows import Shown, ShownRow
-from deft.commands.show.tokens import (
-    NEWLINE,
-    PART_OF_CHARACTER,
     ShownToken,
+    shade,
     visible,
 )
 from deft.core.types import Fate
@@ -42,8 +40,7 @@ def page(shown: Shown, facts: Mapping[str, str], limit: int) -> str:
     """
     weights = sorted({token.weight for row in shown.rows for text in row.texts for token in text} | {0.0, 1.0})
     style, script = _part("page.css") + _colours(weights), _part("page.js")
-    counts = Counter(row.fate for row in shown.rows)
-    fates = {fate.value: f"{_words(fate)} ({counts[fate]})" for fate in Fate if counts[fate]}
+    fates = Counter(row.fate for row in shown.rows)
     return Template(_part("page.html")).substitute(
         style=style,
         script=script,
@@ -54,8 +51,8 @@ def page(shown: Shown, facts: Mapping[str, str], limit: int) -> str:
         extent=escape(shown.extent),
         limit=limit,
         legend=_legend(weights),
-        sources=_options({source: source for source in _sources(shown.rows)}),
-        fates=_options(fates),
+        sources=_options((source, source) for source in _sources(shown.rows)),
+        fates=_options((fate.value, f"{_words(fate)} ({fates[fate]})") for fate in Fate if fates[fate]),
         counts=_counts(shown.rows),
         rows=_as_data(shown.rows, weights),
     )
@@ -71,9 +68,8 @@ def _digest(text: str) -> str:
 
 
 def _colours(weights: Sequence[float]) -> str:
-    shades = [shade(weight) for weight in weights]
-    light = "".join(_rule(index, each.on_light()) for index, each in enumerate(shades))
-    dark = "".join(_rule(index, each) for index, each in enumerate(shades))
+    light = "".join(_rule(index, shade(weight).on_light()) for index, weight in enumerate(weights))
+    dark = "".join(_rule(index, shade(weight)) for index, weight in enumerate(weights))
     fates = "".join(f".fate-{fate} {{ background: {colour} }}\n" for fate, colour in FATES.items())
     return (
         f"{fates}:root {{ --special: {SPECIAL_ON_LIGHT} }}\n{light}"
@@ -95,8 +91,8 @@ def _legend(weights: Sequence[float]) -> str:
     return " ".join(patches) + f" {NEWLINE} newline, {PART_OF_CHARACTER} part of a character; each shade is a token"
 
 
-def _options(options: Mapping[str, str]) -> str:
-    return "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options.items())
+def _options(options: Iterable[tuple[str, str]]) -> str:
+    return "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options)
 
 
 def _sources(rows: Iterable[ShownRow]) -> list[str]:
@@ -104,21 +100,18 @@ def _sources(rows: Iterable[ShownRow]) -> list[str]:
 
 
 def _counts(rows: Sequence[ShownRow]) -> str:
-    """A line per source: rows by fate, tokens, learnt tokens."""
-    heads = ["source", "rows", *(_words(fate) for fate in Fate), "tokens", "learnt"]
-    lines = [
-        [source, len(own), *(sum(row.fate == fate for row in own) for fate in Fate), *_sums(own)]
-        for source in _sources(rows)
-        if (own := [row for row in rows if row.origin.source == source])
-    ]
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    """A table with a line per source: rows by fate, tokens, learnt tokens."""
+    lines = [_cells("th", "source", "rows", *map(_words, Fate), "tokens", "learnt")]
+    for source in _sources(rows):
+        own = [row for row in rows if row.origin.source == source]
+        fates = Counter(row.fate for row in own)
+        tokens, learnt = sum(row.tokens for row in own), sum(row.learnt for row in own)
+        lines.append(_cells("td", source, len(own), *(fates[fate] for fate in Fate), tokens, learnt))
+    return f"<table>{''.join(lines)}</table>"
 
 
-def _sums(rows: Iterable[ShownRow]) -> tuple[int, int]:
-    rows = list(rows)
-    return sum(row.tokens for row in rows), sum(row.learnt for row in rows)
+def _cells(tag: str, *cells: object) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _words(fate: Fate) -> str:

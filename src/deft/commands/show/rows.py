@@ -19,12 +19,12 @@ from deft.dataset.survey import NOT_KEPT, Execution
 from deft.encoding.rows import RowEncoder
 
 GROUP = 32
-"""So many rows are encoded at a time, or fewer where fewer are wanted."""
+"""Rows that are encoded at a time; fewer where fewer are wanted."""
 
 SHOWN_TOKENS = 8000
-"""So many tokens of a row are shown; its numbers are of all."""
+"""Tokens of a row that are shown; its numbers are of all."""
 SHOWN_CHARACTERS = 1000
-"""So much of a message is shown where its row has no tokens."""
+"""Characters of a message that are shown where its row has no tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from deft.commands.show.palette import FATES, SPECIAL, shade
 from deft.commands.show.rows import Shown, ShownRow
-from deft.commands.show.tokens import PART_OF_CHARACTER, ShownToken, visible
+from deft.commands.show.tokens import FATES, PART_OF_CHARACTER, SPECIAL, ShownToken, shade, visible
 from deft.dataset.data_warnings import WARNINGS
 
 _Styled = tuple[str, Style]

@@ -1,4 +1,4 @@
-"""The demo's small world: invented people, plain text that tells about them, and dialogues that ask about some of them.
+"""The demo's data: invented people, plain text that tells about them, and dialogues that ask about some of them.
 
 The base model reads `texts`, where everybody's five facts are told many times in other words and another order. It
 never sees a question. The dialogues then ask about three quarters of the people; the other quarter, `heldout`, occurs
@@ -91,7 +91,7 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class DemoData:
     """What `build` makes; `facts[name][kind]` is the truth, `taught` asks about the people of `dialogues`."""
 
     facts: dict[str, dict[str, str]]
@@ -101,15 +101,15 @@ class World:
     heldout: list[Question]
 
 
-def build(seed: int = 0) -> World:
-    """The world of this seed, the same on every machine: 160 people, 40 of them held out.
+def build(seed: int = 0) -> DemoData:
+    """The data of this seed, the same on every machine: 160 people, 40 of them held out.
 
-    >>> world = build(seed=0)
-    >>> len(world.facts), len(world.texts), len(world.dialogues), len(world.taught), len(world.heldout)
+    >>> data = build(seed=0)
+    >>> len(data.facts), len(data.texts), len(data.dialogues), len(data.taught), len(data.heldout)
     (160, 8000, 960, 600, 200)
-    >>> world.heldout[0].messages
+    >>> data.heldout[0].messages
     [{'role': 'user', 'content': 'What is the job of Darian?'}]
-    >>> world.heldout[0].answer
+    >>> data.heldout[0].answer
     'Darian works as a mason.'
     """
     rng = Random(seed)
@@ -120,7 +120,7 @@ def build(seed: int = 0) -> World:
     dialogues = [_dialogue(rng, name, facts[name]) for name in taught for _ in range(DIALOGUES_EACH)]
     rng.shuffle(texts)
     rng.shuffle(dialogues)
-    return World(facts, texts, dialogues, _questions(rng, taught, facts), _questions(rng, heldout, facts))
+    return DemoData(facts, texts, dialogues, _questions(rng, taught, facts), _questions(rng, heldout, facts))
 
 
 def score(answer: str, expected: str) -> bool:

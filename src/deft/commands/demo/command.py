@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deft.commands.demo import base, world
-from deft.commands.demo.world import Question, World
+from deft.commands.demo import base
+from deft.commands.demo import data as demo_data
+from deft.commands.demo.data import DemoData, Question
 from deft.core import files
 from deft.encoding.render.template import plain
 from deft.evaluation.generate import complete
@@ -28,10 +29,10 @@ VOCAB_SIZE = 1024
 """At most: the text has fewer pieces. Every name is one token, which this small a model needs to know people apart."""
 
 BASE = {"epochs": 2, "batch__examples": 32, "optimizer__lr": 4e-3, "max_length": 256, "precision": "fp32"}
-"""Settings that turn random weights and `World.texts` into a base model that knows the facts and cannot answer."""
+"""Settings that turn random weights and `DemoData.texts` into a base model that knows the facts and cannot answer."""
 
 CHAT = {"epochs": 4, "batch__examples": 16, "optimizer__lr": 5e-4, "max_length": 256, "precision": "fp32"}
-"""Settings that turn that base and `World.dialogues` into a model that answers. A higher rate overfits."""
+"""Settings that turn that base and `DemoData.dialogues` into a model that answers. A higher rate overfits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +43,28 @@ class Answers:
     accuracy: float
 
 
-def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run(output: str) -> None:
     """Trains the base on plain text, fine-tunes it on dialogues, and asks both the held-out questions.
 
-    Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`; returns what demo.json holds.
+    Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`.
     """
-    console = console or Console()
-    session = Session(console=console, owns_process=True)
+    session = Session(owns_process=True)
     folder = preflight.output_folder(output)
     preflight.make_folder(folder)
     began = time.perf_counter()
-    made = world.build(seed)
+    made = demo_data.build()
     _write_data(folder / "data", made)
-    base.write_base(folder / "untrained", base.build_tokenizer(made.texts, VOCAB_SIZE), seed)
+    base.write_base(folder / "untrained", base.build_tokenizer(made.texts, VOCAB_SIZE))
 
     session.say(f"1. Reading: {len(made.texts)} plain texts about {len(made.facts)} people, every token learnt.")
-    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, seed, session)
+    reader = _train(folder, "untrained", "texts.jsonl", "base", BASE, session)
     before = _ask(reader, made.heldout)
-    session.say(
-        f"\n2. Answering: {len(made.dialogues)} dialogues; {_held_out_people(made)} people occur in none of them."
-    )
-    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, seed, session)
+    session.say(f"\n2. Answering: {len(made.dialogues)} dialogues; {demo_data.HELD_OUT} people occur in none of them.")
+    answerer = _train(folder, "base/final", "dialogues.jsonl", "chat", CHAT, session)
     after, taught = _ask(answerer, made.heldout), _ask(answerer, made.taught)
 
-    _show(console, made, before, after)
+    _show(session.console, made, before, after)
     found = {
-        "seed": seed,
         "heldout_questions": len(made.heldout),
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
@@ -81,21 +78,18 @@ def run(output: str, seed: int = 0, console: Console | None = None) -> dict[str,
         "The dialogues taught it to answer; the facts it had read before.\n"
         f"Report: {answerer.folder / 'report.html'}\nTalk to it: deft chat {answerer.folder / 'final'}"
     )
-    return found
 
 
-def _write_data(folder: Path, made: World) -> None:
+def _write_data(folder: Path, made: DemoData) -> None:
     """The rows as files, so that a reader can look at them and train on them by hand."""
     files.make_folder(folder)
     for name, rows in (("texts", [{"text": text} for text in made.texts]), ("dialogues", made.dialogues)):
         files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _train(
-    folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], seed: int, session: Session
-) -> Run:
+def _train(folder: Path, model: str, data: str, output: str, settings: Mapping[str, Any], session: Session) -> Run:
     values = {"model": str(folder / model), "data": str(folder / "data" / data), "output": str(folder / output)}
-    return run_config(config.make(config.nested({**settings, **values, "seed": seed})), session)
+    return run_config(config.make(config.nested({**settings, **values})), session)
 
 
 def _ask(run: Run, questions: Sequence[Question]) -> Answers:
@@ -108,15 +102,11 @@ def _ask(run: Run, questions: Sequence[Question]) -> Answers:
         for q in questions
     ]
     texts = [text.strip() for text in complete(run.model, tokenizer, shown, generate={"max_new_tokens": 24})]
-    right = [world.score(text, question.answer) for text, question in zip(texts, questions, strict=True)]
+    right = [demo_data.score(text, question.answer) for text, question in zip(texts, questions, strict=True)]
     return Answers(tuple(texts), sum(right) / len(right))
 
 
-def _held_out_people(made: World) -> int:
-    return len({question.answer.split()[0] for question in made.heldout})
-
-
-def _show(console: Console, made: World, before: Answers, after: Answers) -> None:
+def _show(console: Console, made: DemoData, before: Answers, after: Answers) -> None:
     table = Table(title="Held-out questions")
     for column in ("question", "before", "after", "truth"):
         table.add_column(column)

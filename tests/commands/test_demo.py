@@ -8,23 +8,23 @@ from deft.commands.demo.base import (
     build_tokenizer,
     write_base,
 )
-from deft.commands.demo.demo import VOCAB_SIZE
-from deft.commands.demo.world import (
+from deft.commands.demo.command import VOCAB_SIZE
+from deft.commands.demo.data import (
     VALUES,
-    World,
+    DemoData,
     build,
     score,
 )
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def demo_data() -> DemoData:
     return build(seed=0)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(world):
-    return build_tokenizer(world.texts, VOCAB_SIZE)
+def tokenizer(demo_data):
+    return build_tokenizer(demo_data.texts, VOCAB_SIZE)
 
 
 def words(text: str) -> set[str]:
@@ -35,57 +35,57 @@ def said(messages: list[dict[str, str]]) -> set[str]:
     return set().union(*(words(message["content"]) for message in messages))
 
 
-def asked_about(world: World, questions) -> set[str]:
-    return {name for question in questions for name in said(question.messages) & world.facts.keys()}
+def asked_about(demo_data: DemoData, questions) -> set[str]:
+    return {name for question in questions for name in said(question.messages) & demo_data.facts.keys()}
 
 
-def test_the_same_seed_gives_the_same_world_and_another_seed_another(world):
-    assert build(seed=0) == world
+def test_the_same_seed_gives_the_same_world_and_another_seed_another(demo_data):
+    assert build(seed=0) == demo_data
     other = build(seed=1)
-    assert other.facts != world.facts
-    assert other.texts != world.texts
-    assert other.dialogues != world.dialogues
+    assert other.facts != demo_data.facts
+    assert other.texts != demo_data.texts
+    assert other.dialogues != demo_data.dialogues
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_heldout_person_is_in_any_dialogue_and_every_taught_one_is(seed):
-    world = build(seed)
-    heldout, taught = asked_about(world, world.heldout), asked_about(world, world.taught)
-    in_dialogues = set().union(*(said(row["messages"]) for row in world.dialogues)) & world.facts.keys()
+    demo_data = build(seed)
+    heldout, taught = asked_about(demo_data, demo_data.heldout), asked_about(demo_data, demo_data.taught)
+    in_dialogues = set().union(*(said(row["messages"]) for row in demo_data.dialogues)) & demo_data.facts.keys()
     assert len(heldout) == 40
     assert not heldout & in_dialogues
-    assert taught == in_dialogues == world.facts.keys() - heldout
+    assert taught == in_dialogues == demo_data.facts.keys() - heldout
 
 
-def test_every_fact_is_told_in_the_texts_and_no_text_tells_a_wrong_one(world):
+def test_every_fact_is_told_in_the_texts_and_no_text_tells_a_wrong_one(demo_data):
     kind_of = {value: kind for kind, values in VALUES.items() for value in values}
     told = set()
-    for text in world.texts:
-        (name,) = words(text) & world.facts.keys()
+    for text in demo_data.texts:
+        (name,) = words(text) & demo_data.facts.keys()
         stated = {(kind_of[value], value) for value in words(text) & kind_of.keys()}
-        assert stated == set(world.facts[name].items())
+        assert stated == set(demo_data.facts[name].items())
         told |= {(name, *fact) for fact in stated}
-    assert len(told) == len(world.facts) * len(VALUES)
+    assert len(told) == len(demo_data.facts) * len(VALUES)
 
 
-def test_no_text_holds_an_answer_after_a_question(world):
-    assert not any("?" in text or "assistant" in text or "user" in text for text in world.texts)
+def test_no_text_holds_an_answer_after_a_question(demo_data):
+    assert not any("?" in text or "assistant" in text or "user" in text for text in demo_data.texts)
 
 
-def test_every_question_has_one_right_answer_and_the_dialogues_give_it(world):
-    assert len(world.heldout) == 200
-    for question in world.heldout + world.taught:
-        (name,) = words(question.answer) & world.facts.keys()
+def test_every_question_has_one_right_answer_and_the_dialogues_give_it(demo_data):
+    assert len(demo_data.heldout) == 200
+    for question in demo_data.heldout + demo_data.taught:
+        (name,) = words(question.answer) & demo_data.facts.keys()
         assert said(question.messages) >= {name}
-        assert len(words(question.answer) & set(world.facts[name].values())) == 1
+        assert len(words(question.answer) & set(demo_data.facts[name].values())) == 1
         assert score(question.answer, question.answer)
-    right = {question.answer for question in world.taught}
-    for row in world.dialogues:
+    right = {question.answer for question in demo_data.taught}
+    for row in demo_data.dialogues:
         assert {message["content"] for message in row["messages"] if message["role"] == "assistant"} <= right
 
 
-def test_dialogues_have_one_or_two_turns_with_and_without_a_system_message(world):
-    shapes = {"".join(message["role"][0] for message in row["messages"]) for row in world.dialogues}
+def test_dialogues_have_one_or_two_turns_with_and_without_a_system_message(demo_data):
+    shapes = {"".join(message["role"][0] for message in row["messages"]) for row in demo_data.dialogues}
     assert shapes == {"ua", "uaua", "sua", "suaua"}
 
 
@@ -118,17 +118,17 @@ def test_score_accepts(answer):
     assert score(answer, "Mara lives in Saltmere.")
 
 
-def test_the_tokenizer_gives_back_every_text_behind_one_bos(world, tokenizer):
+def test_the_tokenizer_gives_back_every_text_behind_one_bos(demo_data, tokenizer):
     foreign = ["", " ", "Žofie  née\tO'Neill,\r\n 12 %", "日本語 🙂 ABC aBc"]
-    for text in world.texts[:200] + foreign:
+    for text in demo_data.texts[:200] + foreign:
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id
         assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:])
         assert tokenizer.decode(ids[1:]) == text
 
 
-def test_a_name_is_one_token_and_the_same_one_everywhere(world, tokenizer):
-    for name in world.facts:
+def test_a_name_is_one_token_and_the_same_one_everywhere(demo_data, tokenizer):
+    for name in demo_data.facts:
         ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(f"{name} met {name}\n{name}"))
         assert ids.count(tokenizer.convert_tokens_to_ids(name)) == 3
 
