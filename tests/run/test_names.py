@@ -13,8 +13,9 @@ from tiny_models import write_llama
 import deft
 from deft.core import registry
 from deft.core.errors import InputError, UserCodeError
+from deft.dataset.config import SourceConfig
 from deft.run import config, reading
-from deft.run.config import Config, Source
+from deft.run.config import Config
 from deft.run.reading import Session
 from deft.training import loss, optim
 
@@ -63,7 +64,7 @@ def test_a_name_that_does_not_exist_is_refused(key: str, given: dict[str, Any]) 
 
 @pytest.mark.parametrize("key", ["path", "format", "answers", "subset"])
 def test_so_is_one_of_a_source(key: str, given: dict[str, Any]) -> None:
-    assert key in Source.model_fields
+    assert key in SourceConfig.model_fields
     assert NO in refusal({**given, "data": {"train": [{"path": given["data"], key: NO}]}})
 
 

@@ -22,6 +22,7 @@ from deft.data.choices import Choices
 from deft.data.shapes import Survey
 from deft.dataset import cache, examples, survey
 from deft.dataset.cache import Cache
+from deft.dataset.config import SourceConfig
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Advance, Execution
 from deft.encoding import tokenizer as edge
@@ -36,7 +37,7 @@ from deft.evaluation.samples import MetricFn
 from deft.model import load as models
 from deft.model.load import Base
 from deft.run import preflight
-from deft.run.config import Config, Source
+from deft.run.config import Config
 from deft.tracking import console as display
 from deft.training import objectives as losses
 from deft.training import optim
@@ -146,7 +147,7 @@ def _sources(config: Config, session: Session) -> tuple[list[SourceSpec], list[S
     return train_sources, [source_spec(source, "test") for source in held_out]
 
 
-def source_spec(source: Source, split: str) -> SourceSpec:
+def source_spec(source: SourceConfig, split: str) -> SourceSpec:
     """A source of the configuration. `split` is read where it names none: train or test."""
     return SourceSpec(
         source.path,
