@@ -22,8 +22,8 @@ test: $(VENV)/.dev
 
 # Laws 6, 7, 8 and 11, the hand-off and the demo, in an environment of its own.
 test-newest: newest
-	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -n auto tests/test_law_06_packing.py tests/test_law_07_loss.py \
-		tests/test_law_08_accumulation.py tests/test_law_11_parity.py tests/test_export.py
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -n auto tests/laws/test_law_06_packing.py tests/laws/test_law_07_loss.py \
+		tests/laws/test_law_08_accumulation.py tests/laws/test_law_11_parity.py tests/export/test_export.py
 	folder=$$(mktemp -d) && $(NEWEST)/deft demo --output $$folder/demo && rm -r $$folder
 
 newest:
@@ -40,7 +40,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -p no:cacheprovider tests/test_readme.py
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_readme.py tests/test_house.py
 
 bench: $(VENV)/.core
 	$(BIN)/python benchmarks/cpu/run.py $(BENCH)

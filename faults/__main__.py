@@ -31,7 +31,7 @@ def main() -> int:
     chosen = [fault for fault in ids() if not given.ids or {fault, fault[0]} & {each.lower() for each in given.ids}]
     if not chosen:
         parser.error(f"no such fault; there are {', '.join(ids())}")
-    import deft.run  # noqa: F401  once, before anything is forked
+    import deft.run.train  # noqa: F401  once, before anything is forked
 
     logging.disable_progress_bar()
     # Under nohup runs ignore SIGHUP, in the background of a script SIGINT, as is right; D3 is about runs at a terminal.

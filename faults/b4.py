@@ -40,9 +40,9 @@ def control() -> Result:
     """Nobody compares."""
 
     def forget() -> None:
-        import deft.prepare
+        import deft.run.prepare
 
-        deft.prepare._compare = lambda *given: None
+        deft.run.prepare._compare = lambda *given: None
 
     return _thrown(CHANGES[:2], forget)
 

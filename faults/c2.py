@@ -54,10 +54,10 @@ def control() -> Result:
     """Nobody looks at the folder before the run starts."""
 
     def careless() -> None:
-        import deft.preflight
+        import deft.run.preflight
 
-        deft.preflight.output_folder = lambda output, may_go_on=False: Path(output)
-        deft.preflight.make_folder = lambda folder: None
+        deft.run.preflight.output_folder = lambda output, may_go_on=False: Path(output)
+        deft.run.preflight.make_folder = lambda folder: None
 
     return _thrown((CASES[0], CASES[1]), careless)
 

@@ -92,7 +92,7 @@ def fork(target: Callable[[], object], log: Path) -> Child:
 
 def deft(*words: str, log: Path, before: Callable[[], object] = lambda: None) -> Child:
     """`deft WORDS` in a child, as from the command line. `before` runs first in it: the place to plant a fault."""
-    import deft.run  # noqa: F401  imported before the fork, so that no child has to
+    import deft.run.train  # noqa: F401  imported before the fork, so that no child has to
 
     return fork(lambda: (before(), command(*words)), log)
 

@@ -5,29 +5,48 @@ Every file in loss/ is held to it: a new one is tested without touching this fil
 
 from __future__ import annotations
 
-import importlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import deft.loss
 import pytest
 import reference_loss as reference
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import deft.training.loss
 from deft.core import registry
 from deft.core.errors import InputError
-from deft.core.types import Head
-from deft.training import objectives as losses
+from deft.core.types import Head, Objective, Tally
+from deft.training import objectives
 from deft.training.loss import nll
-from deft.training.objectives import OwnLoss
+from deft.training.objectives import OwnObjective
 
-NAMES = registry.names(deft.loss)
-LOSSES = {name: importlib.import_module(f"deft.training.loss.{name}") for name in NAMES} | {
+NAMES = registry.names(deft.training.loss)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """An objective as functions that give its sum; its weight is compared on the way."""
+
+    objective: Objective
+
+    def loss(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+        return self._sum(self.objective(hidden_KH, head, targets_K, weights_K), weights_K)
+
+    def loss_from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
+        return self._sum(self.objective.from_logits(logits_KV, targets_K, weights_K), weights_K)
+
+    def _sum(self, tally: Tally, weights_K: Tensor) -> Tensor:
+        assert not tally.weight_sum.requires_grad
+        assert float(tally.weight_sum) == pytest.approx(float(weights_K.double().sum()), rel=1e-12)
+        return tally.nll_sum
+
+
+LOSSES: dict[str, Any] = {name: Sums(objectives.load(name)) for name in NAMES} | {
     "reference": reference,
-    "a user's own": OwnLoss("reference_loss:loss_from_logits", reference.loss_from_logits),
+    "a user's own": Sums(OwnObjective("reference_loss:loss_from_logits", reference.loss_from_logits)),
 }
 HEADS = {
     "plain": {},
@@ -114,7 +133,7 @@ def relative_errors(ours: list[Tensor], oracle: list[Tensor]) -> list[float]:
 def test_the_folder_holds_the_default_and_not_the_reference() -> None:
     assert "nll" in NAMES
     with pytest.raises(InputError, match=r"loss\.name: 'reference' is not there; there is nll"):
-        losses.load("reference")
+        objectives.load("reference")
 
 
 def test_the_reference_is_a_weighted_sum_of_cross_entropies() -> None:
