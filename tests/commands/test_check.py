@@ -118,7 +118,7 @@ def test_the_numbers_of_the_plan_are_those_of_the_steps(tmp_path: Path, model: P
     settings = {"batch__examples": 6, "epochs": 2, "microbatch_tokens": 100, "max_length": 128}
     found, said = checked(model, rows, **settings)
     made = config.make(config.nested({"model": str(model), "data__train": rows, **settings}))
-    planned = prepare(made, Session(console=Console(quiet=True))).loader
+    planned = prepare(made, Session(console=Console(quiet=True))).fit.planned
     works = [planned.step(step) for step in range(planned.epochs[0].steps)]
     assert found.plan is not None
     assert (found.plan.steps, found.plan.epochs, found.plan.examples) == (planned.steps, 2, 20)
@@ -235,6 +235,6 @@ def test_the_template_s_stop_mark_is_found_in_a_run(tmp_path: Path, model: Path)
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "numpy", "pydantic", "rich.table"]
-    code = f"import sys; import deft.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys; import deft.commands.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

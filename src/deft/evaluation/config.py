@@ -24,3 +24,7 @@ class EvaluateConfig(Section):
         if not isinstance(value, str | Path | list | tuple | None):
             raise ValueError("name a file, or give a list of prompts")
         return str(value) if isinstance(value, Path) else value or ()
+
+    def is_due(self, step: int, total: int) -> bool:
+        """Whether to evaluate after a step of a run of `total`."""
+        return step == total or (self.every is not None and step % self.every == 0)

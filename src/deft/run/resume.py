@@ -1,18 +1,28 @@
-"""What a run that goes on finds changed since its checkpoint: each `old -> new`, refused or applied by a rule."""
+"""What earlier starts of a run have done, and what changed since: each `old -> new`, refused or applied by a rule."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from deft.core.errors import Problem
+from deft.core import files
+from deft.core.errors import InputError, Problem, Problems
 from deft.dataset.store import Examples
+from deft.plan.order import Batching
+from deft.run import config as configuration
+from deft.run.config import Config
+from deft.run.folder import is_run
+from deft.tracking import jsonl
+from deft.training import checkpoint, resuming
+from deft.training.checkpoint import Checkpoint, Found
+from deft.training.state import TrainState
 
 AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""
@@ -34,8 +44,11 @@ APPLIED = {
 SHOWN_ROWS = 5
 
 
+ROW_COLUMNS = ("digest", "line", "source")
+
+
 @dataclass(frozen=True)
-class Rows:
+class RowDigests:
     """A digest of each example that is trained, in order, and where it comes from. Arrays are [E].
 
     digest  int64    line  int64    source  int32, an index into `sources`
@@ -47,16 +60,25 @@ class Rows:
     source: np.ndarray
 
     @classmethod
-    def of(cls, examples: Examples) -> Rows:
+    def of(cls, examples: Examples) -> RowDigests:
         names, lines, numbers = examples.origins()
         return cls(names, examples.digests(), lines, numbers)
 
-    def differences(self, now: Rows) -> dict[str, str]:
+    @classmethod
+    def stored(cls, checkpoint: Checkpoint) -> RowDigests:
+        """Those of a checkpoint."""
+        rows = checkpoint.tensors["rows"]
+        return cls(tuple(checkpoint.values["cursor"]["sources"]), *(rows[name].numpy() for name in ROW_COLUMNS))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(getattr(self, name)) for name in ROW_COLUMNS}
+
+    def differences(self, now: RowDigests) -> dict[str, str]:
         """Source -> what is different in it now, by line.
 
         >>> def rows(*texts):
         ...     arrays = np.array([hash(text) for text in texts]), np.arange(1, len(texts) + 1)
-        ...     return Rows(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
+        ...     return RowDigests(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
         >>> rows("a", "b", "c").differences(rows("a", "x", "c"))
         {'a.jsonl': 'line 2'}
         >>> rows("a", "b", "c").differences(rows("a", "c"))
@@ -108,6 +130,95 @@ class Changes:
     applied: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class EarlierStarts:
+    """What earlier starts of a run have done: the checkpoint that it goes on from, if there is one."""
+
+    found: Found | None = None
+
+    @property
+    def step(self) -> int:
+        """The steps that are done."""
+        return self.found.checkpoint.step if self.found else 0
+
+    @property
+    def cursor(self) -> Mapping[str, Any]:
+        return self.found.checkpoint.values["cursor"] if self.found else {}
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation that is due before the next step is done."""
+        return bool(self.cursor.get("is_evaluated"))
+
+    def settled(self, config: Config) -> Config:
+        """The configuration with the `auto`s that the run began with."""
+        if self.found is None:
+            return config
+        before = self.found.checkpoint.values["inputs"]["config"]
+        return configuration.make(settled(config.model_dump(mode="json"), before))
+
+    def batchings(self, asked: Batching) -> tuple[tuple[int, Batching], ...]:
+        """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
+        earlier = tuple((since, Batching(**each)) for since, each in self.cursor.get("batchings", ()))
+        return earlier if earlier and earlier[-1][1] == asked else (*earlier, (self.step, asked))
+
+    def changes(self, folder: Path, now: Inputs, rows: RowDigests) -> list[str]:
+        """Lines on what changed since the checkpoint; Problems where the run cannot go on with it."""
+        if self.found is None:
+            return []
+        before = Inputs(**self.found.checkpoint.values["inputs"])
+        changes = compare(self.step, before, now, RowDigests.stored(self.found.checkpoint), rows)
+        if changes.refused:
+            what = f"not what was trained until step {self.step}; put it back, or train anew with another output=:"
+            raise Problems(f"{folder}: {what}", changes.refused)
+        return [f"since step {self.step}: {change}" for change in changes.applied]
+
+    def cut_back(self, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others."""
+        step = self.step if self.found else -1
+        for note in checkpoint.set_aside(folder / "checkpoints", step):
+            say(note)
+        for name in ("eval", "samples"):
+            jsonl.cut(folder / f"{name}.jsonl", step if self.is_evaluated else step - 1)
+        return jsonl.cut(folder / "metrics.jsonl", step)
+
+    def restore(self, state: TrainState) -> None:
+        """Moves a state that was built anew to where the run goes on."""
+        if self.found is not None:
+            resuming.restore(state, self.found.checkpoint)
+
+
+NEW_RUN = EarlierStarts()
+
+
+def is_finished(config: Config) -> bool:
+    """Whether an earlier start brought the run to its end: final/, compared, and its report.
+
+    InputError where it is to go on from an earlier step all the same.
+    """
+    folder = Path(str(config.output))
+    if not (_goes_on(config) and (folder / "final").is_dir() and (folder / "report.html").is_file()):
+        return False
+    if config.resume != "auto":
+        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
+    return True
+
+
+def earlier_starts(config: Config, say: Callable[[str], None]) -> EarlierStarts:
+    """What to go on from; what earlier starts left half written is removed."""
+    folder = Path(str(config.output))
+    for each in (folder, folder / "checkpoints"):
+        files.sweep(each)
+    found = checkpoint.find(folder / "checkpoints", config.resume) if _goes_on(config) else None
+    for note in found.notes if found else ():
+        say(note)
+    return EarlierStarts(found)
+
+
+def _goes_on(config: Config) -> bool:
+    return config.resume != "never" and is_run(Path(str(config.output)))
+
+
 def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the checkpoint's values where nothing is asked for.
 
@@ -118,7 +229,7 @@ def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return {**config, **{key: before[key] for key in asks_nothing if key in before}}
 
 
-def compare(step: int, before: Inputs, now: Inputs, rows_before: Rows, rows_now: Rows) -> Changes:
+def compare(step: int, before: Inputs, now: Inputs, rows_before: RowDigests, rows_now: RowDigests) -> Changes:
     """What has changed since the checkpoint of `step`."""
     keys = _changed_keys(before.config, now.config)
     refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
