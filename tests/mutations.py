@@ -144,7 +144,7 @@ TABLE: tuple[Mutation, ...] = (
         "test_schedule_and_optimizer.py",
     ),
     _of(
-        "deft.run.train",
+        "deft.run.build",
         'model.train(config.dropout == "config")',
         "model.train()",
         "test_train.py::test_dropout_is_off_unless_it_is_asked_for",
@@ -166,8 +166,13 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.evaluation.heldout", "    learner.model.eval()\n", "", "test_heldout.py"),
     _of("deft.evaluation.heldout", "learner.model.train(was_training)", "learner.model.train()", "test_heldout.py"),
     # Resume, field by field.
-    _of("deft.run.train", 'set_random_state(stored.values["random-00000"])', "pass", KILLED),
-    _of("deft.run.train", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
+    _of(
+        "deft.training.resuming",
+        'randomness.restore(randomness.from_json(stored.values["random-00000"]))',
+        "pass",
+        KILLED,
+    ),
+    _of("deft.training.resuming", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
     _of("deft.training.optim.adamw", 'self.steps = int(state["steps"])', "pass", "test_schedule_and_optimizer.py"),
     _of(
         "deft.training.optim.adamw",
