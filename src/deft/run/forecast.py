@@ -134,15 +134,15 @@ def fit(planned: Loader, base: Base, objective: Objective, machine: Machine, *, 
     memory = hardware.memory_bytes(machine.device)
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
-        fit = Fit(plan, mode, _attempt(config, batch, objective, machine, is_alone, mode))
-        if fit.traced is None:
-            return fit
-        if fit.traced.peak_bytes + PROCESS <= memory:
-            break
-    else:
-        if is_auto and fit.traced:
-            raise MemoryShort(_short(fit.traced, memory))
-    return fit
+        try:
+            traced = trace(config, batch, objective, machine, is_alone, mode)
+        except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
+            return Fit(plan, mode, None)
+        if traced.peak_bytes + PROCESS <= memory:
+            return Fit(plan, mode, traced)
+    if is_auto:
+        raise MemoryShort(_short(traced, memory))
+    return Fit(plan, mode, traced)
 
 
 def kept_fit(
@@ -215,21 +215,6 @@ def too_long(step: int, microbatch_tokens: int, longest: int) -> str:
     else:
         fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
     return f"step {step} with micro-batches of {microbatch_tokens} tokens; {fix}"
-
-
-def _attempt(
-    config: PreTrainedConfig,
-    batch: MicroBatch,
-    objective: Objective,
-    machine: Machine,
-    is_alone: bool,
-    mode: Checkpointing,
-) -> Trace | None:
-    """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
-    try:
-        return trace(config, batch, objective, machine, is_alone, mode)
-    except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
-        return None
 
 
 def trace(

@@ -42,8 +42,6 @@ APPLIED = {
     "steps": "applies: the schedule follows the new length",
 }
 SHOWN_ROWS = 5
-
-
 ROW_COLUMNS = ("digest", "line", "source")
 
 
@@ -123,14 +121,6 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """`refused` are what keeps the run from going on, `applied` lines about what is different from now on."""
-
-    refused: tuple[Problem, ...]
-    applied: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class EarlierStarts:
     """What earlier starts of a run have done: the checkpoint that it goes on from, if there is one."""
 
@@ -154,8 +144,9 @@ class EarlierStarts:
         """The configuration with the `auto`s that the run began with."""
         if self.found is None:
             return config
-        before = self.found.checkpoint.values["inputs"]["config"]
-        return configuration.make(settled(config.model_dump(mode="json"), before))
+        before, values = self.found.checkpoint.values["inputs"]["config"], config.model_dump(mode="json")
+        kept = {key: before[key] for key in AUTOS if values[key] in (None, "auto") and key in before}
+        return configuration.make({**values, **kept})
 
     def batchings(self, asked: Batching) -> tuple[tuple[int, Batching], ...]:
         """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
@@ -167,11 +158,13 @@ class EarlierStarts:
         if self.found is None:
             return []
         before = Inputs(**self.found.checkpoint.values["inputs"])
-        changes = compare(self.step, before, now, RowDigests.stored(self.found.checkpoint), rows)
-        if changes.refused:
+        keys = _changed_keys(before.config, now.config)
+        if refused := _refused(
+            self.step, before, now, keys, RowDigests.stored(self.found.checkpoint).differences(rows)
+        ):
             what = f"not what was trained until step {self.step}; put it back, or train anew with another output=:"
-            raise Problems(f"{folder}: {what}", changes.refused)
-        return [f"since step {self.step}: {change}" for change in changes.applied]
+            raise Problems(f"{folder}: {what}", refused)
+        return [f"since step {self.step}: {change}" for change in _applied(keys, before, now)]
 
     def cut_back(self, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others."""
@@ -229,24 +222,6 @@ def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return {**config, **{key: before[key] for key in asks_nothing if key in before}}
 
 
-def compare(step: int, before: Inputs, now: Inputs, rows_before: RowDigests, rows_now: RowDigests) -> Changes:
-    """What has changed since the checkpoint of `step`."""
-    keys = _changed_keys(before.config, now.config)
-    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
-    for name in ("model", "tokenizer", "template"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            where = f"{before.config[name]} -> {now.config[name]}" if _is_setting(name, before, now) else "its files"
-            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
-    causes = [key for key in keys if _is_of(key, ROWS)]
-    different = rows_before.differences(rows_now)
-    if different and not refused:
-        refused += _about_rows(step, different, {key: keys[key] for key in causes})
-    if before.plan != now.plan and not refused:
-        refused.append(_about_the_plan(step, before, now))
-    return Changes(tuple(refused), tuple(_applied(keys, before, now)))
-
-
 def fingerprint(folder: Path) -> str:
     """A digest of a model's folder: config.json, and of each weight file its size, header and 64 places.
 
@@ -278,6 +253,27 @@ def plan_digest(orders: Iterable[np.ndarray]) -> str:
     for order in orders:
         found.update(np.ascontiguousarray(order, np.int64).tobytes() + b"|")
     return found.hexdigest()
+
+
+def _refused(
+    step: int, before: Inputs, now: Inputs, keys: Mapping[str, tuple[Any, Any]], rows: Mapping[str, str]
+) -> list[Problem]:
+    """What keeps a run from going on: keys, then files, then rows, then the plan; the first kind that there is.
+
+    keys  that have changed: (old, new)
+    rows  source -> what is different in it
+    """
+    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
+    for name in ("model", "tokenizer", "template"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            where = f"{before.config[name]} -> {now.config[name]}" if name in keys else "its files"
+            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
+    if rows and not refused:
+        refused += _about_rows(step, rows, {key: change for key, change in keys.items() if _is_of(key, ROWS)})
+    if before.plan != now.plan and not refused:
+        refused.append(_about_the_plan(step, before, now))
+    return refused
 
 
 def _difference(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> str:
@@ -372,7 +368,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 def _is_of(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def _is_setting(name: str, before: Inputs, now: Inputs) -> bool:
-    return name in before.config and before.config[name] != now.config.get(name)
