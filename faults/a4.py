@@ -57,9 +57,9 @@ def moments() -> list[tuple[str, Callable[[Path], Callable[[], None]]]]:
     calls = [
         ("deft.run.reading.check", 1),
         ("deft.run.prepare.plan", 1),
-        ("deft.run.train.build", 1),
+        ("deft.run.build.build", 1),
         ("deft.run.build.selftest.choose", 1),
-        *(("deft.run.train.held_out_loss", n) for n in (1, 2, 3)),
+        *(("deft.evaluation.evaluate.held_out_loss", n) for n in (1, 2, 3)),
         *(("deft.core.files.write_text", n) for n in (1, 2, 3)),
         *(("deft.training.checkpoint.retain", n) for n in (1, 3)),
         ("deft.export.folder.verify", 1),

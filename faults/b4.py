@@ -40,9 +40,9 @@ def control() -> Result:
     """Nobody compares."""
 
     def forget() -> None:
-        import deft.run.prepare
+        import deft.run.resume
 
-        deft.run.prepare._compare = lambda *given: None
+        deft.run.resume.EarlierStarts.changes = lambda *given: []
 
     return _thrown(CHANGES[:2], forget)
 

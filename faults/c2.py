@@ -54,10 +54,11 @@ def control() -> Result:
     """Nobody looks at the folder before the run starts."""
 
     def careless() -> None:
-        import deft.run.preflight
+        import deft.run.folder
+        import deft.run.reading
 
-        deft.run.preflight.output_folder = lambda output, may_go_on=False: Path(output)
-        deft.run.preflight.make_folder = lambda folder: None
+        deft.run.reading.output_folder = lambda output, may_go_on=False: Path(output)
+        deft.run.folder.make_folder = lambda folder: None
 
     return _thrown((CASES[0], CASES[1]), careless)
 

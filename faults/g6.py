@@ -9,8 +9,10 @@ from pathlib import Path
 import yaml
 
 from deft.core import crash
-from deft.run import finish, manifest, reading
+from deft.export import card
+from deft.run import folder as run_folder
 from deft.run import train as running
+from deft.tracking import console
 from faults.harness import Result, Scale, tally
 from faults.scenes import arguments, ended, scene
 
@@ -29,7 +31,7 @@ def control() -> Result:
     def open_() -> None:
         from deft.commands import cli
 
-        for module in (crash, manifest, reading, running, finish, cli):
+        for module in (crash, run_folder, console, running, card, cli):
             module.redacted = lambda text: text  # type: ignore[attr-defined]
 
     return _thrown(open_)

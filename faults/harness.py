@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deft.run.manifest import versions
+from deft.core import versions
 
 ROOT = Path(__file__).parents[1]
 SHOWN_FAILURES = 5
@@ -171,7 +171,7 @@ def about_the_machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores {_processor()}, {platform.system()}",
-        "versions": versions(),
+        "versions": versions.installed(),
     }
 
 

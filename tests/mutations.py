@@ -180,8 +180,13 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.model.causal_lm", "    model.eval()\n", "", "test_heldout.py"),
     _of("deft.model.causal_lm", "            module.training = True\n", "            pass\n", "test_heldout.py"),
     # Resume, field by field.
-    _of("deft.run.train", "randomness.restore(randomness.from_json(stored", "str((stored", KILLED),
-    _of("deft.run.train", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
+    _of(
+        "deft.training.resuming",
+        'randomness.restore(randomness.from_json(stored.values["random-00000"]))',
+        "pass",
+        KILLED,
+    ),
+    _of("deft.training.resuming", 'state.skipped = stored.values["cursor"]["skipped"]', "pass", "test_numbers.py"),
     *(
         _of(
             "deft.training.masters",

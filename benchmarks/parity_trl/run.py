@@ -72,7 +72,7 @@ def planned_rows(folder: Path) -> Iterator[dict[str, list[int]]]:
 
     saved = config.load(str(folder / "deft" / "config.yaml"))
     session = Session(console=Console(quiet=True))
-    planned = prepare(saved.model_copy(update={"output": None}), session).loader
+    planned = prepare(saved.model_copy(update={"output": None}), session).fit.planned
     for step in range(planned.steps):
         for example in planned.members(step):
             (part,) = example

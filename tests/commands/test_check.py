@@ -118,7 +118,7 @@ def test_the_numbers_of_the_plan_are_those_of_the_steps(tmp_path: Path, model: P
     settings = {"batch__examples": 6, "epochs": 2, "microbatch_tokens": 100, "max_length": 128}
     found, said = checked(model, rows, **settings)
     made = config.make(config.nested({"model": str(model), "data__train": rows, **settings}))
-    planned = prepare(made, Session(console=Console(quiet=True))).loader
+    planned = prepare(made, Session(console=Console(quiet=True))).fit.planned
     works = [planned.step(step) for step in range(planned.epochs[0].steps)]
     assert found.plan is not None
     assert (found.plan.steps, found.plan.epochs, found.plan.examples) == (planned.steps, 2, 20)

@@ -28,10 +28,10 @@ from transformers import (
 
 from deft.core import files
 from deft.core.errors import DiskError, InputError
+from deft.export.card import model_card
 from deft.export.folder import (
     ExportError,
     export,
-    model_card,
     verify,
 )
 from deft.model import attention
@@ -360,11 +360,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 CHILD = """
 import resource, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_generate import model_of, tokenizer_of
 from test_export import write
-from deft import export as room
-from deft.errors import DiskError
+from deft.core import files
+from deft.core.errors import DiskError
+from deft.export import folder as room
 {before}
 try:
     write(model_of(tokenizer_of("bytes")), tokenizer_of("bytes"), Path({folder!r}))
@@ -375,7 +376,9 @@ except DiskError as error:
 
 
 def child(folder: Path, before: str) -> list[str]:
-    code = CHILD.format(tests=str(Path(__file__).parents[1]), folder=str(folder), before=before)
+    here = Path(__file__).parent
+    tests = [str(each) for each in (here, here.parent, here.parent / "evaluation")]
+    code = CHILD.format(tests=tests, folder=str(folder), before=before)
     return [sys.executable, "-c", code]
 
 
@@ -406,7 +409,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(file: str, tmp_path: Path) -> No
 
 def test_a_killed_export_leaves_no_folder_of_the_final_name(tmp_path: Path) -> None:
     """Killed while the files are synced: all are written, none is trusted yet."""
-    slow = "from deft import files\nfiles.Disk.sync = lambda disk, file: (print('syncing', flush=True), time.sleep(60))"
+    slow = "files.Disk.sync = lambda disk, file: (print('syncing', flush=True), time.sleep(60))"
     process = subprocess.Popen(child(tmp_path / "final", slow), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "syncing\n"

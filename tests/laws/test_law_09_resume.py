@@ -21,7 +21,7 @@ from deft.run import config
 from deft.run import train as run
 from deft.run.reading import Session
 from deft.tracking import jsonl
-from deft.training import checkpoint, randomness
+from deft.training import checkpoint, randomness, resuming
 from deft.training.checkpoint import Checkpoint
 
 ROWS = [
@@ -70,7 +70,7 @@ def train(folder: Path, output: str, stop: int | None = None, **more: Any) -> st
         for record in steps(*given, **named):
             yield record
             if record.step == stop:
-                patch.setattr(run, "_save", lambda *given, **named: None)
+                patch.setattr(resuming, "save_rest", lambda *given: None)
                 raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -162,10 +162,10 @@ def test_an_export_that_was_stopped_is_made_again(moment: str, folder: Path, mon
     def killed(*given: Any, **named: Any) -> None:
         raise Killed
 
-    where = {"before": "export.export", "while": "export._tokenizer_to_save", "after": "export.verify"}[moment]
+    where = {"before": "export", "while": "_tokenizer_to_save", "after": "verify"}[moment]
     made = config.make(settings(folder, "cut"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"deft.{where}", killed)
+        patch.setattr(f"deft.export.folder.{where}", killed)
         with pytest.raises(Killed):
             run.train(made, Session(console=Console(file=io.StringIO())))
     assert (folder / "cut" / "final").exists() == (moment == "after")

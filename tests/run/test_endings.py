@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from deft.evaluation.samples import MetricFn
 from deft.run import config
 from deft.run import train as run
 from deft.run.reading import Session
-from deft.tracking.console import Steps
-from deft.training import checkpoint, step
+from deft.tracking.tracker import Trackers
+from deft.training import checkpoint, resuming, step
 from deft.training.optim.adamw import AdamW
 
 __all__ = ["folder"]
@@ -71,6 +72,18 @@ def at_call(number: int, raised: BaseException, plain: Any = lambda *given, **na
     return called
 
 
+def at_step(number: int, raised: BaseException) -> Any:
+    """`Trackers.write`, which raises once the record of a step is written."""
+    plain = Trackers.write
+
+    def write(tracks: Trackers, kind: str, record: Mapping[str, Any]) -> None:
+        plain(tracks, kind, record)
+        if (kind, record["step"]) == ("step", number):
+            raise raised
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("raised", "seen"),
     [
@@ -102,7 +115,7 @@ def test_what_ends_the_loop_elsewhere_loses_no_step(
         if where == "in a step":
             patch.setattr(step, "_read", at_call(5, raised, step._read))
         else:
-            patch.setattr(Steps, "show", at_call(4, raised))
+            patch.setattr(Trackers, "write", at_step(4, raised))
         with pytest.raises(type(raised)):
             train(whole, "cut")
     assert saved(whole) == [4]
@@ -114,7 +127,7 @@ def test_an_evaluation_that_was_due_when_the_run_ended_is_made_up_for(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "show", at_call(3, RuntimeError("a bug")))
+        patch.setattr(Trackers, "write", at_step(3, RuntimeError("a bug")))
         with pytest.raises(RuntimeError):
             train(whole, "cut")
     assert saved(whole) == [3]
@@ -139,7 +152,7 @@ def test_an_update_that_was_broken_off_is_not_saved(whole: Path, monkeypatch: py
 def test_where_saving_fails_too_both_are_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "_checkpoint", at_call(1, RuntimeError("the device is lost")))
+    monkeypatch.setattr(resuming, "take", at_call(1, RuntimeError("the device is lost")))
     with pytest.raises(UserCodeError, match="metric_fn raised ZeroDivisionError: mine"):
         train(folder, "cut", at_call(2, ZeroDivisionError("mine"), well))
     assert "step 3 could not be saved (RuntimeError: the device is lost)" in capsys.readouterr().out

@@ -282,8 +282,8 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
         session = Session(console=Console(file=io.StringIO()))
         checked = reading.check(made, session)
-        data = prepare.encode(made, checked, checked.encoder(), session)
-        return prepare.fitted(made, checked, data, prepare.plan(made, checked, data), session)
+        data = prepare.encode(made, checked, session)
+        return prepare.plan(made, checked, data, session)
 
     traced, trace_once = [], forecast.trace
     monkeypatch.setattr(forecast, "trace", lambda *given: traced.append(given) or trace_once(*given))

@@ -13,8 +13,9 @@ from tiny_models import write_llama
 import deft
 from deft.core import registry
 from deft.core.errors import InputError, UserCodeError
+from deft.dataset.config import SourceConfig
 from deft.run import config, reading
-from deft.run.config import Config, Source
+from deft.run.config import Config
 from deft.run.reading import Session
 from deft.training import loss, optim
 
@@ -63,7 +64,7 @@ def test_a_name_that_does_not_exist_is_refused(key: str, given: dict[str, Any]) 
 
 @pytest.mark.parametrize("key", ["path", "format", "answers", "subset"])
 def test_so_is_one_of_a_source(key: str, given: dict[str, Any]) -> None:
-    assert key in Source.model_fields
+    assert key in SourceConfig.model_fields
     assert NO in refusal({**given, "data": {"train": [{"path": given["data"], key: NO}]}})
 
 
@@ -74,7 +75,7 @@ def test_so_is_one_of_a_source(key: str, given: dict[str, Any]) -> None:
         ("optimizer__name", "muon", "optimizer.name: 'muon' is not there; there is adamw"),
         ("loss__name", "nil", "loss.name: 'nil' is not there; did you mean 'nll'?"),
         ("loss__name", "reference", "loss.name: 'reference' is not there; there is nll"),
-        ("schedule__name", "cosin", "did you mean cosine?"),
+        ("schedule__name", "cosin", "did you mean 'cosine'?"),
     ],
 )
 def test_the_closest_is_named(key: str, value: str, said: str, given: dict[str, Any]) -> None:
@@ -184,4 +185,4 @@ def test_what_a_users_loss_gives_is_checked(
     monkeypatch.delitem(__import__("sys").modules, "my_loss", raising=False)
     own, head = losses.load("my_loss:value"), Head(torch.ones(5, 2, requires_grad=True))
     with pytest.raises(InputError, match=rf"loss\.name: my_loss:value .*{said}"):
-        own.loss(torch.ones(3, 2), head, torch.tensor([0, 1, 2]), torch.ones(3))
+        own(torch.ones(3, 2), head, torch.tensor([0, 1, 2]), torch.ones(3))

@@ -57,14 +57,14 @@ def settings():
     }
 
 import deft
-import deft.api
+import deft.run.api
 model, rows, out, how = sys.argv[1:5]
 before = settings()
 if how == "python":
     deft.train(model, rows, output=out, epochs=1, precision=sys.argv[5], dropout="config")
 else:
     sys.argv = ["deft", "train", f"model={model}", f"data.train={rows}", f"output={out}", "epochs=1", "precision=fp32"]
-    from deft import cli
+    from deft.commands import cli
     try:
         cli.main()
     except SystemExit as end:

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from deft.core import files, hardware
 from deft.core.types import Fate
@@ -24,7 +23,7 @@ from deft.model.load import ModelSummary, summarise
 from deft.plan import summary
 from deft.plan.summary import PlanSummary
 from deft.run import plan_time, prepare, reading
-from deft.run.build import build, pretrained, settle_process
+from deft.run.build import load
 from deft.run.config import Config
 from deft.run.forecast import Fit, Forecast, forecast
 from deft.run.plan_time import PlanTime
@@ -79,9 +78,8 @@ def run(
     """
     session = Session(console=console or _console())
     checked = reading.check(config, session, needs_weights=is_timed)
-    data = prepare.encode(config, checked, checked.encoder(), session)
-    plan = prepare.plan(config, checked, data) if data.train else None
-    fit = prepare.fitted(config, checked, data, plan, session) if plan else None
+    data = prepare.encode(config, checked, session)
+    fit = prepare.plan(config, checked, data, session) if data.train else None
     found = Checkup(
         ledgers=data.ledgers,
         model=summarise(checked.base),
@@ -107,19 +105,11 @@ def _measured(config: Config, checked: Checked, fit: Fit, session: Session) -> P
 
     Raises MemoryShort where they do not fit.
     """
-
-    def make_model() -> PreTrainedModel:
-        model = pretrained(checked.base, checked.machine)
-        settle_process(model, fit.planned)
-        return model
-
     session.say(f"loading {config.model} to time a few micro-batches of it")
     fix = "a smaller microbatch_tokens or max_length needs less memory"
     with hardware.within_memory(lambda: f"micro-batches of {fit.planned.microbatch_tokens} tokens; {fix}"):
-        state = build(config, make_model, checked.machine, World())
-        if state.causal_lm.note:
-            session.say(state.causal_lm.note)
-        state.causal_lm.checkpointing = fit.checkpointing
+        state = load(config, checked, fit, World(), owns_process=True)  # as the command line does for a run
+        session.say(state.causal_lm.note)
         compiling.begin(state, fit.planned, checked.objective, session.say)
         return plan_time.measure(state, fit.planned, checked.objective, config.optimizer.clip)
 

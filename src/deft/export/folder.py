@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,14 +23,22 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from deft.core import files
 from deft.core.errors import DeftError, DiskError
 from deft.core.files import Staging
+from deft.core.types import Conversation
+from deft.distributed.world import World
 from deft.encoding import tokenizer as tokenizers
+from deft.encoding.rows import Example, as_chat
+from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation.generate import SAMPLING, own_stop_ids
-from deft.model.evaluating import evaluating
+from deft.model import multimodal
+from deft.model.causal_lm import evaluating
+from deft.model.load import Base
 from deft.model.load import stop_ids as stop_ids_of
-from deft.model.multimodal import auto_class
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""
+
+EXPORT_ROWS = 3
+"""How many training examples are compared between the model in memory and the exported one."""
 
 TEXTS = (
     "Hello, world!",
@@ -64,6 +71,12 @@ class ExportCheck:
     template_compared: bool
     stop_ids: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype}, reloaded by plain transformers and compared: {self.tensors} tensors equal, "
+            f"logits within {self.largest_error:.1e}, {self.texts} texts encoded alike"
+        )
+
 
 def export(
     model: Any,
@@ -94,6 +107,55 @@ def export(
             staging.write(file.name, [file.read_bytes()])
         _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging.path)
         staging.write_text("README.md", card)
+
+
+def hand_over(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer,
+    *,
+    base: Base,
+    weights: Mapping[str, Tensor] | None,
+    marks: Collection[str],
+    card: str,
+    examples: Sequence[Example],
+    chat: Conversation | None,
+    world: World,
+) -> ExportCheck:
+    """Export a trained model unless an earlier start has, and compare it; it is removed where it differs.
+
+    base      whose dtype and processor files it gets
+    marks     what ends the learnt turns of chats
+    examples  trained ones, the first `EXPORT_ROWS` of which are compared
+    chat      the conversation that templates are compared on
+    """
+    stops = _learnt_stop_ids(tokenizer, marks)
+    if not folder.exists():
+        export(
+            model,
+            tokenizer.hf,
+            folder,
+            dtype=getattr(torch, base.dtype),
+            stop_ids=stops,
+            chat_template=None,
+            card=card,
+            weights=weights,
+            processor=multimodal.processor_files(base.path),
+        )
+    world.wait()
+    rows = [example[0].tokens.tolist() for example in examples[:EXPORT_ROWS]]
+    messages = [{"role": each.role, "content": each.content} for each in as_chat(chat.messages)] if chat else None
+    try:
+        return verify(folder, model, tokenizer.hf, rows, messages, weights=weights, stop_ids=stops)
+    except ExportError:
+        files.remove(folder)
+        raise
+
+
+def _learnt_stop_ids(tokenizer: Tokenizer, marks: Collection[str]) -> list[int]:
+    """The ids of the marks, as far as they are single tokens; EOS where there are none, as text was learnt."""
+    ids = [tokenizer.special_tokens[mark] for mark in sorted(marks) if mark in tokenizer.special_tokens]
+    return ids if marks or tokenizer.eos_id is None else [tokenizer.eos_id]
 
 
 def verify(
@@ -149,58 +211,6 @@ def weights_to_write(
                 f"{names[0]}: weights of shape {tuple(tensor.shape)} for {tuple(parameters[names[0]].shape)}"
             )
         yield tuple(names), tensor.detach().to(_saved_dtype(model, names[0], tensor, dtype)).to("cpu").contiguous()
-
-
-def model_card(facts: Mapping[str, Any]) -> str:
-    """README.md from the facts of a run; sections without facts are left out.
-
-    name             the model's name
-    base_model       hub id or folder
-    data             [{"path": ..., "rows": ...}, ...]
-    tokens, target_tokens     integers, over one epoch
-    hyperparameters  {name: value}
-    versions         {package: version}
-
-    >>> card = model_card(
-    ...     {"name": "gsm8k", "base_model": "Qwen/Qwen2.5-0.5B", "data": [{"path": "a.jsonl", "rows": 7}]}
-    ... )
-    >>> print(card[: card.index("## Load")])
-    ---
-    base_model: Qwen/Qwen2.5-0.5B
-    library_name: transformers
-    pipeline_tag: text-generation
-    tags:
-    - deft
-    - sft
-    ---
-    <BLANKLINE>
-    # gsm8k
-    <BLANKLINE>
-    Qwen/Qwen2.5-0.5B, fine-tuned on demonstrations with deft.
-    <BLANKLINE>
-    ## Data
-    <BLANKLINE>
-    | file | rows |
-    |---|---|
-    | a.jsonl | 7 |
-    <BLANKLINE>
-    <BLANKLINE>
-    """
-    name, base = str(facts.get("name", "model")), str(facts.get("base_model", "a pretrained model"))
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
-    shown = base if is_hub_id else Path(base).name or base
-    front: dict[str, Any] = {"base_model": base} if is_hub_id else {}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["deft", "sft"]}
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
-        f"{shown}, fine-tuned on demonstrations with deft.",
-        *_section("Data", _data_text(facts)),
-        *_section("Hyperparameters", _table(("name", "value"), facts.get("hyperparameters", {}).items())),
-        *_section("Versions", _table(("package", "version"), facts.get("versions", {}).items())),
-        *_section("Load", _load_text(name)),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 @contextmanager
@@ -310,7 +320,7 @@ def _tokenizer_to_save(tokenizer: Any, chat_template: str | None) -> Any:
 def _reload(folder: Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
-        plain = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        plain = multimodal.auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         reloaded, loading = cast(tuple[Any, dict[str, Any]], plain.from_pretrained(folder, **options))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder}: plain transformers cannot load it ({error})") from error
@@ -460,37 +470,3 @@ def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Seque
     if missing:
         raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")
     return found
-
-
-def _section(title: str, text: str) -> list[str]:
-    return [f"## {title}\n\n{text}"] if text else []
-
-
-def _table(heading: tuple[str, str], rows: Any) -> str:
-    lines = [f"| {_cell(left)} | {_cell(right)} |" for left, right in rows]
-    return "\n".join([f"| {heading[0]} | {heading[1]} |", "|---|---|", *lines]) if lines else ""
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _data_text(facts: Mapping[str, Any]) -> str:
-    # Names, not paths: a card is published.
-    table = _table(("file", "rows"), [(Path(str(d["path"])).name, d["rows"]) for d in facts.get("data", ())])
-    tokens, targets = facts.get("tokens"), facts.get("target_tokens")
-    share = f"{targets:,} of {tokens:,} tokens ({targets / tokens:.1%}) were learnt." if tokens and targets else ""
-    return "\n\n".join(filter(None, [table, share]))
-
-
-def _load_text(name: str) -> str:
-    return f"""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-An ordinary Hugging Face folder. It can be served as it is, and is both the starting policy and the reference model for
-DPO, KTO, GRPO or PPO."""

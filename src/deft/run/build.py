@@ -14,9 +14,10 @@ from deft.model import load as models
 from deft.model import selftest
 from deft.model.cpu import document_attention
 from deft.model.load import Base
-from deft.plan.loader import Loader
 from deft.run import forecast
 from deft.run.config import Config
+from deft.run.forecast import Fit
+from deft.run.reading import Checked
 from deft.training import compiling, optim
 from deft.training.masters import Masters
 from deft.training.state import TrainState
@@ -39,6 +40,25 @@ def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Ma
     return TrainState(causal_lm, masters, optimizer, world)
 
 
+def load(config: Config, checked: Checked, fit: Fit, world: World, *, owns_process: bool) -> TrainState:
+    """The state of a run at its beginning: `build` around the base model, for the steps of a plan.
+
+    owns_process  whether settings of the whole process may be changed: for the command line alone, as they stay
+    """
+
+    def make_model() -> PreTrainedModel:
+        model = pretrained(checked.base, checked.machine)
+        if owns_process:  # before the model's first product
+            documents = forecast.largest(fit.planned)[0].documents
+            hardware.settle_process(model.num_parameters(), document_attention.products(documents))
+            compiling.keep_kernels()
+        return model
+
+    state = build(config, make_model, checked.machine, world)
+    state.causal_lm.checkpointing = fit.checkpointing
+    return state
+
+
 def pretrained(base: Base, machine: Machine) -> PreTrainedModel:
     """The model of a folder or hub id, on the machine's device.
 
@@ -46,13 +66,3 @@ def pretrained(base: Base, machine: Machine) -> PreTrainedModel:
     """
     is_half = base.dtype == machine.dtype_name == "bfloat16"
     return models.load(base, device=machine.device, dtype=torch.bfloat16 if is_half else torch.float32)
-
-
-def settle_process(model: PreTrainedModel, planned: Loader) -> None:
-    """Settings of the whole process for training `model` by this plan, before its first product.
-
-    They stay afterwards: for the command line alone.
-    """
-    documents = forecast.largest(planned)[0].documents
-    hardware.settle_process(model.num_parameters(), document_attention.products(documents))
-    compiling.keep_kernels()

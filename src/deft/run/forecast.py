@@ -7,12 +7,14 @@ So there is no formula for any architecture, and what changes in the model, the 
 
 from __future__ import annotations
 
+import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,13 +24,17 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from deft.core import hardware
 from deft.core.errors import MemoryShort
+from deft.core.files import Staging
 from deft.core.hardware import Machine
 from deft.core.types import MicroBatch, Objective
+from deft.dataset import cache
+from deft.dataset.cache import Cache
 from deft.model import attention, fused_layers, multimodal
 from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.load import Base, unpackable
+from deft.model.load import Base, summarise, unpackable
 from deft.plan.loader import Loader
+from deft.run import resume
 from deft.training.masters import Masters
 from deft.training.optim.adamw import AdamW
 from deft.training.state import TrainState
@@ -41,7 +47,7 @@ BESIDE = {torch.float32: 48 * 2**20, torch.bfloat16: 192 * 2**20}
 """On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
 keep by shape add up to 150 MiB on documents of many lengths, 30 on those of one."""
 LEAST_TOKENS = 1024
-"""Below so many tokens matrix products slow down."""
+"""Matrix products of fewer tokens are slow."""
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 """From least to most computed twice."""
 
@@ -126,15 +132,36 @@ def fit(planned: Loader, base: Base, objective: Objective, machine: Machine, *, 
     memory = hardware.memory_bytes(machine.device)
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
-        fit = Fit(plan, mode, _attempt(config, batch, objective, machine, is_alone, mode))
-        if fit.traced is None:
-            return fit
-        if fit.traced.peak_bytes + PROCESS <= memory:
-            break
-    else:
-        if is_auto and fit.traced:
-            raise MemoryShort(_too_large(fit.traced, memory))
-    return fit
+        try:
+            traced = trace(config, batch, objective, machine, is_alone, mode)
+        except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
+            return Fit(plan, mode, None)
+        if traced.peak_bytes + PROCESS <= memory:
+            return Fit(plan, mode, traced)
+    if is_auto:
+        raise MemoryShort(_short(traced, memory))
+    return Fit(plan, mode, traced)
+
+
+def kept_fit(
+    kept_in: Cache, planned: Loader, digests: np.ndarray, machine: Machine, make: Callable[[], Fit], *more: str
+) -> Fit:
+    """The fit that an earlier start has kept for this plan, these examples, this machine and deft's code; else `make`s.
+
+    more  whatever else it depends on
+    """
+    orders = (array for epoch in planned.epochs for array in (epoch.order, epoch.starts))
+    plan = [resume.plan_digest([*orders, digests]), planned.microbatch_tokens, planned.normalize, planned.limit]
+    here = [hardware.describe(machine.device), str(machine.dtype), hardware.memory_bytes(machine.device)]
+
+    def write(staging: Staging) -> None:
+        fit = make()
+        traced = fit.traced and asdict(fit.traced)
+        staging.write_json("fit.json", [fit.planned.microbatch_tokens, fit.checkpointing, traced])
+
+    folder, _ = kept_in.get(cache.digest([plan, here, cache.package(), more]), write)
+    tokens, mode, traced = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    return Fit(replace(planned, microbatch_tokens=tokens), mode, traced and Trace(**traced))
 
 
 def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
@@ -153,7 +180,7 @@ def _halved(planned: Loader, least: int) -> Iterator[Loader]:
         yield planned
 
 
-def _too_large(traced: Trace, memory: int) -> str:
+def _short(traced: Trace, memory: int) -> str:
     needed, there, state = (f"{size / 2**30:.1f} GiB" for size in (traced.peak_bytes, memory, traced.state_bytes))
     return (
         f"out of memory: a step needs about {needed} of this machine's {there}, {state} of them for weights and "
@@ -173,19 +200,19 @@ def largest(planned: Loader) -> tuple[MicroBatch, bool]:
     return planned.step(step).micro_batches[index], is_alone
 
 
-def _attempt(
-    config: PreTrainedConfig,
-    batch: MicroBatch,
-    objective: Objective,
-    machine: Machine,
-    is_alone: bool,
-    mode: Checkpointing,
-) -> Trace | None:
-    """The trace, or None where this architecture cannot be run without values: one that routes tokens by them."""
-    try:
-        return trace(config, batch, objective, machine, is_alone, mode)
-    except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
-        return None
+def too_large(base: Base, machine: Machine) -> str:
+    """Said of a model whose state alone does not fit."""
+    need = summarise(base).state_bytes(machine.dtype) / 2**30
+    return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; take a smaller model"
+
+
+def too_long(step: int, microbatch_tokens: int, longest: int) -> str:
+    """Said of a step that does not fit: smaller micro-batches may, or shorter rows where one fills it alone."""
+    if longest < microbatch_tokens:
+        fix = f"microbatch_tokens={max(longest, microbatch_tokens // 2)} needs less memory and changes no result"
+    else:
+        fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
+    return f"step {step} with micro-batches of {microbatch_tokens} tokens; {fix}"
 
 
 def trace(

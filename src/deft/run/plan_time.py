@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from deft.core.types import MicroBatch, Objective
 from deft.plan.loader import Loader
+from deft.tracking.console import duration
 from deft.training.masters import clip_scale
 from deft.training.state import TrainState
 from deft.training.step import mean_share
@@ -41,11 +42,11 @@ class PlanTime:
     def __str__(self) -> str:
         """
         >>> str(PlanTime(7200.0, 1234.5, 8))
-        'about 2.0 hours for all steps, 1,230 tokens/s (8 micro-batches measured; evaluation and saving come on top)'
+        'about 2 h 00 min for all steps, 1,230 tokens/s (8 micro-batches measured; evaluation and saving come on top)'
         """
         speed = float(f"{self.tokens_per_second:.3g}")
         measured = f"{self.measured} micro-batches measured; evaluation and saving come on top"
-        return f"about {_duration(self.seconds)} for all steps, {speed:,.0f} tokens/s ({measured})"
+        return f"about {duration(self.seconds)} for all steps, {speed:,.0f} tokens/s ({measured})"
 
 
 def measure(state: TrainState, planned: Loader, objective: Objective, clip: float | None) -> PlanTime:
@@ -171,13 +172,3 @@ def _line(flop: Sequence[float], seconds: Sequence[float]) -> tuple[float, float
         if fixed >= 0.0:
             return float(fixed), float(per_flop)
     return 0.0, sum(seconds) / sum(flop)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(59), _duration(900), _duration(90_000)
-    ('59 seconds', '15 minutes', '25.0 hours')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NoReturn
 
@@ -17,23 +17,18 @@ from deft.core.types import Fate
 from deft.dataset import build, cache, ledger
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
-from deft.encoding.rows import RowEncoder
 from deft.model import load as models
-from deft.model.checkpointing import Checkpointing
 from deft.plan import loader
-from deft.plan.loader import Loader
 from deft.plan.order import Batching
-from deft.run import (
-    fits,
-    forecast,
-    reading,
-    resume,
-)
+from deft.run import forecast, reading, resume
 from deft.run.config import Config
 from deft.run.forecast import Fit, Forecast
 from deft.run.reading import Checked, Reading, Session
-from deft.run.resume import Inputs, Rows
-from deft.training.checkpoint import Found
+from deft.run.resume import NEW_RUN, EarlierStarts, Inputs, RowDigests
+from deft.tracking import console as display
+from deft.training import resuming
+from deft.training.checkpoint import Checkpoint
+from deft.training.state import TrainState
 
 SOON_ENCODED = 20_000
 """This many rows are encoded before those that cannot be read stop the run."""
@@ -44,62 +39,66 @@ class Prepared:
     """Everything that is known before the model's weights are loaded.
 
     config     resolved
+    fit        the plan, with micro-batches that fit in memory
     expected   None where the architecture has to be seen running
     batchings  what cuts steps, and from which step on
-    found      the checkpoint that the run goes on from
     """
 
     config: Config
     checked: Checked
-    row_encoder: RowEncoder
     data: Dataset
-    loader: Loader
-    checkpointing: Checkpointing
+    fit: Fit
     expected: Forecast | None
-    rows: Rows
+    rows: RowDigests
     inputs: Inputs
     batchings: tuple[tuple[int, Batching], ...]
-    found: Found | None
+    earlier: EarlierStarts
 
     def inputs_until(self, step: int) -> Inputs:
         """What the first `step` steps are trained on."""
-        return replace(self.inputs, plan=resume.plan_digest(self.loader.until(step)))
+        return replace(self.inputs, plan=resume.plan_digest(self.fit.planned.until(step)))
+
+    def checkpoint(self, state: TrainState, is_evaluated: bool, loss: float | None = None) -> Checkpoint:
+        """All that the run needs to go on from here, copied.
+
+        is_evaluated  whether the evaluation that is due before the next step is done; `loss` is its held-out one
+        """
+        cursor = {
+            "is_evaluated": is_evaluated,
+            "batchings": [[since, asdict(batching)] for since, batching in self.batchings],
+            "sources": list(self.rows.sources),
+        }
+        return resuming.take(
+            state,
+            self.rows.tensors(),
+            cursor=cursor,
+            schedule={**self.config.schedule.model_dump(), "total": self.fit.planned.steps},
+            inputs=asdict(self.inputs_until(state.step)),
+            loss=loss,
+        )
 
 
-def prepare(config: Config, session: Session, found: Found | None = None) -> Prepared:
+def prepare(config: Config, session: Session, earlier: EarlierStarts = NEW_RUN) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
     checked = reading.check(config, session)
-    row_encoder = checked.encoder()
-    data = encode(config, checked, row_encoder, session)
-    for line in _described(checked, data):
-        session.say(line)
+    data = encode(config, checked, session)
+    session.say(*_described(checked, data))
     stop_unless_trainable(config, checked, data)
-    batchings = _batchings(config, found)
-    fit = fitted(config, checked, data, plan(config, checked, data, batchings), session)
+    batchings = earlier.batchings(Batching(config.batch.examples, config.batch.tokens))
+    fit = plan(config, checked, data, session, batchings)
     expected = forecast.forecast(fit, checked.machine)
-    if expected is not None:
-        session.say(f"expected: {expected}")
+    session.say(f"expected: {expected}" if expected else "")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
-    resolved = _resolved(config, checked)
-    prepared = Prepared(
-        config=resolved,
-        checked=checked,
-        row_encoder=row_encoder,
-        data=data,
-        loader=fit.planned,
-        checkpointing=fit.checkpointing,
-        expected=expected,
-        rows=Rows.of(data.train),
-        inputs=_inputs(resolved, checked, data),
-        batchings=batchings,
-        found=found,
-    )
-    if found is not None:
-        _compare(prepared, found, session)
+    resolved, rows = _resolved(config, checked), RowDigests.of(data.train)
+    inputs = _inputs(resolved, checked, data)
+    prepared = Prepared(resolved, checked, data, fit, expected, rows, inputs, batchings, earlier)
+    session.say(*earlier.changes(checked.folder, prepared.inputs_until(earlier.step), rows))
+    if earlier.found is not None:
+        session.say(f"resumed step {earlier.step} of {fit.planned.steps} (verified {earlier.found.files} files)")
     return prepared
 
 
-def encode(config: Config, checked: Checked, row_encoder: RowEncoder, session: Session) -> Dataset:
+def encode(config: Config, checked: Checked, session: Session) -> Dataset:
     """Every row's tokens and fate.
 
     Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
@@ -108,10 +107,10 @@ def encode(config: Config, checked: Checked, row_encoder: RowEncoder, session: S
     _stop_if_many_cannot_be_read(config, checked)
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
-    with reading.progress(session, "encoding", rows) as advance:
+    with display.counting(session.console, "encoding", rows) as advance:
         return build.encode_sources(
             checked.train,
-            row_encoder,
+            checked.encoder(),
             held_out=checked.held_out,
             share=share,
             seed=config.seed,
@@ -183,41 +182,29 @@ def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
 
 
 def plan(
-    config: Config, checked: Checked, data: Dataset, batchings: Sequence[tuple[int, Batching]] | None = None
-) -> Loader:
-    """Which example stands in which step, for the whole run."""
-    return loader.make(
+    config: Config, checked: Checked, data: Dataset, session: Session, batchings: Sequence[tuple[int, Batching]] = ()
+) -> Fit:
+    """Which example stands in which step, for the whole run, in micro-batches that fit in memory.
+
+    What fits is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
+    """
+    planned = loader.make(
         data.train,
-        batchings or _batchings(config, None),
+        batchings or Batching(config.batch.examples, config.batch.tokens),
         epochs=config.epochs,
         seed=config.seed,
         microbatch_tokens=checked.machine.microbatch_tokens,
         normalize=config.loss.normalize,
         limit=config.steps,
     )
-
-
-def fitted(config: Config, checked: Checked, data: Dataset, planned: Loader, session: Session) -> Fit:
-    """The plan with micro-batches that fit in memory, and what the largest of them takes.
-
-    It is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
-    """
-    is_auto = config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, checked.base, checked.objective, checked.machine, is_auto=is_auto)
+    base, machine, is_auto = checked.base, checked.machine, config.microbatch_tokens == "auto"
+    make = partial(forecast.fit, planned, base, checked.objective, machine, is_auto=is_auto)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make()
-    model = (models.folder(checked.base) / "config.json").read_text(encoding="utf-8")
-    key = fits.key(planned, data.train, checked.machine, model, config.loss.name, str(is_auto))
-    return fits.kept(Cache(cache.root(), session.say), key, planned, make)
-
-
-def _batchings(config: Config, found: Found | None) -> tuple[tuple[int, Batching], ...]:
-    """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
-    asked = Batching(config.batch.examples, config.batch.tokens)
-    if found is None:
-        return ((0, asked),)
-    earlier = tuple((since, Batching(**each)) for since, each in found.checkpoint.values["cursor"]["batchings"])
-    return earlier if earlier[-1][1] == asked else (*earlier, (found.checkpoint.step, asked))
+    model = (models.folder(base) / "config.json").read_text(encoding="utf-8")
+    kept_in = Cache(cache.root(), session.say)
+    digests = data.train.digests()
+    return forecast.kept_fit(kept_in, planned, digests, machine, make, model, config.loss.name, str(is_auto))
 
 
 def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
@@ -228,28 +215,12 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
         model=resume.fingerprint(models.folder(checked.base)),
         tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
         template=resume.digest(checked.chosen.source) if checked.is_chat else "",
-        held_out=resume.digest(*map(str, Rows.of(data.held_out).digest.tolist())),
+        held_out=resume.digest(*map(str, RowDigests.of(data.held_out).digest.tolist())),
         ledger=resume.digest(*(json.dumps(source.as_json(), sort_keys=True) for source in data.ledgers)),
         plan="",
         versions=versions.installed(),
         processes=1,
     )
-
-
-def _compare(prepared: Prepared, found: Found, session: Session) -> None:
-    """Says what changed since the checkpoint; raises Problems where the run cannot go on with it."""
-    step, stored = found.checkpoint.step, found.checkpoint.tensors["rows"]
-    before = Inputs(**found.checkpoint.values["inputs"])
-    sources = found.checkpoint.values["cursor"]["sources"]
-    rows = Rows(tuple(sources), *(stored[name].numpy() for name in ("digest", "line", "source")))
-    changes = resume.compare(step, before, prepared.inputs_until(step), rows, prepared.rows)
-    if changes.refused:
-        folder = prepared.checked.folder
-        heading = f"{folder}: not what was trained until step {step}; put it back, or train anew with another output=:"
-        raise Problems(heading, changes.refused)
-    for change in changes.applied:
-        session.say(f"since step {step}: {change}")
-    session.say(f"resumed step {step} of {prepared.loader.steps} (verified {found.files} files)")
 
 
 def _resolved(config: Config, checked: Checked) -> Config:

@@ -1,27 +1,26 @@
-"""Configuration -> rows that are understood and a model that is known: every check that needs no weights."""
+"""Configuration -> rows that are understood and a model that is known: every check that needs no weights, at once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from deft.core import hardware, registry
+from deft.core.errors import InputError, Problem, Problems
 from deft.core.hardware import Machine
-from deft.core.redact import redacted
 from deft.core.signals import Signals
 from deft.core.types import Objective
 from deft.data.format import Choices
 from deft.data.shapes import Survey
 from deft.dataset import cache, examples, survey
 from deft.dataset.cache import Cache
+from deft.dataset.config import SourceConfig
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Advance, Execution
 from deft.encoding import tokenizer as edge
@@ -35,8 +34,8 @@ from deft.evaluation.prompts import Prompt
 from deft.evaluation.samples import MetricFn
 from deft.model import load as models
 from deft.model.load import Base
-from deft.run import preflight
-from deft.run.config import Config, Source
+from deft.run.config import Config
+from deft.run.folder import output_folder
 from deft.tracking import console as display
 from deft.training import objectives as losses
 from deft.training import optim
@@ -58,8 +57,10 @@ class Session:
     began: float = field(default_factory=time.perf_counter)
     owns_process: bool = False
 
-    def say(self, text: str) -> None:
-        self.console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
+    def say(self, *lines: str) -> None:
+        """Lines on the console; nothing for those that are empty."""
+        for line in filter(None, lines):
+            display.say(self.console, line)
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,32 @@ class Checked(Reading):
     folder: Path
 
 
+def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """The results of all checks in order; what they object to comes in one error.
+
+    >>> collect([lambda: 1, lambda: 2])
+    [1, 2]
+    """
+    results: list[Any] = []
+    problems: list[Problem] = []
+    more = 0
+    for check in checks:
+        try:
+            results.append(check())
+        except Problems as error:
+            problems += error.problems
+            more += error.more
+        except InputError as error:
+            where, _, what = str(error).partition(": ")
+            problems.append(Problem(where, what))
+    if problems:
+        raise Problems("this run cannot start:", problems, more)
+    return results
+
+
 def check(config: Config, session: Session, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), objective, _, machine, asked, _, folder, *rows = preflight.collect(
+    (base, tokenizer), objective, _, machine, asked, _, folder, *rows = collect(
         [
             lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
             lambda: losses.load(config.loss.name),
@@ -99,7 +123,7 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
-            lambda: preflight.output_folder(config.output, may_go_on=config.resume != "never"),
+            lambda: output_folder(config.output, may_go_on=config.resume != "never"),
             *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
@@ -110,7 +134,7 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
 
 def read(config: Config, session: Session) -> Reading:
     """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
-    (base, tokenizer), *rows = preflight.collect(
+    (base, tokenizer), *rows = collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
             *(partial(survey.glance, sources, execution(session)) for sources in _sources(config, session)),
@@ -124,17 +148,9 @@ def execution(session: Session, advance: Advance = lambda rows: None) -> Executi
     return Execution(Cache(cache.root(), session.say), advance=advance)
 
 
-@contextmanager
-def progress(session: Session, what: str, total: int | None) -> Iterator[Advance]:
-    """A bar that counts rows, where there is a terminal."""
-    with Progress(console=session.console, transient=True, disable=not session.console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda rows: progress.advance(task, rows)
-
-
 def _read(sources: Sequence[SourceSpec], session: Session) -> list[tuple[SourceSpec, Survey]]:
     """Reads sources from beginning to end."""
-    with progress(session, "reading", None) as advance:
+    with display.counting(session.console, "reading") as advance:
         return survey.understand(sources, execution(session, advance))
 
 
@@ -146,7 +162,7 @@ def _sources(config: Config, session: Session) -> tuple[list[SourceSpec], list[S
     return train_sources, [source_spec(source, "test") for source in held_out]
 
 
-def source_spec(source: Source, split: str) -> SourceSpec:
+def source_spec(source: SourceConfig, split: str) -> SourceSpec:
     """A source of the configuration. `split` is read where it names none: train or test."""
     return SourceSpec(
         source.path,
@@ -168,10 +184,10 @@ def _reading(
     train: list[tuple[SourceSpec, Survey]],
     held_out: list[tuple[SourceSpec, Survey]],
 ) -> Reading:
-    chosen, length = preflight.collect(
+    chosen, length = collect(
         [
             lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
-            lambda: preflight.max_length(config.max_length, base.max_positions if base else None),
+            lambda: max_length(config.max_length, base.max_positions if base else None),
         ]
     )
     rules = Rules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
@@ -214,3 +230,16 @@ def _as_user(prompt: Prompt) -> Prompt:
     if not isinstance(prompt.prompt, str):
         return prompt
     return replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
+
+
+def max_length(setting: int | None, positions: int | None) -> int:
+    """The longest example: what was asked for, else 2048 or what the model can take.
+
+    >>> max_length(None, 512), max_length(None, None)
+    (512, 2048)
+    """
+    if setting is None:
+        return min(2048, positions or 2048)
+    if positions is not None and setting > positions:
+        raise InputError(f"max_length: {setting} is more than the model's {positions} positions; at most {positions}")
+    return setting

@@ -1,18 +1,28 @@
-"""What a run that goes on finds changed since its checkpoint: each `old -> new`, refused or applied by a rule."""
+"""What earlier starts of a run have done, and what changed since: each `old -> new`, refused or applied by a rule."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from deft.core.errors import Problem
+from deft.core import files
+from deft.core.errors import InputError, Problem, Problems
 from deft.dataset.store import Examples
+from deft.plan.order import Batching
+from deft.run import config as configuration
+from deft.run.config import Config
+from deft.run.folder import is_run
+from deft.tracking import jsonl
+from deft.training import checkpoint, resuming
+from deft.training.checkpoint import Checkpoint, Found
+from deft.training.state import TrainState
 
 AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""
@@ -32,10 +42,11 @@ APPLIED = {
     "steps": "applies: the schedule follows the new length",
 }
 SHOWN_ROWS = 5
+ROW_COLUMNS = ("digest", "line", "source")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowDigests:
     """A digest of each example that is trained, in order, and where it comes from. Arrays are [E].
 
     digest  int64    line  int64    source  int32, an index into `sources`
@@ -47,16 +58,25 @@ class Rows:
     source: np.ndarray
 
     @classmethod
-    def of(cls, examples: Examples) -> Rows:
+    def of(cls, examples: Examples) -> RowDigests:
         names, lines, numbers = examples.origins()
         return cls(names, examples.digests(), lines, numbers)
 
-    def differences(self, now: Rows) -> dict[str, str]:
+    @classmethod
+    def stored(cls, checkpoint: Checkpoint) -> RowDigests:
+        """Those of a checkpoint."""
+        rows = checkpoint.tensors["rows"]
+        return cls(tuple(checkpoint.values["cursor"]["sources"]), *(rows[name].numpy() for name in ROW_COLUMNS))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(getattr(self, name)) for name in ROW_COLUMNS}
+
+    def differences(self, now: RowDigests) -> dict[str, str]:
         """Source -> what is different in it now, by line.
 
         >>> def rows(*texts):
         ...     arrays = np.array([hash(text) for text in texts]), np.arange(1, len(texts) + 1)
-        ...     return Rows(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
+        ...     return RowDigests(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
         >>> rows("a", "b", "c").differences(rows("a", "x", "c"))
         {'a.jsonl': 'line 2'}
         >>> rows("a", "b", "c").differences(rows("a", "c"))
@@ -101,11 +121,95 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """`refused` are what keeps the run from going on, `applied` lines about what is different from now on."""
+class EarlierStarts:
+    """What earlier starts of a run have done: the checkpoint that it goes on from, if there is one."""
 
-    refused: tuple[Problem, ...]
-    applied: tuple[str, ...]
+    found: Found | None = None
+
+    @property
+    def step(self) -> int:
+        """The steps that are done."""
+        return self.found.checkpoint.step if self.found else 0
+
+    @property
+    def cursor(self) -> Mapping[str, Any]:
+        return self.found.checkpoint.values["cursor"] if self.found else {}
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation that is due before the next step is done."""
+        return bool(self.cursor.get("is_evaluated"))
+
+    def settled(self, config: Config) -> Config:
+        """The configuration with the `auto`s that the run began with."""
+        if self.found is None:
+            return config
+        before, values = self.found.checkpoint.values["inputs"]["config"], config.model_dump(mode="json")
+        kept = {key: before[key] for key in AUTOS if values[key] in (None, "auto") and key in before}
+        return configuration.make({**values, **kept})
+
+    def batchings(self, asked: Batching) -> tuple[tuple[int, Batching], ...]:
+        """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
+        earlier = tuple((since, Batching(**each)) for since, each in self.cursor.get("batchings", ()))
+        return earlier if earlier and earlier[-1][1] == asked else (*earlier, (self.step, asked))
+
+    def changes(self, folder: Path, now: Inputs, rows: RowDigests) -> list[str]:
+        """Lines on what changed since the checkpoint; Problems where the run cannot go on with it."""
+        if self.found is None:
+            return []
+        before = Inputs(**self.found.checkpoint.values["inputs"])
+        keys = _changed_keys(before.config, now.config)
+        if refused := _refused(
+            self.step, before, now, keys, RowDigests.stored(self.found.checkpoint).differences(rows)
+        ):
+            what = f"not what was trained until step {self.step}; put it back, or train anew with another output=:"
+            raise Problems(f"{folder}: {what}", refused)
+        return [f"since step {self.step}: {change}" for change in _applied(keys, before, now)]
+
+    def cut_back(self, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others."""
+        step = self.step if self.found else -1
+        for note in checkpoint.set_aside(folder / "checkpoints", step):
+            say(note)
+        for name in ("eval", "samples"):
+            jsonl.cut(folder / f"{name}.jsonl", step if self.is_evaluated else step - 1)
+        return jsonl.cut(folder / "metrics.jsonl", step)
+
+    def restore(self, state: TrainState) -> None:
+        """Moves a state that was built anew to where the run goes on."""
+        if self.found is not None:
+            resuming.restore(state, self.found.checkpoint)
+
+
+NEW_RUN = EarlierStarts()
+
+
+def is_finished(config: Config) -> bool:
+    """Whether an earlier start brought the run to its end: final/, compared, and its report.
+
+    InputError where it is to go on from an earlier step all the same.
+    """
+    folder = Path(str(config.output))
+    if not (_goes_on(config) and (folder / "final").is_dir() and (folder / "report.html").is_file()):
+        return False
+    if config.resume != "auto":
+        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
+    return True
+
+
+def earlier_starts(config: Config, say: Callable[[str], None]) -> EarlierStarts:
+    """What to go on from; what earlier starts left half written is removed."""
+    folder = Path(str(config.output))
+    for each in (folder, folder / "checkpoints"):
+        files.sweep(each)
+    found = checkpoint.find(folder / "checkpoints", config.resume) if _goes_on(config) else None
+    for note in found.notes if found else ():
+        say(note)
+    return EarlierStarts(found)
+
+
+def _goes_on(config: Config) -> bool:
+    return config.resume != "never" and is_run(Path(str(config.output)))
 
 
 def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,24 +220,6 @@ def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     """
     asks_nothing = {key for key in AUTOS if key in config and config[key] in (None, "auto")}
     return {**config, **{key: before[key] for key in asks_nothing if key in before}}
-
-
-def compare(step: int, before: Inputs, now: Inputs, rows_before: Rows, rows_now: Rows) -> Changes:
-    """What has changed since the checkpoint of `step`."""
-    keys = _changed_keys(before.config, now.config)
-    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
-    for name in ("model", "tokenizer", "template"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            where = f"{before.config[name]} -> {now.config[name]}" if _is_setting(name, before, now) else "its files"
-            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
-    causes = [key for key in keys if _is_of(key, ROWS)]
-    different = rows_before.differences(rows_now)
-    if different and not refused:
-        refused += _about_rows(step, different, {key: keys[key] for key in causes})
-    if before.plan != now.plan and not refused:
-        refused.append(_about_the_plan(step, before, now))
-    return Changes(tuple(refused), tuple(_applied(keys, before, now)))
 
 
 def fingerprint(folder: Path) -> str:
@@ -167,6 +253,27 @@ def plan_digest(orders: Iterable[np.ndarray]) -> str:
     for order in orders:
         found.update(np.ascontiguousarray(order, np.int64).tobytes() + b"|")
     return found.hexdigest()
+
+
+def _refused(
+    step: int, before: Inputs, now: Inputs, keys: Mapping[str, tuple[Any, Any]], rows: Mapping[str, str]
+) -> list[Problem]:
+    """What keeps a run from going on: keys, then files, then rows, then the plan; the first kind that there is.
+
+    keys  that have changed: (old, new)
+    rows  source -> what is different in it
+    """
+    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
+    for name in ("model", "tokenizer", "template"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            where = f"{before.config[name]} -> {now.config[name]}" if name in keys else "its files"
+            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
+    if rows and not refused:
+        refused += _about_rows(step, rows, {key: change for key, change in keys.items() if _is_of(key, ROWS)})
+    if before.plan != now.plan and not refused:
+        refused.append(_about_the_plan(step, before, now))
+    return refused
 
 
 def _difference(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> str:
@@ -261,7 +368,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 def _is_of(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def _is_setting(name: str, before: Inputs, now: Inputs) -> bool:
-    return name in before.config and before.config[name] != now.config.get(name)

@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft.core import files, hardware, lock
-from deft.core.errors import DiskError, InputError, NumbersError
-from deft.core.redact import redacted
+from deft.core.errors import DiskError
+from deft.core.redact import redacted, redacted_json
 from deft.core.signals import Preempted
 from deft.core.types import StepRecord
 from deft.distributed.world import World
-from deft.evaluation import samples as evaluate
-from deft.evaluation.heldout import held_out_loss
-from deft.model.load import summarise
+from deft.evaluation.evaluate import Evaluator
+from deft.export import card
+from deft.export import folder as export
 from deft.plan.schedule import lr_multiplier
+from deft.run import build, forecast, resume
 from deft.run import config as configuration
-from deft.run import (
-    forecast,
-    manifest,
-    preflight,
-    resume,
-)
-from deft.run.build import build, pretrained, settle_process
+from deft.run import folder as run_folder
 from deft.run.config import Config
-from deft.run.finish import finish
 from deft.run.prepare import Prepared, prepare
 from deft.run.reading import Session
-from deft.tracking import console as display
-from deft.tracking import jsonl
+from deft.run.resume import EarlierStarts
+from deft.tracking import jsonl, report
+from deft.tracking.console import ConsoleTracker
 from deft.tracking.jsonl import Logs
-from deft.training import badstep, checkpoint, compiling, randomness
-from deft.training.checkpoint import Checkpoint, Found, Keep
+from deft.tracking.tracker import TrackedRun, Trackers
+from deft.training import badstep, compiling, resuming
+from deft.training.checkpoint import Keep
 from deft.training.loop import train as train_steps
 from deft.training.saving import Saver
 from deft.training.state import TrainState
 from deft.training.step import dry_run_step
-
-SHOWN_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -76,96 +68,86 @@ def train(config: Config, session: Session | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
     session = session or Session()
     world = World()
-    folder = world.from_first(lambda: preflight.run_folder(config.output))
+    folder = world.from_first(lambda: run_folder.run_folder(config.output))
     with lock.held(folder) as note:
-        if note:
-            session.say(note)
-        config = config.model_copy(update={"output": str(folder)})
-        if (earlier := _finished(config)) is not None:
-            session.say(f"{folder}: finished at step {len(earlier.metrics)}; name another output= to train again")
-            return earlier
-        return _run(config, session, world, _checkpoint_of(config, session))
-
-
-def _run(config: Config, session: Session, world: World, found: Found | None) -> Run:
-    saved = found.checkpoint.step if found else None
-    try:
-        prepared = prepare(_settled(config, found), session, found)
-        with hardware.within_memory(partial(_too_large, prepared)):
-            loading = time.perf_counter()
-            state = _load(prepared, session, world)
-            loading = time.perf_counter() - loading
-        with hardware.within_memory(partial(_too_long, prepared, state)):
-            compiling.begin(state, prepared.loader, prepared.checked.objective, session.say)
-            if prepared.expected is None or not prepared.expected.is_safe:
-                dry_run_step(state, forecast.largest(prepared.loader)[0], prepared.checked.objective)
-        earlier = _write_beginnings(prepared, session)
-        with session.signals.deferred():
-            with hardware.within_memory(partial(_too_long, prepared, state)):
-                metrics, unsaved = _train(prepared, state, earlier, session, loading)
-            saved = None if unsaved or config.checkpoint.every is None else state.step
-            with session.signals.at_once():
-                finish(prepared, state, session)
-    except Preempted as stop:
-        raise Preempted(stop.number, stop.saved or saved) from None
-    if unsaved:
-        raise DiskError(f"{unsaved}; the run is finished, {prepared.checked.folder / 'final'} is whole") from unsaved
-    return Run(prepared.checked.folder, tuple(metrics), (state.causal_lm.model, prepared.checked.tokenizer.hf))
-
-
-def _finished(config: Config) -> Run | None:
-    """The run that an earlier start brought to its end: final/, compared, and its report."""
-    folder = _earlier_run(config)
-    if folder is None or not ((folder / "final").is_dir() and (folder / "report.html").is_file()):
-        return None
-    if config.resume != "auto":
-        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
-    return Run(folder, tuple(jsonl.read(folder / "metrics.jsonl")))
-
-
-def _earlier_run(config: Config) -> Path | None:
-    """The output folder, if there is a run in it to go on with."""
-    may_go_on = config.output is not None and config.resume != "never" and preflight.is_run(Path(config.output))
-    return Path(config.output) if config.output and may_go_on else None
-
-
-def _checkpoint_of(config: Config, session: Session) -> Found | None:
-    """The checkpoint to go on from; what earlier starts left half written is removed."""
-    for each in (Path(str(config.output)), Path(str(config.output)) / "checkpoints"):
-        files.sweep(each)
-    folder = _earlier_run(config)
-    if folder is None:
-        return None
-    found = checkpoint.find(folder / "checkpoints", config.resume)
-    for note in found.notes if found else ():
         session.say(note)
-    return found
+        config = config.model_copy(update={"output": str(folder)})
+        if resume.is_finished(config):
+            run = Run(folder, tuple(jsonl.read(folder / "metrics.jsonl")))
+            session.say(f"{folder}: finished at step {len(run.metrics)}; name another output= to train again")
+            return run
+        return _run(config, session, world, resume.earlier_starts(config, session.say))
 
 
-def _settled(config: Config, found: Found | None) -> Config:
-    """The configuration with the `auto`s that the run began with."""
-    if found is None:
-        return config
-    values = resume.settled(config.model_dump(mode="json"), found.checkpoint.values["inputs"]["config"])
-    return configuration.make(values)
+def _run(config: Config, session: Session, world: World, earlier: EarlierStarts) -> Run:
+    saver = _saver(config, session, earlier.step)
+    try:
+        with saver:
+            prepared = prepare(earlier.settled(config), session, earlier)
+            began = time.perf_counter()
+            state = _load(prepared, session, world)
+            shown = ConsoleTracker(session.console, session.began, time.perf_counter() - began)
+            with hardware.within_memory(partial(_too_long, prepared, state)):
+                _try_largest(prepared, state, session)
+            metrics = _begin_folder(prepared, session)
+            with session.signals.deferred():
+                with hardware.within_memory(partial(_too_long, prepared, state)):
+                    unsaved = _train(prepared, state, saver, metrics, shown, session)
+                with session.signals.at_once():
+                    _finish(prepared, state, session)
+    except Preempted as stop:
+        raise Preempted(stop.number, saver.newest or None) from None
+    checked = prepared.checked
+    if unsaved:
+        raise DiskError(f"{unsaved}; the run is finished, {checked.folder / 'final'} is whole") from unsaved
+    return Run(checked.folder, tuple(metrics), (state.causal_lm.model, checked.tokenizer.hf))
 
 
-def _write_beginnings(prepared: Prepared, session: Session) -> list[Mapping[str, Any]]:
+def _saver(config: Config, session: Session, newest: int) -> Saver:
+    settings = config.checkpoint
+    keep = Keep(settings.keep, settings.keep_best, settings.keep_every)
+    return Saver(Path(str(config.output)) / "checkpoints", settings.every, keep, session.say, newest)
+
+
+def _load(prepared: Prepared, session: Session, world: World) -> TrainState:
+    """The model on its device and the state around it, where the run begins or goes on."""
+    checked, fit = prepared.checked, prepared.fit
+    with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine)):
+        state = build.load(prepared.config, checked, fit, world, owns_process=session.owns_process)
+        prepared.earlier.restore(state)
+    parameters = sum(parameter.numel() for parameter in state.masters.parameters.values())
+    session.say(
+        state.causal_lm.note,
+        f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {checked.machine.dtype_name} on "
+        f"{checked.machine.device.type}; {fit.planned.steps} steps -> {checked.folder}",
+    )
+    return state
+
+
+def _too_long(prepared: Prepared, state: TrainState) -> str:
+    longest = max(len(part.tokens) for example in prepared.data.train for part in example)
+    return forecast.too_long(state.step + 1, prepared.checked.machine.microbatch_tokens, longest)
+
+
+def _try_largest(prepared: Prepared, state: TrainState, session: Session) -> None:
+    """Compiles layers where that is worth it, and computes the largest micro-batch where it may not fit."""
+    planned, objective = prepared.fit.planned, prepared.checked.objective
+    compiling.begin(state, planned, objective, session.say)
+    if prepared.expected is None or not prepared.expected.is_safe:
+        dry_run_step(state, forecast.largest(planned)[0], objective)
+
+
+def _begin_folder(prepared: Prepared, session: Session) -> list[Mapping[str, Any]]:
     """The run folder with what is known before the next step: config.yaml, manifest.json, ledger.json.
 
     Nothing in it is then of a later step than the checkpoint; returns the metrics of the earlier ones.
     """
     checked, config = prepared.checked, prepared.config
-    preflight.make_folder(checked.folder)
-    step = prepared.found.checkpoint.step if prepared.found else -1
-    for note in checkpoint.set_aside(checked.folder / "checkpoints", step):
-        session.say(note)
-    earlier = jsonl.cut(checked.folder / "metrics.jsonl", step)
-    for name in ("eval", "samples"):
-        jsonl.cut(checked.folder / f"{name}.jsonl", step if _is_evaluated(prepared) else step - 1)
+    run_folder.make_folder(checked.folder)
+    metrics = prepared.earlier.cut_back(checked.folder, session.say)
     files.write_text(checked.folder / "config.yaml", redacted(configuration.as_yaml(config)))
     files.write_json(checked.folder / "ledger.json", [source.as_json() for source in prepared.data.ledgers])
-    described = manifest.collect(
+    described = run_folder.manifest(
         seed=config.seed,
         device=checked.machine.device.type,
         dtype=checked.machine.dtype_name,
@@ -175,204 +157,125 @@ def _write_beginnings(prepared: Prepared, session: Session) -> list[Mapping[str,
         tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
     )
     files.write_json(checked.folder / "manifest.json", described)
-    return [*earlier]
-
-
-def _load(prepared: Prepared, session: Session, world: World) -> TrainState:
-    checked = prepared.checked
-    state = build(prepared.config, partial(_model, prepared, session), checked.machine, world)
-    state.causal_lm.checkpointing = prepared.checkpointing
-    if state.causal_lm.note:
-        session.say(state.causal_lm.note)
-    parameters = sum(parameter.numel() for parameter in state.masters.parameters.values())
-    dtype = checked.machine.dtype_name
-    session.say(
-        f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {dtype} on {checked.machine.device.type}; "
-        f"{prepared.loader.steps} steps -> {checked.folder}"
-    )
-    if prepared.found:
-        stored = prepared.found.checkpoint
-        state.restore(stored.tensors, stored.step)
-        state.skipped = stored.values["cursor"]["skipped"]
-        randomness.restore(randomness.from_json(stored.values["random-00000"]))
-    return state
-
-
-def _model(prepared: Prepared, session: Session) -> PreTrainedModel:
-    model = pretrained(prepared.checked.base, prepared.checked.machine)
-    if session.owns_process:
-        settle_process(model, prepared.loader)
-    return model
-
-
-def _too_large(prepared: Prepared) -> str:
-    base, dtype = prepared.checked.base, prepared.checked.machine.dtype
-    need = summarise(base).state_bytes(dtype) / 2**30
-    return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; take a smaller model"
-
-
-def _too_long(prepared: Prepared, state: TrainState) -> str:
-    """What did not fit into memory, and what may: smaller micro-batches, or shorter rows where one fills it alone."""
-    tokens = prepared.checked.machine.microbatch_tokens
-    longest = max(len(part.tokens) for example in prepared.data.train for part in example)
-    if longest < tokens:
-        fix = f"microbatch_tokens={max(longest, tokens // 2)} needs less memory and changes no result"
-    else:
-        fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
-    return f"step {state.step + 1} with micro-batches of {tokens} tokens; {fix}"
+    return [*metrics]
 
 
 def _train(
-    prepared: Prepared, state: TrainState, earlier: Sequence[Mapping[str, Any]], session: Session, loading: float
-) -> tuple[list[Mapping[str, Any]], DiskError | None]:
-    """The loop. What happens between two steps is written here, as statements.
+    prepared: Prepared,
+    state: TrainState,
+    saver: Saver,
+    metrics: list[Mapping[str, Any]],
+    shown: ConsoleTracker,
+    session: Session,
+) -> DiskError | None:
+    """The loop. What happens between two steps is written here, as statements; whatever ends it, the steps that are
+    done are saved first.
 
-    Whatever ends it, the steps that are done are saved first. `pending` are the random numbers before an evaluation
-    that is due and not done, None where there is none.
-
-    Returns the metrics, with those of `earlier` starts, and what was wrong with the last save.
-
-    loading  seconds that the model took to load
+    Puts a record per step into `metrics`; returns what was wrong with the last save.
     """
-    config, planned, folder = prepared.config, prepared.loader, prepared.checked.folder
-    logs = Logs.of(folder)
-    keep = Keep(config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every)
-    saver = Saver(folder / "checkpoints", config.checkpoint.every, keep, session.say, newest=state.step)
-    schedule = config.schedule
-    multiplier = partial(
-        lr_multiplier, schedule.name, total=planned.steps, warmup=schedule.warmup, decay=schedule.decay
-    )
-    lines = list(earlier)
-    pending = None if _is_evaluated(prepared) else randomness.snapshot()
-    with saver, display.steps(session.console, planned.steps) as shown:
+    config, checked, planned = prepared.config, prepared.checked, prepared.fit.planned
+    total, keeps_best, evaluate = planned.steps, config.checkpoint.keep_best > 0, _evaluator(prepared, session)
+    logs, is_evaluated = Logs.of(checked.folder), prepared.earlier.is_evaluated
+    with Trackers([logs, shown], session.say).following(_tracked(prepared, state)) as tracks:
         try:
-            if pending is not None:
+            if not is_evaluated:
                 with session.signals.at_once():
-                    _evaluate(prepared, state, logs, session)
-                pending = None
+                    evaluate(state, tracks.write)
+                is_evaluated = True
             for record in train_steps(
                 state,
                 planned,
-                prepared.checked.objective,
+                checked.objective,
                 clip=config.optimizer.clip,
-                lr=lambda step: config.optimizer.lr * multiplier(step),
+                lr=partial(_learning_rate, config, total),
                 poll=session.signals.check,
                 wants_to_stop=lambda: session.signals.arrived is not None,
             ):
                 if not record.is_finite:
-                    _skip_or_stop(prepared, state, record, session)
-                is_due, loss = saver.is_due(record.step, planned.steps), None
-                if _is_due(config, record, planned.steps) or (is_due and config.checkpoint.keep_best):
-                    pending = randomness.snapshot()
-                logs.metrics.write(asdict(record))
-                lines.append(asdict(record))
-                shown.show(record)
-                if len(lines) == len(earlier) + 1:
-                    seconds = time.perf_counter() - session.began
-                    session.say(f"first step after {seconds:.1f} s ({loading:.1f} s of it loading the model)")
-                if pending is not None:
+                    session.say(_skip_or_stop(prepared, state, record))
+                saves, loss = saver.is_due(record.step, total), None
+                is_evaluated = not (config.evaluate.is_due(record.step, total) or (saves and keeps_best))
+                metrics.append(asdict(record))
+                tracks.write("step", metrics[-1])
+                if not is_evaluated:
                     with session.signals.at_once():
-                        loss = _evaluate(prepared, state, logs, session)
-                    pending = None
-                if is_due:
-                    saver.begin(_checkpoint(prepared, state, True, loss), logs.flush)
+                        loss = evaluate(state, tracks.write)
+                    is_evaluated = True
+                if saves:
+                    saver.begin(prepared.checkpoint(state, True, loss), logs.flush)
                 session.signals.check()
         except BaseException as error:
-            if pending is not None:  # the next start evaluates
-                randomness.restore(pending)
-            unsaved = _save(prepared, state, saver, logs, is_evaluated=pending is None)
+            unsaved = resuming.save_rest(state, saver, lambda: prepared.checkpoint(state, is_evaluated), logs.flush)
             if isinstance(error, Preempted):
-                raise unsaved or Preempted(error.number, saver.newest or None) from None
+                raise unsaved or error from None
             saved = f"saved step {saver.newest}, run it again to go on" if saver.newest else "no step is saved"
             session.say(str(unsaved or saved))
             raise
         unsaved = saver.finish()
     logs.flush()
-    return lines, unsaved
-
-
-def _is_evaluated(prepared: Prepared) -> bool:
-    """Whether the evaluation that is due before the next step was done by an earlier start."""
-    return prepared.found is not None and prepared.found.checkpoint.values["cursor"]["is_evaluated"]
-
-
-def _save(prepared: Prepared, state: TrainState, saver: Saver, logs: Logs, is_evaluated: bool) -> DiskError | None:
-    """Saves the steps that are done, unless they are saved; what was wrong with that."""
-    try:
-        unsaved = saver.finish()
-        if state.step and not state.is_torn and (unsaved or saver.newest != state.step):
-            saver.begin(_checkpoint(prepared, state, is_evaluated, None), logs.flush)
-            unsaved = saver.finish()
-    except Exception as error:  # What ended the run may have taken the device with it; it is what the user must see.
-        return DiskError(f"step {state.step} could not be saved ({type(error).__name__}: {error})")
     return unsaved
 
 
-def _checkpoint(prepared: Prepared, state: TrainState, is_evaluated: bool, loss: float | None) -> Checkpoint:
-    """All that the run needs to go on from here, copied; `loss` is the held-out one."""
-    rows, config = prepared.rows, prepared.config
-    columns = {name: torch.from_numpy(getattr(rows, name)) for name in ("digest", "line", "source")}
-    cursor = {
-        "step": state.step,
-        "skipped": state.skipped,
-        "is_evaluated": is_evaluated,
-        "batchings": [[since, asdict(batching)] for since, batching in prepared.batchings],
-        "sources": list(rows.sources),
-    }
-    values = {
-        "cursor": cursor,
-        "schedule": {**config.schedule.model_dump(), "step": state.step, "total": prepared.loader.steps},
-        "random-00000": randomness.as_json(randomness.snapshot()),
-        "inputs": asdict(prepared.inputs_until(state.step)),
-    }
-    return Checkpoint(state.step, {**state.tensors(), "rows": columns}, values, loss)
+def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord) -> str:
+    checked, most = prepared.checked, prepared.config.skip_bad_steps
+    step_batch = prepared.fit.planned.step(state.step)
+    return badstep.skip_or_stop(state, step_batch, checked.objective, record, folder=checked.folder, most=most)
 
 
-def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord, session: Session) -> None:
-    """Goes past a step whose numbers are not finite, or raises NumbersError; either way the step can be replayed."""
-    most, step_batch = prepared.config.skip_bad_steps, prepared.loader.step(state.step)
-    folder = prepared.checked.folder / f"bad-step-{record.step}"
-    diagnosis = badstep.examine(state.causal_lm, step_batch, prepared.checked.objective)
-    badstep.write(folder, state, step_batch, diagnosis)
-    what = "gradient" if math.isfinite(record.loss) else "loss"
-    rows = badstep.named(diagnosis.rows(step_batch))
-    told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {folder}"
-    if state.skipped >= most:
-        fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
-        raise NumbersError(f"{told}; {fix}")
-    session.say(f"{told}; skipped ({state.skipped + 1} of {most} at most)")
-    state.skip()
+def _learning_rate(config: Config, total: int, step: int) -> float:
+    schedule = config.schedule
+    multiplier = lr_multiplier(schedule.name, step, total, warmup=schedule.warmup, decay=schedule.decay)
+    return config.optimizer.lr * multiplier
 
 
-def _is_due(config: Config, record: StepRecord, total: int) -> bool:
-    """Evaluation comes every `evaluate.every` steps and after the last one."""
-    every = config.evaluate.every
-    return record.step == total or (every is not None and record.step % every == 0)
+def _evaluator(prepared: Prepared, session: Session) -> Evaluator:
+    checked = prepared.checked
+    return Evaluator(
+        held_out=prepared.data.held_out,
+        objective=checked.objective,
+        microbatch_tokens=checked.machine.microbatch_tokens,
+        tokenizer=checked.tokenizer,
+        prompts=checked.prompts,
+        settings=prepared.config.evaluate,
+        metric_fn=session.metric_fn,
+    )
 
 
-def _evaluate(prepared: Prepared, state: TrainState, logs: Logs, session: Session) -> float | None:
-    """Held-out loss and sampled answers, as far as either is asked for, to eval.jsonl and samples.jsonl; the loss."""
-    checked, evaluation = prepared.checked, prepared.config.evaluate
-    found: dict[str, Any] = {}
-    if prepared.data.held_out:
-        tokens = checked.machine.microbatch_tokens
-        found["loss"] = held_out_loss(state.causal_lm, prepared.data.held_out, checked.objective, tokens)
-        found["perplexity"] = math.exp(min(found["loss"], 700))
-    samples = evaluate.sample(
+def _tracked(prepared: Prepared, state: TrainState) -> TrackedRun:
+    config = redacted_json(prepared.config.model_dump(mode="json"))
+    return TrackedRun(prepared.checked.folder, config, prepared.fit.planned.steps, state.step)
+
+
+def _finish(prepared: Prepared, state: TrainState, session: Session) -> None:
+    """final/, compared with what is in memory before it is called done, and the report."""
+    checked, data = prepared.checked, prepared.data
+    final = checked.folder / "final"
+    facts = card.facts_of_run(checked.folder.name, prepared.config.model, data.ledgers, _hyperparameters(prepared))
+    compared = export.hand_over(
+        final,
         state.causal_lm.model,
         checked.tokenizer,
-        checked.prompts,
-        evaluation.generate,
-        evaluation.stop_sequences,
-        session.metric_fn,
+        base=checked.base,
+        weights=None if checked.base.dtype == checked.machine.dtype_name else state.masters,
+        marks=data.marks,
+        card=card.model_card(facts),
+        examples=data.train,
+        chat=checked.train[0][1].first if checked.is_chat else None,
+        world=state.world,
     )
-    for row in samples.rows:
-        logs.samples.write({"step": state.step, **asdict(row)})
-    found |= samples.means
-    if found:
-        logs.eval.write({"step": state.step, **found})
-    if found or samples.rows:
-        session.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    for row in samples.rows[:SHOWN_SAMPLES]:
-        session.say(f"  {row.prompt!r} -> {row.output!r}")
-    return found.get("loss")
+    report.write(checked.folder)
+    session.say(f"{final}: {compared}")
+
+
+def _hyperparameters(prepared: Prepared) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "optimizer": config.optimizer.name,
+        "learning rate": config.optimizer.lr,
+        "schedule": config.schedule.name,
+        "epochs": config.epochs,
+        "steps": prepared.fit.planned.steps,
+        "batch": config.batch.model_dump(exclude_none=True),
+        "max_length": config.max_length,
+        "seed": config.seed,
+    }

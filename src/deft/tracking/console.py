@@ -1,10 +1,11 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""What a run shows to people: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -12,11 +13,13 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deft.core.redact import redacted
 from deft.core.signals import let_go_of
-from deft.core.types import StepRecord
+from deft.tracking.tracker import TrackedRun
 
 LINE_SECONDS = 5.0
 """Least time between two lines where there is no terminal."""
+SHOWN_SAMPLES = 3
 
 
 class _Lasting:
@@ -55,45 +58,85 @@ def of_run() -> Console:
     return Console(file=lasting(sys.stdout))
 
 
-@dataclass
-class Steps:
-    """Shows the steps of a run as they come."""
-
-    console: Console
-    total: int
-    progress: Progress | None
-    began: float = field(default_factory=time.perf_counter)
-    last_line: float = 0.0
-    seen: int = 0
-
-    def show(self, record: StepRecord) -> None:
-        self.seen += 1
-        now = time.perf_counter()
-        text = f"loss {record.loss:.4f}  {_rate(record.tokens / max(record.seconds, 1e-9))}"
-        if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], completed=record.step, numbers=text)
-        elif record.step == self.total or self.seen == 1 or now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
-            left = (now - self.began) / self.seen * (self.total - record.step)
-            self.console.print(f"step {record.step}/{self.total}  {text}  {duration(left)} left", highlight=False)
+def say(console: Console, text: str) -> None:
+    """A line of text as it is, without secrets."""
+    console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
-def steps(console: Console, total: int, done: int = 0) -> Iterator[Steps]:
-    """A view on a run of `total` steps, `done` of them earlier."""
-    if not console.is_terminal:
-        yield Steps(console, total, None)
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console) as progress:
-        progress.add_task("training", total=total, completed=done, numbers="")
-        yield Steps(console, total, progress)
+def counting(console: Console, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar that counts, where there is a terminal; yields what moves it on."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@dataclass
+class ConsoleTracker:
+    """A bar on a terminal, elsewhere a line every LINE_SECONDS; evaluations and the first samples of each.
+
+    began    time.perf_counter() when the run was asked for
+    loading  seconds that the model took to load
+    """
+
+    console: Console
+    began: float
+    loading: float
+    _progress: Progress | None = None
+    _total: int = 0
+    _seen: int = 0
+    _first: float = 0.0
+    _last_line: float = 0.0
+    _shown: Counter[int] = field(default_factory=Counter)
+
+    def begin(self, run: TrackedRun) -> None:
+        self._total, self._first = run.steps, time.perf_counter()
+        if self.console.is_terminal:
+            numbers = TextColumn("{task.fields[numbers]}")
+            columns = BarColumn(), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True)
+            self._progress = Progress(TextColumn("training"), *columns, console=self.console)
+            self._progress.add_task("training", total=run.steps, completed=run.done, numbers="")
+            self._progress.start()
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        if kind == "step":
+            self._step(record)
+        elif kind == "eval":
+            self._evaluation(record)
+        elif kind == "sample":
+            self._sample(record)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _evaluation(self, record: Mapping[str, Any]) -> None:
+        values = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step")
+        say(self.console, f"step {record['step']}: {values}")
+        self._shown[record["step"]] = 0
+
+    def _sample(self, record: Mapping[str, Any]) -> None:
+        if record["step"] not in self._shown:  # nothing was measured
+            self._evaluation({"step": record["step"]})
+        self._shown[record["step"]] += 1
+        if self._shown[record["step"]] <= SHOWN_SAMPLES:
+            say(self.console, f"  {record['prompt']!r} -> {record['output']!r}")
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        self._seen += 1
+        step, now = record["step"], time.perf_counter()
+        text = f"loss {record['loss']:.4f}  {_rate(record['tokens'] / max(record['seconds'], 1e-9))}"
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, numbers=text)
+        elif step == self._total or self._seen == 1 or now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            left = duration((now - self._first) / self._seen * (self._total - step))
+            say(self.console, f"step {step}/{self._total}  {text}  {left} left")
+        if self._seen == 1:
+            say(
+                self.console,
+                f"first step after {now - self.began:.1f} s ({self.loading:.1f} s of it loading the model)",
+            )
 
 
 def _rate(tokens_per_second: float) -> str:

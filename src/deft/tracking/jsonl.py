@@ -13,6 +13,7 @@ from typing import Any
 
 from deft.core import files
 from deft.core.errors import DiskError
+from deft.tracking.tracker import TrackedRun
 
 
 @dataclass
@@ -44,7 +45,7 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class Logs:
-    """The three logs of a run folder."""
+    """The three logs of a run folder, as a tracker. Lines are on the disk for certain after `flush` alone."""
 
     metrics: JsonLines
     eval: JsonLines
@@ -53,6 +54,15 @@ class Logs:
     @classmethod
     def of(cls, folder: Path) -> Logs:
         return cls(*(JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "eval", "samples")))
+
+    def begin(self, run: TrackedRun) -> None:
+        """Lines are appended to what earlier starts wrote."""
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        {"step": self.metrics, "eval": self.eval, "sample": self.samples}[kind].write(record)
+
+    def finish(self) -> None:
+        """Lines that the disk did not take are tried again by `flush`."""
 
     def flush(self) -> None:
         """Brings all lines onto the disk, safe from a power cut. Raises DiskError."""

@@ -20,12 +20,13 @@ from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
 from deft.core import files
-from deft.core.errors import DamagedError
+from deft.core.errors import DamagedError, NumbersError
 from deft.core.types import (
     MicroBatch,
     Objective,
     Origin,
     StepBatch,
+    StepRecord,
 )
 from deft.model.causal_lm import CausalLM
 from deft.training import randomness
@@ -76,6 +77,26 @@ class Diagnosis:
         alone = [part.row for part in bad if part.row is not None]
         together = [row for part in bad for row in step_batch.origins[part.microbatch]]
         return tuple(dict.fromkeys(alone or together or [row for batch in step_batch.origins for row in batch]))
+
+
+def skip_or_stop(
+    state: TrainState, step_batch: StepBatch, objective: Objective, record: StepRecord, *, folder: Path, most: int
+) -> str:
+    """Goes past a step whose numbers are not finite, and says so; NumbersError where `most` have been skipped.
+
+    Either way the step can be replayed from `folder`/bad-step-N.
+    """
+    place = folder / f"bad-step-{record.step}"
+    diagnosis = examine(state.causal_lm, step_batch, objective)
+    write(place, state, step_batch, diagnosis)
+    what = "gradient" if math.isfinite(record.loss) else "loss"
+    rows = named(diagnosis.rows(step_batch))
+    told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {place}"
+    if state.skipped >= most:
+        fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
+        raise NumbersError(f"{told}; {fix}")
+    state.skip()
+    return f"{told}; skipped ({state.skipped} of {most} at most)"
 
 
 def examine(causal_lm: CausalLM, step_batch: StepBatch, objective: Objective) -> Diagnosis:

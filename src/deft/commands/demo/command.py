@@ -18,7 +18,8 @@ from deft.commands.demo.data import DemoData, Question
 from deft.core import files
 from deft.encoding.render.template import plain
 from deft.evaluation.generate import complete
-from deft.run import config, preflight
+from deft.run import config
+from deft.run import folder as run_folder
 from deft.run.reading import Session
 from deft.run.train import Run
 from deft.run.train import train as run_config
@@ -49,8 +50,8 @@ def run(output: str) -> None:
     Writes data/, untrained/, base/ (a run), chat/ (a run) and demo.json under `output`.
     """
     session = Session(owns_process=True)
-    folder = preflight.output_folder(output)
-    preflight.make_folder(folder)
+    folder = run_folder.output_folder(output)
+    run_folder.make_folder(folder)
     began = time.perf_counter()
     made = demo_data.build()
     _write_data(folder / "data", made)

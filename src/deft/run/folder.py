@@ -1,44 +1,19 @@
-"""What is checked before anything heavy: all of it at once."""
+"""The run folder: where it is, whether it can be written to, and what stands in it before the first step."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deft.core import files
-from deft.core.errors import (
-    DiskError,
-    InputError,
-    Problem,
-    Problems,
-)
-
-
-def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
-    """The results of all checks in order; what they object to comes in one error.
-
-    >>> collect([lambda: 1, lambda: 2])
-    [1, 2]
-    """
-    results: list[Any] = []
-    problems: list[Problem] = []
-    more = 0
-    for check in checks:
-        try:
-            results.append(check())
-        except Problems as error:
-            problems += error.problems
-            more += error.more
-        except InputError as error:
-            where, _, what = str(error).partition(": ")
-            problems.append(Problem(where, what))
-    if problems:
-        raise Problems("this run cannot start:", problems, more)
-    return results
-
+from deft.core import files, versions
+from deft.core.errors import DiskError, InputError
+from deft.core.redact import redacted
 
 RUN_FILES = frozenset(("config.yaml", "manifest.json", "ledger.json", "report.html", "checkpoints", "final")) | {
     f"{log}.jsonl" for log in ("metrics", "eval", "samples")
@@ -106,14 +81,32 @@ def _try_writing(folder: Path) -> None:
         raise InputError(f"{error}; name another folder with output=") from error
 
 
-def max_length(setting: int | None, positions: int | None) -> int:
-    """The longest example: what was asked for, else 2048 or what the model can take.
+def manifest(*, seed: int, device: str, dtype: str, data: Mapping[str, str], tokenizer_json: str) -> dict[str, Any]:
+    """What says where a run came from: versions, git state, seed, device, digests of data files and tokenizer.
 
-    >>> max_length(None, 512), max_length(None, None)
-    (512, 2048)
+    data  file -> digest
     """
-    if setting is None:
-        return min(2048, positions or 2048)
-    if positions is not None and setting > positions:
-        raise InputError(f"max_length: {setting} is more than the model's {positions} positions; at most {positions}")
-    return setting
+    return {
+        "versions": versions.installed(),
+        "git": _git_state(),
+        "command": [redacted(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "data_sha256": dict(data),
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode("utf-8")).hexdigest(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the folder the run was started in, and whether it had changes; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=5)
+    return done.stdout.strip()

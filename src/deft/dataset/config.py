@@ -1,0 +1,79 @@
+"""`data` in the configuration: which rows, and what of them is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from deft.core.config import Section
+from deft.data.choices import Answers, Control
+from deft.data.fields import LARGEST_WEIGHT
+from deft.encoding.render.policy import TrainOn
+from deft.encoding.rows import Render
+
+
+class SourceConfig(Section):
+    """Rows: a file, a folder, a glob, - or a Hub id; `format` is found by looking unless it is named.
+
+    columns      what a format calls a field -> what the rows call it: {prompt: question, completion: answer}
+    answers      of several to one prompt: the best, or all good ones; each format has its default
+    control      HALOs' control tokens: text before good and bad answers
+    subset       of a Hub data set; split: of a Hub data set or HALOs file, train (test for data.eval) by default
+    times        how often its rows are learnt in an epoch; a share of them, drawn by seed, where it is not whole
+    loss_weight  multiplies the weight of every token
+    max_rows     reads no further
+    """
+
+    path: str
+    format: str = "auto"
+    columns: dict[str, str] = Field({})
+    answers: Answers | None = None
+    control: Control | None = None
+    subset: str | None = None
+    split: str | None = None
+    times: float = Field(1.0, gt=0, le=1000)
+    loss_weight: float = Field(1.0, gt=0, le=LARGEST_WEIGHT)
+    max_rows: int | None = Field(None, ge=1)
+
+
+class DataConfig(Section):
+    """The rows. `eval` is a share of the training rows by content hash, or sources of its own."""
+
+    train: tuple[SourceConfig, ...]
+    eval: float | tuple[SourceConfig, ...] = 0.0
+    train_on: TrainOn | None = None
+    learn_reasoning: bool = True
+    learn_tool_calls: bool = True
+    render: Render = "auto"
+    allow_refused: int = Field(0, ge=0)
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        return _as_sources(value)
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _share_or_sources(cls, value: Any) -> Any:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return _as_sources(value)
+
+    @field_validator("eval")
+    @classmethod
+    def _is_share(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError("a share is at least 0 and below 1")
+        return value
+
+
+def _as_sources(value: Any) -> Any:
+    """One path, a list of paths, or source objects -> source objects."""
+    entries = [value] if isinstance(value, str | Path | Mapping | SourceConfig) else value
+    if not isinstance(entries, Sequence) or not entries:
+        raise ValueError("name a file, or a list of files")
+    return tuple({"path": str(entry)} if isinstance(entry, str | Path) else entry for entry in entries)

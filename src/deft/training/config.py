@@ -1,0 +1,33 @@
+"""`optimizer`, `loss` and `checkpoint` in the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from deft.core.config import Section
+
+
+class OptimizerConfig(Section):
+    name: str = "adamw"
+    lr: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0)
+
+
+class LossConfig(Section):
+    name: str = "nll"
+    normalize: Literal["tokens", "examples"] = "tokens"
+
+
+class CheckpointConfig(Section):
+    """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
+    loss, and each of every `keep_every` steps."""
+
+    every: int | None = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+    keep_best: int = Field(0, ge=0)
+    keep_every: int | None = Field(None, ge=1)
