@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from deft.core.config import Section
-from deft.data.choices import Answers, Control
 from deft.data.fields import LARGEST_WEIGHT
+from deft.data.format import Answers, Control
 from deft.encoding.render.policy import TrainOn
 from deft.encoding.rows import Render
 

@@ -23,7 +23,7 @@ from deft.core.registry import closest
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.tokenizer import Tokenizer
 from deft.model import load as models
-from deft.model.evaluating import evaluating
+from deft.model.causal_lm import evaluating
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 

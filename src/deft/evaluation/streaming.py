@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from deft.core.errors import InputError
 from deft.evaluation.generate import Messages, Request, continuation, cut
-from deft.model.evaluating import evaluating
+from deft.model.causal_lm import evaluating
 
 CONTEXT_TOKENS = 16
 """Tokens before a piece with which it is decoded."""
