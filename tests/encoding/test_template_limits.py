@@ -96,9 +96,9 @@ DEEP = {
 
 RUN = """
 import json, resource, sys, time
-from deft.errors import InputError
+from deft.core.errors import InputError
 from deft.encoding.render.template import Refusal, Template
-from deft.types import Message
+from deft.core.types import Message
 for name, source in json.load(sys.stdin).items():
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:

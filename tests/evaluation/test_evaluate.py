@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_generate import PROMPTS, model_of, tokenizer_of
+from tiny_writers import PROMPTS, model_of, tokenizer_of
 
 from deft.core.errors import InputError, Problems, UserCodeError
 from deft.evaluation import generate as generation

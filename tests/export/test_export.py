@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CORPUS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_generate import CORPUS, TEMPLATE, model_of, needs_stories, tokenizer_of
+from tiny_writers import TEMPLATE, model_of, needs_stories, tokenizer_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -361,7 +362,7 @@ CHILD = """
 import resource, signal, sys, time
 from pathlib import Path
 sys.path[:0] = {tests!r}
-from test_generate import model_of, tokenizer_of
+from tiny_writers import model_of, tokenizer_of
 from test_export import write
 from deft.core import files
 from deft.core.errors import DiskError
