@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tiny_models import write_llama
 from torch import Tensor
 
@@ -18,9 +17,11 @@ import deft
 from deft.commands import replay
 from deft.core import hardware
 from deft.core.errors import DamagedError, InputError, NumbersError
+from deft.distributed.world import World
 from deft.model import load
 from deft.run import config
-from deft.run.train import Run, assemble
+from deft.run.build import build, pretrained
+from deft.run.train import Run
 from deft.training import badstep
 from deft.training.loss import nll
 from deft.training.optim.adamw import AdamW
@@ -115,8 +116,8 @@ def train(tmp_path: Path, model: Path, data: Path, **settings: Any) -> Run:
 
 def replayed(folder: Path) -> str:
     said = StringIO()
-    with pytest.raises(NumbersError, match="is not finite again"):
-        replay.run(str(folder), Console(file=said, width=200))
+    with redirect_stdout(said), pytest.raises(NumbersError, match="is not finite again"):
+        replay.run(str(folder))
     return said.getvalue()
 
 
@@ -150,7 +151,8 @@ def test_a_look_at_a_bad_step_that_is_broken_off_draws_no_random_number(
     (folder,) = (tmp_path / "run").glob("bad-step-*")
     made = config.load(str(tmp_path / "run" / "config.yaml"))
     machine = hardware.resolve(made.device, made.precision, made.microbatch_tokens)
-    state, _ = assemble(made, load.inspect(str(model)), machine)
+    base = load.inspect(str(model))
+    state = build(made, lambda: pretrained(base, machine), machine, World())
 
     def broken(*_: Any) -> Tensor:
         torch.rand(1)
@@ -158,7 +160,7 @@ def test_a_look_at_a_bad_step_that_is_broken_off_draws_no_random_number(
 
     before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        badstep.examine(state.learner, badstep.read(folder)[0], SimpleNamespace(loss=broken))
+        badstep.examine(state.causal_lm, badstep.read(folder)[0], broken)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before)
 
 
