@@ -15,8 +15,7 @@ from deft.data.choices import Answers, Control
 from deft.data.fields import LARGEST_WEIGHT
 from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
-from deft.encoding.render.policy import TrainOn
-from deft.encoding.rows import Overflow, Render
+from deft.encoding.rows import Overflow, Render, TrainOn
 from deft.plan.schedule import Name as ScheduleName
 
 
