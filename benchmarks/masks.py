@@ -208,7 +208,7 @@ def _suspects(encoder: RowEncoder, judge: Judge, rows: Sequence[Conversation]) -
         apply = partial(judge.tokenizer.apply_chat_template, messages, chat_template=judge.template)
         ids = cases.parts_of(row)[0][0].tolist()
         counts["clean rows"] += 1
-        counts["cut at an edge (law 2)"] += row.apart
+        counts["cut at an edge (law 2)"] += row.split_at_edges
         counts["equal to apply_chat_template"] += apply(tokenize=True, return_dict=False)[: len(ids)] == ids
         again = judge.tokenizer(apply(tokenize=False))["input_ids"]
         counts["equal to tokenizer(rendered text)"] += again[: len(ids)] == ids

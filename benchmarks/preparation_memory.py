@@ -65,7 +65,7 @@ def prepare(path: str, cache: str) -> dict[str, Any]:
     from deft.dataset.source import SourceSpec
     from deft.dataset.survey import Execution, understand
     from deft.encoding import tokenizer as edge
-    from deft.encoding.render.choose import choose
+    from deft.encoding.render.template import choose
     from deft.encoding.rows import Policy
     from deft.plan import loader
     from deft.plan.order import Batching

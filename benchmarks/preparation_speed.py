@@ -120,7 +120,7 @@ def deft_arm(folder: Path) -> Figures:
 def deft_encoder() -> Any:
     from deft.dataset import examples
     from deft.encoding import tokenizer as edge
-    from deft.encoding.render.choose import choose
+    from deft.encoding.render.template import choose
     from deft.encoding.rows import Policy
 
     held = edge.load(str(CORPUS / "tokenizers" / TOKENIZER))

@@ -26,7 +26,7 @@ from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
 from deft.encoding import tokenizer as edge
-from deft.encoding.render.choose import choose
+from deft.encoding.render.template import choose
 from deft.encoding.rows import Policy
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from deft.dataset import examples
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import understand
 from deft.encoding import tokenizer as edge
-from deft.encoding.render.choose import Chosen
+from deft.encoding.render.template import Chosen
 from deft.encoding.rows import Policy, RowEncoder
 
 

@@ -27,8 +27,8 @@ from deft.core.types import (
 from deft.data import sources
 from deft.data.format import Choices
 from deft.dataset import examples
-from deft.encoding.render.chat import Rules
-from deft.encoding.render.choose import Chosen, choose
+from deft.encoding.render.chat import AnswerRules
+from deft.encoding.render.template import Chosen, choose
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 
@@ -157,7 +157,7 @@ def _choices(encoder: RowEncoder) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for value in (False, True):
             words = f"template_kwargs: {{{name}: {str(value).lower()}}}"
             yield words, template.source, {"template_kwargs": {name: value}}
-    yield "reasoning: empty", template.source, {"rules": Rules(reasoning="empty")}
+    yield "reasoning: empty", template.source, {"rules": AnswerRules(reasoning="empty")}
     yield "template: chatml", choose("chatml", None, held.puts_bos, held.special_tokens).source, {}
 
 
@@ -183,7 +183,7 @@ def compare_ids(row: EncodedRow, judge: Judge) -> Ids:
     parts = parts_of(row)
     if len(parts) != 1 or row.notes or row.literal:
         return Ids("not one clean text without notes")
-    if row.apart:
+    if row.split_at_edges:
         return Ids("one encoding would merge the prompt with the answer")
     ids = parts[0][0].tolist()
     source = as_openai(row.conversation)

@@ -238,14 +238,14 @@ TABLE: tuple[Mutation, ...] = (
     ),
     # Masks: the edge, the stop mark, what is literal.
     _of(
-        "deft.encoding.pieces",
+        "deft.encoding.edges",
         "if first < 0 or tokens.ids[first:count] != tail:",
         "if first < 0:",
         "test_law_02_edge.py",
     ),
-    _of("deft.encoding.pieces", " or not ids[2 * number].startswith(before)", "", "test_law_02_edge.py"),
+    _of("deft.encoding.edges", "if not found[2 * count].startswith(tail):", "if False:", "test_law_02_edge.py"),
     _of(
-        "deft.encoding.pieces",
+        "deft.encoding.edges",
         "        if literal:\n            return self.tokenizer.literal(text, continues)\n",
         "",
         "test_law_03_literal.py",

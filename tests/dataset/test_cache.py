@@ -257,7 +257,7 @@ from deft.data.format import Choices
 from deft.dataset import examples
 from deft.dataset.source import SourceSpec, items
 from deft.encoding.rows import Policy
-from deft.encoding.render.choose import Chosen
+from deft.encoding.render.template import Chosen
 from deft.encoding.tokenizer import wrap
 from tiny_tokenizers import CHATML, byte_level
 

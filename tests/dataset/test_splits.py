@@ -33,7 +33,7 @@ from deft.dataset.source import SourceSpec
 from deft.dataset.splits import ContentIndex, SplitRule, assign_splits, passes_of
 from deft.dataset.store import Store
 from deft.dataset.survey import Execution, understand
-from deft.encoding.render.choose import choose
+from deft.encoding.render.template import choose
 from deft.encoding.rows import Policy, RowEncoder
 from deft.encoding.tokenizer import wrap
 from deft.run import config

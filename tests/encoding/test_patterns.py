@@ -25,13 +25,12 @@ from deft.core.types import (
 from deft.data import sources
 from deft.dataset import examples
 from deft.encoding import tokenizer as edge
-from deft.encoding.pieces import Coder
+from deft.encoding.edges import Coder
 from deft.encoding.render import chat as chats
 from deft.encoding.render.chat import ChatRenderer
-from deft.encoding.render.choose import choose
 from deft.encoding.render.patterns import Pattern
 from deft.encoding.render.stop import Marks
-from deft.encoding.render.template import Refusal, Template
+from deft.encoding.render.template import Refusal, Template, choose
 from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 
@@ -231,7 +230,11 @@ def alone(encoder: RowEncoder, conversation: Conversation) -> EncodedRow:
 
 def assert_same(found: EncodedRow, expected: EncodedRow) -> None:
     assert (found.conversation, found.fate, found.reason) == (expected.conversation, expected.fate, expected.reason)
-    assert (found.literal, found.apart, found.notes) == (expected.literal, expected.apart, expected.notes)
+    assert (found.literal, found.split_at_edges, found.notes) == (
+        expected.literal,
+        expected.split_at_edges,
+        expected.notes,
+    )
     parts = [[part for example in row.examples for part in example] for row in (found, expected)]
     for part, other in zip(*parts, strict=True):
         assert part.origin == other.origin
@@ -289,7 +292,7 @@ def test_special_tokens_made_by_messages_are_found_among_the_ids() -> None:
     ]
     rows = encoder.encode_many(chats)
     assert [row.literal for row in rows] == [0] * 6 + [1] * 3
-    assert not any(row.apart for row in rows[:6])
+    assert not any(row.split_at_edges for row in rows[:6])
 
 
 def test_edges_found_between_special_tokens_are_those_that_offsets_give(monkeypatch: pytest.MonkeyPatch) -> None:

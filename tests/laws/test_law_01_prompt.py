@@ -9,9 +9,9 @@ import pytest
 
 from deft.core.types import Message, Rendered, ToolCall
 from deft.encoding.render.chat import ChatRenderer
-from deft.encoding.render.provenance import Traced, join
 from deft.encoding.render.stop import Marks
 from deft.encoding.render.template import Refusal, Template, plain
+from deft.encoding.render.traced import Traced, join
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MARKS = Marks("</s>", ("</s>",), ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import deft
 from deft.core.types import Rendered, Span
-from deft.encoding.pieces import Coder
+from deft.encoding.edges import Coder
 from deft.encoding.tokenizer import Tokenizer
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
@@ -38,10 +38,10 @@ def test_tokens_before_a_span_are_the_prompt_s_own(name: str, prompt: str, answe
 def test_a_merge_over_the_edge_is_counted_and_undone() -> None:
     tokenizer = Tokenizer(byte_level())
     merged = Coder(tokenizer).encode(Rendered("the cat", (Span(4, 7),), ()))
-    assert merged.apart
+    assert merged.split_at_edges
     assert merged.tokens.tolist() == tokenizer.ids("the ") + tokenizer.ids("cat")
     clean = Coder(tokenizer).encode(Rendered("the cat", (Span(3, 7),), ()))
-    assert not clean.apart
+    assert not clean.split_at_edges
     assert clean.tokens.tolist() == tokenizer.ids("the cat")
 
 

@@ -19,7 +19,7 @@ from deft.core.errors import DeftError, Problem, Problems
 from deft.data import sources
 from deft.dataset import build, examples, survey
 from deft.dataset.source import SourceSpec
-from deft.encoding.render.choose import choose
+from deft.encoding.render.template import choose
 from deft.encoding.rows import Policy, RowEncoder
 from deft.encoding.tokenizer import wrap
 

@@ -28,10 +28,9 @@ from deft.dataset.store import EncodedChunk, Examples, Store
 from deft.dataset.survey import NOT_KEPT, Execution
 from deft.encoding import tokenizer as edge
 from deft.encoding.raw import Side
-from deft.encoding.render.chat import Reasoning, Rules
-from deft.encoding.render.choose import choose
-from deft.encoding.render.policy import TrainOn
-from deft.encoding.rows import Overflow, Policy, Render, RowEncoder
+from deft.encoding.render.chat import AnswerRules, Reasoning
+from deft.encoding.render.template import choose
+from deft.encoding.rows import Overflow, Policy, Render, RowEncoder, TrainOn
 
 Surveyed = tuple[SourceSpec, Survey]
 
@@ -172,7 +171,7 @@ def encode(
     """
     held = edge.load(tokenizer) if isinstance(tokenizer, str) else edge.wrap(tokenizer)
     chosen = choose(template, held.chat_template, held.puts_bos, held.special_tokens)
-    rules = Rules(reasoning, learn_reasoning, learn_tool_calls)
+    rules = AnswerRules(reasoning, learn_reasoning, learn_tool_calls)
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
     alone = Execution(processes=1)
     with user_code("rows"):

@@ -11,8 +11,7 @@ from pydantic import Field, field_validator
 from deft.core.config import Section
 from deft.data.fields import LARGEST_WEIGHT
 from deft.data.format import Answers, Control
-from deft.encoding.render.policy import TrainOn
-from deft.encoding.rows import Render
+from deft.encoding.rows import Render, TrainOn
 
 
 class SourceConfig(Section):

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deft.core.types import Conversation, Encoded, Fate, Message
-from deft.encoding.render import policy
-from deft.encoding.rows import EncodedRow, RowEncoder
+from deft.encoding.rows import EncodedRow, RowEncoder, message_weights
 
 DECODED_ROWS = 50
 """Of rows with the same kinds of messages this number is decoded to see whether the template shows every field."""
@@ -153,7 +152,7 @@ def check(row_encoder: RowEncoder, rows: Iterable[EncodedRow]) -> list[RowCheck]
 def _of_row(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
     if row.literal:
         yield "special_tokens_as_text"
-    if row.apart:
+    if row.split_at_edges:
         yield "encoded_apart"
     bos = row_encoder.tokenizer.bos_id
     if bos is not None and any(part.tokens[:2].tolist() == [bos, bos] for part in _parts(row)):
@@ -196,7 +195,7 @@ def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
     """The fields of a chat of which the row's texts show nothing."""
     text = "".join(_squeezed(_decode(row_encoder, part.tokens.tolist())) for part in _parts(row))
     messages = row.conversation.messages
-    weights = policy.weights(messages, row_encoder.train_on(row.conversation))
+    weights = message_weights(messages, row_encoder.train_on(row.conversation))
     last = max((index for index, weight in enumerate(weights) if weight > 0), default=-1)
     # What comes after the last learnt turn stands in no text.
     for name, value in _fields(messages[: last + 1], row.conversation.tools):

@@ -21,11 +21,10 @@ from deft.dataset import data_warnings
 from deft.dataset.source import Item, SourceSpec
 from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage
 from deft.encoding import tokenizer as edge
-from deft.encoding.pieces import Coder
+from deft.encoding.edges import Coder
 from deft.encoding.render.chat import ChatRenderer
-from deft.encoding.render.choose import Chosen
 from deft.encoding.render.stop import Marks
-from deft.encoding.render.template import Template
+from deft.encoding.render.template import Chosen, Template
 from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 
@@ -195,7 +194,7 @@ def _as_one(rows: Sequence[EncodedRow]) -> EncodedRow:
         tuple(example for row in rows for example in row.examples),
         f"{len(lost)} of its {len(rows)} conversations are not trained: {lost[0].reason}" if lost else "",
         max(row.literal for row in rows),
-        any(row.apart for row in rows),
+        any(row.split_at_edges for row in rows),
     )
 
 

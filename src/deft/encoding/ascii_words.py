@@ -28,10 +28,10 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _PART = re.compile(r"\\p\{(\w+)\}|(\\[sSrnt])|(\\[^\w])|(\[\^?)|(\])|(\(\?(?:i?:|!|=))|(\}\+|[(^$.\\])|(.)", re.DOTALL)
 
 _REMEMBERED_WORDS, _REMEMBERED_LENGTH = 200_000, 48
-"""So many words of at most so many characters are remembered."""
+"""How many words are remembered, and the longest of them."""
 
 _CHECKED = 300
-"""So many made-up texts are cut both ways before a tokenizer's words are trusted."""
+"""Made-up texts that are cut both ways before the words of a tokenizer are trusted."""
 
 
 class AsciiWords:

@@ -11,22 +11,28 @@ from deft.core.types import (
     Conversation,
     Encoded,
     Fate,
+    Kind,
     Message,
     Rendered,
 )
 from deft.encoding import raw
-from deft.encoding.pieces import Coded, Coder
-from deft.encoding.render import policy as render_policy
-from deft.encoding.render.chat import DEFAULT_RULES, ChatRenderer, Rules
-from deft.encoding.render.policy import TrainOn
+from deft.encoding.edges import Coded, Coder
+from deft.encoding.render.chat import DEFAULT_RULES, AnswerRules, ChatRenderer
 from deft.encoding.render.template import Refusal
 from deft.encoding.tokenizer import Tokenizer
 
+TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
 Overflow = Literal["turns", "cut", "drop", "error"]
 Render = Literal["auto", "raw", "chat"]
 
 Example = tuple[Encoded, ...]
 """What the batch counts as one: the parts of one row, trained in the same step. Windows of a text are examples each."""
+
+
+TRAIN_ON: dict[Kind, TrainOn] = {"text": "all", "dialogue": "completion", "chat": "assistant"}
+"""What is learnt where `train_on` is not said."""
+
+_LEARNT_ROLES = {"assistant", "output"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Policy:
     render: Render = "auto"
     overflow: Overflow = "turns"
     truncation_side: raw.Side = "right"
-    rules: Rules = DEFAULT_RULES
+    rules: AnswerRules = DEFAULT_RULES
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,10 +56,10 @@ class Policy:
 class EncodedRow:
     """One row's examples and its fate.
 
-    reason   why it was refused or too long
-    literal  special tokens in its messages, encoded as text
-    apart    an edge where one encoding of the whole text would have merged prompt and answer
-    notes    the fallbacks that its masks needed
+    reason          why it was refused or too long
+    literal         special tokens in its messages, encoded as text
+    split_at_edges  an edge where one encoding of the whole text would have merged prompt and answer
+    notes           the fallbacks that its masks needed
     """
 
     conversation: Conversation
@@ -61,12 +67,12 @@ class EncodedRow:
     examples: tuple[Example, ...] = ()
     reason: str = ""
     literal: int = 0
-    apart: bool = False
+    split_at_edges: bool = False
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _EncodedText:
     """One text of a row, encoded; `turns` and `notes` as in Rendered."""
 
     coded: Coded
@@ -107,7 +113,7 @@ class RowEncoder:
     def _begun(self, conversation: Conversation) -> EncodedRow | _Chat:
         if conversation.kind != "text" and not self.is_raw(conversation):
             return self._chat(conversation)
-        weights = render_policy.weights(conversation.messages, self.train_on(conversation))
+        weights = message_weights(conversation.messages, self.train_on(conversation))
         return (self._text if conversation.kind == "text" else self._dialogue)(conversation, weights)
 
     def is_raw(self, conversation: Conversation) -> bool:
@@ -117,7 +123,7 @@ class RowEncoder:
         return conversation.kind != "chat"
 
     def train_on(self, conversation: Conversation) -> TrainOn:
-        return self.policy.train_on or render_policy.DEFAULT[conversation.kind]
+        return self.policy.train_on or TRAIN_ON[conversation.kind]
 
     def _text(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
         parts, literal = raw.pieces(conversation.messages, weights, self.tokenizer)
@@ -154,7 +160,7 @@ class RowEncoder:
 
     def _chat(self, conversation: Conversation) -> EncodedRow | _Chat:
         messages = as_chat(conversation.messages)
-        weights = render_policy.weights(messages, self.train_on(conversation))
+        weights = message_weights(messages, self.train_on(conversation))
         try:
             return _Chat(conversation, messages, weights, self._rendered(messages, weights, conversation))
         except Refusal as refusal:
@@ -167,8 +173,8 @@ class RowEncoder:
             return [self.renderer.whole(messages, 1.0, conversation.tools)]
         return self.renderer.render(messages, weights, conversation.tools)
 
-    def _parts(self, rendered: Sequence[Rendered]) -> list[_Part]:
-        return [_Part(self.coder.encode(text), text.turns, text.notes) for text in rendered]
+    def _parts(self, rendered: Sequence[Rendered]) -> list[_EncodedText]:
+        return [_EncodedText(self.coder.encode(text), text.turns, text.notes) for text in rendered]
 
     def _finished_chat(self, chat: _Chat) -> EncodedRow:
         parts = self._parts(chat.rendered)
@@ -180,14 +186,14 @@ class RowEncoder:
             return self._too_long(chat.conversation, longest)
         return self._row_of(chat.conversation, shorter, Fate.CUT)
 
-    def _shorter_chat(self, chat: _Chat, parts: Sequence[_Part]) -> list[_Part]:
+    def _shorter_chat(self, chat: _Chat, parts: Sequence[_EncodedText]) -> list[_EncodedText]:
         """The parts that fit, and those that do not made shorter; empty where nothing can be kept."""
         limit, side = self.policy.max_length, self.policy.truncation_side
         if self.policy.overflow == "cut":
             return [replace(part, coded=_cut(part.coded, limit, side)) for part in parts]
         if self.policy.overflow != "turns":
             return []
-        kept: list[_Part] = []
+        kept: list[_EncodedText] = []
         for part in parts:
             if _tokens(part) <= limit:
                 kept.append(part)
@@ -199,14 +205,14 @@ class RowEncoder:
 
     def _without_turns(
         self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation
-    ) -> list[_Part]:
+    ) -> list[_EncodedText]:
         """The conversation without as few of its first turns as possible, so that it fits; empty if none does.
 
         The system messages in front, the tools, and the last question with its answer always stay.
         """
         body = _body(messages)
         starts = _questions(messages, body)
-        tried: dict[int, list[_Part]] = {}
+        tried: dict[int, list[_EncodedText]] = {}
 
         def fits(start: int) -> bool:
             try:
@@ -219,12 +225,12 @@ class RowEncoder:
         first = bisect_left(starts, True, key=fits)
         return tried[starts[first]] if first < len(starts) else []
 
-    def _row_of(self, conversation: Conversation, parts: Sequence[_Part], fate: Fate) -> EncodedRow:
+    def _row_of(self, conversation: Conversation, parts: Sequence[_EncodedText], fate: Fate) -> EncodedRow:
         coded = [part.coded for part in parts]
         encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in coded)
-        apart = any(each.apart and not each.literal for each in coded)
+        split = any(each.split_at_edges and not each.literal for each in coded)
         notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-        return _finished(conversation, (encoded,), fate, max(each.literal for each in coded), apart, notes)
+        return _finished(conversation, (encoded,), fate, max(each.literal for each in coded), split, notes)
 
     def _too_long(self, conversation: Conversation, length: int) -> EncodedRow:
         reason = f"{length} tokens, max_length is {self.policy.max_length}"
@@ -236,14 +242,14 @@ def _finished(
     examples: Sequence[Example],
     fate: Fate,
     literal: int,
-    apart: bool = False,
+    split_at_edges: bool = False,
     notes: tuple[str, ...] = (),
 ) -> EncodedRow:
     """The row with the parts that have something to learn; no target where none has."""
     kept = tuple(learnt for example in examples if (learnt := tuple(part for part in example if _has_target(part))))
     if not kept:
-        return EncodedRow(conversation, Fate.NO_TARGET, (), "no learnt token is left", literal, apart, notes)
-    return EncodedRow(conversation, fate, kept, "", literal, apart, notes)
+        return EncodedRow(conversation, Fate.NO_TARGET, (), "no learnt token is left", literal, split_at_edges, notes)
+    return EncodedRow(conversation, fate, kept, "", literal, split_at_edges, notes)
 
 
 def _has_target(part: Encoded) -> bool:
@@ -262,13 +268,32 @@ def _questions(messages: Sequence[Message], body: int) -> list[int]:
     return [i for i in later if messages[i].role == "user" and messages[i - 1].role != "user"]
 
 
-def _tokens(part: _Part) -> int:
+def _tokens(part: _EncodedText) -> int:
     return len(part.coded.tokens)
 
 
 def _cut(part: Coded, max_length: int, side: raw.Side) -> Coded:
     kept = slice(0, max_length) if side == "right" else slice(-max_length, None)
-    return Coded(part.tokens[kept], part.weights[kept], part.literal, part.apart)
+    return Coded(part.tokens[kept], part.weights[kept], part.literal, part.split_at_edges)
+
+
+def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
+    """How much each message is learnt: its own weight, or 1 or 0 by the policy.
+
+    A weight that a row carries counts on messages that the policy learns; it never makes another role a target.
+
+    >>> chat = [Message("user", "a"), Message("assistant", "b", 0.5), Message("user", "c"), Message("assistant", "d")]
+    >>> message_weights(chat, "assistant"), message_weights(chat, "last_assistant")
+    ([0.0, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0])
+    """
+    learnt = [train_on == "all" or message.role in _LEARNT_ROLES for message in messages]
+    if train_on == "last_assistant" and any(learnt):
+        last = max(index for index, is_learnt in enumerate(learnt) if is_learnt)
+        learnt = [index == last for index in range(len(messages))]
+    return [
+        (1.0 if message.weight is None else message.weight) if is_learnt else 0.0
+        for message, is_learnt in zip(messages, learnt, strict=True)
+    ]
 
 
 def as_raw(messages: Sequence[Message]) -> list[Message]:

@@ -11,7 +11,7 @@ from deft.core.types import Message, Origin, Row
 from deft.data import messages, sources
 from deft.data.fields import RowError, described, kind_of, shortened, text_of
 from deft.data.formats import sharegpt
-from deft.encoding.render import handing
+from deft.encoding.render.template_inputs import TemplateInputs
 
 RESERVED = ("samples", "prompts", "outputs")
 """What `metric_fn` is given beside the metadata."""
@@ -118,4 +118,4 @@ def _prompt(value: Any, field: str) -> str | list[dict[str, Any]]:
     if found[-1].role not in ("user", "tool"):
         what = f"the last message is the {found[-1].role}'s ({shortened(found[-1].content)!r}): nothing to answer"
         raise RowError(field, what, "end with the user's message")
-    return handing.chat(found, handing.DEFAULT, handing.plain)
+    return TemplateInputs().messages(found)

@@ -24,8 +24,8 @@ from deft.dataset.config import SourceConfig
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Advance, Execution
 from deft.encoding import tokenizer as edge
-from deft.encoding.render.chat import Rules
-from deft.encoding.render.choose import Chosen, choose
+from deft.encoding.render.chat import AnswerRules
+from deft.encoding.render.template import Chosen, choose
 from deft.encoding.rows import Policy, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompts
@@ -190,7 +190,7 @@ def _reading(
             lambda: max_length(config.max_length, base.max_positions if base else None),
         ]
     )
-    rules = Rules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
+    rules = AnswerRules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
     policy = Policy(
         length,
         config.data.train_on,

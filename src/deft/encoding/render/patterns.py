@@ -4,10 +4,14 @@ Two chats have the same shape if their messages have the same roles and the same
 messages are learnt. The first chat of a shape is proven character by character (`chat`). A `Pattern` keeps what was
 found: the text as literals and fields of messages, and the ranges that are learnt as places among them.
 
-For the next chat of that shape nothing is assumed. The template renders, as plain text, what the prompt law looks at:
-for each learnt turn the inference prompt before it, and the chat with that turn as the last message. Each must equal
-what the pattern says, to the character; then the text, its prompts and its stop marks are the template's own for this
-chat too. A chat that differs is proven by itself, and gives its shape a new pattern.
+For the next chat of that shape nothing is assumed of the text. The template renders, as plain text, what the prompt law
+looks at: for each learnt turn the inference prompt before it, and the chat with that turn as the last message. Each
+must equal what the pattern says, to the character; then the text, its prompts and its stop marks are the template's own
+for this chat too. A chat that differs is proven by itself, and gives its shape a new pattern.
+
+Who wrote a character is taken from the pattern. A template that moves or repeats words by what they say could write the
+same text otherwise where two fields, or a field and the template's text, say the same: such chats are proven by
+themselves too.
 """
 
 from __future__ import annotations
@@ -15,22 +19,23 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from deft.core.types import Message, Rendered, Span
-from deft.encoding.render.provenance import (
+from deft.encoding.render.template import Refusal, Rendering
+from deft.encoding.render.traced import (
     TEMPLATE,
-    Part,
+    MessagePart,
     Traced,
     message_of,
     part_of,
 )
-from deft.encoding.render.template import Handed
 
 Place = tuple[int, int]
 """A place in a text: the index of an item, and characters into it. The end of an item is the beginning of the next."""
 
-_FIELDS = {Part.CONTENT: "content", Part.REASONING: "reasoning"}
+_FIELDS = {MessagePart.CONTENT: "content", MessagePart.REASONING: "reasoning"}
 _STRIPS = ("", "strip", "lstrip", "rstrip")
 
 
@@ -86,13 +91,13 @@ class _Render:
     last: int
     tail: str
 
-    def agrees(self, handed: Handed, text: str, starts: Sequence[int]) -> bool:
-        if handed.plain(self.index + 1) != text[: starts[self.last]] + self.tail:
+    def agrees(self, rendering: Rendering, text: str, starts: Sequence[int]) -> bool:
+        if rendering.plain(self.index + 1) != text[: starts[self.last]] + self.tail:
             return False
-        return handed.plain(self.index, True) == text[: _offset(self.start, starts)]
+        return rendering.plain(self.index, True) == text[: _offset(self.start, starts)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pattern:
     """The text of all chats of one shape.
 
@@ -108,28 +113,41 @@ class Pattern:
     edges: tuple[Place, ...]
     turns: tuple[int, ...]
 
-    def rendered(self, handed: Handed, weights: Sequence[float]) -> Rendered | None:
-        """What the proof gives for this chat; None unless the template writes what the pattern says.
-
-        Raises Refusal where the template refuses the chat.
-        """
-        pieces = [item if isinstance(item, str) else item.text(handed.messages) for item in self.items]
+    def rendered(self, rendering: Rendering, weights: Sequence[float]) -> Rendered | None:
+        """What the proof gives for this chat; None unless the template writes what the pattern says."""
+        pieces = [item if isinstance(item, str) else item.text(rendering.messages) for item in self.items]
         known = [piece for piece in pieces if piece is not None]
-        starts = list(accumulate(map(len, known), initial=0))
-        text = "".join(known)
-        if len(known) < len(pieces) or not all(render.agrees(handed, text, starts) for render in self.renders):
+        if len(known) < len(pieces) or not self._tells_apart([known[index] for index in self._fields]):
+            return None
+        text, starts = "".join(known), list(accumulate(map(len, known), initial=0))
+        try:
+            if not all(render.agrees(rendering, text, starts) for render in self.renders):
+                return None
+        except Refusal:
             return None
         return Rendered(
             text,
             tuple(Span(_offset(start, starts), _offset(end, starts), weights[i]) for start, end, i in self.spans),
-            tuple((starts[i], starts[i + 1]) for i, item in enumerate(self.items) if isinstance(item, Field)),
+            tuple((starts[index], starts[index + 1]) for index in self._fields),
             tuple(_offset(edge, starts) for edge in self.edges),
             (),
             self.turns,
         )
 
+    def _tells_apart(self, words: Sequence[str]) -> bool:
+        """True if no field says what another one says, or what the template writes."""
+        return len({*words, *self._literals}) == len(words) + len(self._literals)
 
-def learn(turns: Sequence[Turn], handed: Handed, old: Pattern | None = None) -> Pattern | None:
+    @cached_property
+    def _fields(self) -> tuple[int, ...]:
+        return tuple(index for index, item in enumerate(self.items) if isinstance(item, Field))
+
+    @cached_property
+    def _literals(self) -> frozenset[str]:
+        return frozenset(item for item in self.items if isinstance(item, str))
+
+
+def learn(turns: Sequence[Turn], rendering: Rendering, old: Pattern | None = None) -> Pattern | None:
     """The pattern of a chat whose turns, in the order of its text, are proven without fallbacks in one text.
 
     None where fields do not stand there as they are, white space at their ends aside. `old` is the pattern of the same
@@ -137,7 +155,7 @@ def learn(turns: Sequence[Turn], handed: Handed, old: Pattern | None = None) -> 
     """
     text = max((turn.text for turn in turns), key=len)
     known = {(item.index, item.name): item.strip for item in old.items if isinstance(item, Field)} if old else {}
-    items = tuple(_items(text, handed.messages, known))
+    items = tuple(_items(text, rendering.messages, known))
     starts = list(accumulate((length for _, length in text.runs), initial=0))
 
     def place(offset: int) -> Place:
@@ -147,7 +165,7 @@ def learn(turns: Sequence[Turn], handed: Handed, old: Pattern | None = None) -> 
     renders = []
     for turn in turns:
         last = max(i for i, (owner, _) in enumerate(text.runs, 1) if owner >= 0 and message_of(owner) == turn.index)
-        tail = handed.plain(turn.index + 1)[starts[last] :]
+        tail = rendering.plain(turn.index + 1)[starts[last] :]
         renders.append(_Render(turn.index, place(turn.start), last, tail))
     spans = tuple((place(span.start), place(span.end), turn.index) for turn in turns for span in turn.spans)
     edges = tuple(map(place, sorted({edge for turn in turns for edge in (turn.start, len(turn.text))})))

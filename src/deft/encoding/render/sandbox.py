@@ -3,14 +3,15 @@
 A template comes from whoever made the model. It can reach no file and no internals (jinja2's immutable sandbox), and it
 runs in this process, so everything that could make it slow or large is counted: turns of loops, calls, and the
 characters and items of whatever it builds. `Sandbox` renders plain strings; `TracingSandbox` keeps the owners of
-`provenance.Traced`, and is otherwise the same.
+`traced.Traced`, and is otherwise the same.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce, wraps
 from types import BuiltinMethodType, MethodType
 from typing import Any
@@ -24,15 +25,15 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from deft.encoding.render import dumper, provenance
-from deft.encoding.render.provenance import Traced, join
+from deft.encoding.render import traced
+from deft.encoding.render.traced import TEMPLATE, Traced
 
 SECONDS = 5.0
-"""So long may one render compute: what becomes of a row must not depend on how busy the machine is."""
+"""Processor time of one render at most: what becomes of a row must not depend on how busy the machine is."""
 
 STEPS = 200_000
 SIZE = 4_000_000
-"""So many turns of loops and calls, and so many characters and items, may any render use; long rows may use more."""
+"""Turns of loops and calls, and characters and items, that any render may use; long rows may use more."""
 
 _WIDEST = 100_000
 """The largest width, count or precision that a filter or method may be given."""
@@ -75,7 +76,7 @@ class Meter:
             self._check()
 
     def spend(self, size: int) -> None:
-        """So many characters or items are about to be built."""
+        """`size` characters or items are about to be built."""
         self.size -= size
         if self.size < 0:
             raise Exhausted("it builds too much text")
@@ -133,26 +134,24 @@ class Generator(CodeGenerator):
         self.write("))")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
-        is_slice = isinstance(node.arg, nodes.Slice)
-        self.write("environment.made(" if is_slice else "")
-        super().visit_Getitem(node, frame)
-        self.write(")" if is_slice else "")
+        self._counted(super().visit_Getitem, node, frame, isinstance(node.arg, nodes.Slice))
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.made(")
-        super().visit_List(node, frame)
-        self.write(")")
+        self._counted(super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.made(")
-        super().visit_Dict(node, frame)
-        self.write(")")
+        self._counted(super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
-        is_built = node.ctx == "load"
-        self.write("environment.made(" if is_built else "")
-        super().visit_Tuple(node, frame)
-        self.write(")" if is_built else "")
+        self._counted(super().visit_Tuple, node, frame, node.ctx == "load")
+
+    def _counted(
+        self, visit: Callable[[Any, Frame], None], node: nodes.Node, frame: Frame, builds: bool = True
+    ) -> None:
+        """What a node makes is counted where it builds a value."""
+        self.write("environment.made(" if builds else "")
+        visit(node, frame)
+        self.write(")" if builds else "")
 
 
 class _Generation(Extension):
@@ -230,7 +229,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if not isinstance(value, str):
                 break
         else:
-            return self._joined("", values)
+            return self._texts_joined("", values)
         return reduce(lambda left, right: self.call_binop(context, "+", left, right), values)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -262,11 +261,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return __self.made(super().call(__context, __function, *args, **kwargs))
 
     def _joined(self, separator: str, pieces: Iterable[Any]) -> str:
-        texts = [piece if isinstance(piece, str) else str(piece) for piece in pieces]
+        return self._texts_joined(separator, [piece if isinstance(piece, str) else str(piece) for piece in pieces])
+
+    def _texts_joined(self, separator: str, texts: Sequence[str]) -> str:
         self.meter.spend(sum(map(len, texts)) + len(separator) * len(texts))
         return self._put_together(separator, texts)
 
-    def _put_together(self, separator: str, texts: list[str]) -> str:
+    def _put_together(self, separator: str, texts: Sequence[str]) -> str:
         return str.join(separator, texts)
 
     def _percent(self, pattern: str, values: Any) -> str:
@@ -277,8 +278,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.meter.spend(len(text) + times * len(new))
         return str.replace(text, old, new, count)
 
-    def _dumped(self, value: Any, style: dumper.Style) -> str:
-        return style.plain(value)
+    def _dumped(self, value: Any, style: Mapping[str, Any]) -> str:
+        return json.dumps(value, **style)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format`, with owners where there are any, and without wide fields."""
@@ -344,7 +345,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if wide or any(len(separator) > 16 for separator in separators or ()):
             raise SecurityError("wide JSON")
         self.meter.built(value)
-        return self._dumped(value, dumper.Style(ensure_ascii, indent, separators, sort_keys))
+        style = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return self._dumped(value, style)
 
     def _join(self, values: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
         chosen = values if attribute is None else [self.getitem(value, attribute) for value in values]
@@ -365,22 +367,22 @@ class TracingSandbox(Sandbox):
     def _own_filters(self) -> dict[str, Callable[..., Any]]:
         return {**super()._own_filters(), "safe": lambda value: value}
 
-    def _put_together(self, separator: str, texts: list[str]) -> str:
-        return join(separator, texts)
+    def _put_together(self, separator: str, texts: Sequence[str]) -> str:
+        return traced.join(separator, texts)
 
     def _percent(self, pattern: str, values: Any) -> str:
-        return self.made(provenance.percent(pattern, values))
+        return self.made(traced.percent(pattern, values))
 
     def _replaced(self, text: str, old: str, new: str, count: int = -1) -> str:
         super()._replaced(text, old, new, count)
-        traced = text if isinstance(text, Traced) else Traced.of(text, provenance.TEMPLATE)
-        return traced.replace(old, new, count)
+        owned = text if isinstance(text, Traced) else Traced.of(text, TEMPLATE)
+        return owned.replace(old, new, count)
 
-    def _dumped(self, value: Any, style: dumper.Style) -> str:
-        return dumper.dumps(value, style)
+    def _dumped(self, value: Any, style: Mapping[str, Any]) -> str:
+        return traced.to_json(value, **style)
 
     def _braces(self, pattern: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: str) -> str:
-        return provenance.braces(pattern, args, kwargs, text)
+        return traced.braces(pattern, args, kwargs, text)
 
 
 def _check_widths(values: Iterable[Any]) -> None:

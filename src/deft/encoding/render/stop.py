@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deft.core.types import Message
-from deft.encoding.render.provenance import Traced
 from deft.encoding.render.template import Refusal
-from deft.encoding.render.words import last_character
+from deft.encoding.render.traced import Traced, last_character
 
-Render = Callable[[Sequence[Message]], Traced]
+RenderMessages = Callable[[Sequence[Message]], Traced]
 """Renders messages as a template does, always with the same tools and switches."""
 
 
@@ -63,7 +62,7 @@ PROBES = ("user", "tool", "assistant")
 """What may follow an assistant turn; a template that refuses one of them is not asked about it."""
 
 
-def find(render: Render, marks: Marks, messages: Sequence[Message], ending: Ending) -> Stop:
+def find(render: RenderMessages, marks: Marks, messages: Sequence[Message], ending: Ending) -> Stop:
     """The stop of the last of `messages`.
 
     In order: an EOS token in what always follows the turn; for tool calls, the mark of plain answers; the only special
@@ -104,7 +103,7 @@ def _check_before(before: str, mark: str, marks: Marks, ending: Ending) -> None:
         raise Refusal(f"the template writes {before!r} between the assistant's words and {mark!r}, which ends them")
 
 
-def _followed(render: Render, messages: Sequence[Message]) -> list[str]:
+def _followed(render: RenderMessages, messages: Sequence[Message]) -> list[str]:
     """What follows the last message's last character when a user, a tool or an assistant speaks next."""
     index, tails = len(messages) - 1, []
     alone = render(messages)
@@ -114,10 +113,10 @@ def _followed(render: Render, messages: Sequence[Message]) -> list[str]:
             text = render([*messages, _probe(role, messages[-1])])
         except Refusal:
             continue
-        is_same = end is not None and text.startswith(str.__getitem__(alone, slice(0, end)))
+        is_same = end is not None and text.startswith(alone.plain(0, end))
         last = end if is_same else last_character(text, index)
         if last is not None:
-            tails.append(str.__getitem__(text, slice(last, None)))
+            tails.append(text.plain(last))
     return tails
 
 

@@ -1,15 +1,17 @@
-"""A chat template, compiled once in the sandbox; characters remember their message.
+"""Which chat template a run uses, and the texts that it makes of conversations; it is compiled once in the sandbox.
 
 The text is the one `tokenizer.apply_chat_template(..., tokenize=False)` gives (a test of law 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, meta
@@ -17,14 +19,6 @@ from jinja2.exceptions import SecurityError
 
 from deft.core.errors import InputError
 from deft.core.types import Message
-from deft.encoding.render import handing
-from deft.encoding.render.handing import (
-    DEFAULT,
-    KNOWN_MARKS,
-    Marks,
-    Way,
-)
-from deft.encoding.render.provenance import TEMPLATE, Traced
 from deft.encoding.render.sandbox import (
     SIZE,
     STEPS,
@@ -33,6 +27,24 @@ from deft.encoding.render.sandbox import (
     Sandbox,
     TracingSandbox,
 )
+from deft.encoding.render.template_inputs import (
+    DEFAULT,
+    KNOWN_MARKS,
+    ReasoningMarks,
+    TemplateInputs,
+    TemplateOptions,
+    as_traced,
+)
+from deft.encoding.render.traced import TEMPLATE, Traced
+
+_MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template's own code raises on a conversation that it cannot render."""
+
+_PATIENCE = 3
+"""Renders that may go over their limits before the template is not used at all."""
+
+_SWITCH = re.compile(r"(enable_|use_)?(thinking|reasoning|think)|add_thoughts")
+"""Template variables that say whether the answer begins with reasoning."""
 
 _PLAIN = """\
 {%- for message in messages -%}
@@ -51,13 +63,6 @@ def plain(puts_bos: bool) -> str:
     answer's first word keeps the space that its token holds.
     """
     return ("{{- bos_token -}}\n" if puts_bos else "") + _PLAIN
-
-
-_MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template's own code raises on a conversation that it cannot render."""
-
-_PATIENCE = 3
-"""So many renders may go over their limits before the template is not used at all."""
 
 
 CHATML_END = "<|im_end|>"
@@ -101,6 +106,49 @@ def chatml(puts_bos: bool, has_end: bool) -> str:
     return ("{{- bos_token -}}\n" if puts_bos else "") + _CHATML.replace("END", end)
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A template's source text; `where` says in words where it came from; `is_own` is true for the model's own."""
+
+    source: str
+    where: str
+    is_own: bool
+
+
+def choose(setting: str, own: str | None, puts_bos: bool, special: Collection[str] = ()) -> Chosen:
+    """`auto`: the model's own template, deft's plain one where it has none. Else chatml, a .jinja file or a folder.
+
+    special   the tokenizer's special tokens: chatml's marks are text where they are not among them
+
+    >>> choose("auto", None, puts_bos=False).where
+    "deft's plain template (role: content), as the model has none"
+    """
+    if setting == "chatml":
+        return Chosen(chatml(puts_bos, CHATML_END in special), "deft's chatml", False)
+    if setting != "auto":
+        return Chosen(_read(setting), setting, False)
+    if own is not None:
+        return Chosen(own, "the model's own chat template", True)
+    return Chosen(plain(puts_bos), "deft's plain template (role: content), as the model has none", False)
+
+
+def _read(setting: str) -> str:
+    path = Path(setting)
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        if path.joinpath("chat_template.jinja").is_file():
+            return path.joinpath("chat_template.jinja").read_text(encoding="utf-8")
+        if path.joinpath("tokenizer_config.json").is_file():
+            found = json.loads(path.joinpath("tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                return found
+    except (OSError, ValueError) as error:
+        raise InputError(f"template: {setting}: {error}") from error
+    known = "name a .jinja file or a model folder, or say auto or chatml"
+    raise InputError(f"template: {setting}: no chat template there; {known}")
+
+
 class Refusal(Exception):
     """A conversation whose mask cannot be proven, with the reason."""
 
@@ -133,7 +181,7 @@ class Template:
     @cached_property
     def switches(self) -> tuple[str, ...]:
         """Its variables that say whether the answer begins with reasoning, unless the user sets them."""
-        return tuple(name for name in handing.switches_of(self._plain.variables) if name not in self.kwargs)
+        return tuple(name for name in self._plain.variables if _SWITCH.fullmatch(name) and name not in self.kwargs)
 
     @cached_property
     def has_effort(self) -> bool:
@@ -147,7 +195,7 @@ class Template:
         return tuple(name for name in names if name in self._plain.variables and name not in self.tokens)
 
     @cached_property
-    def marks(self) -> tuple[Marks, ...]:
+    def marks(self) -> tuple[ReasoningMarks, ...]:
         """The known marks of reasoning that it writes or looks for."""
         return tuple(pair for pair in KNOWN_MARKS if any(mark.strip() in self.source for mark in pair))
 
@@ -156,96 +204,89 @@ class Template:
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
-        way: Way = DEFAULT,
+        options: TemplateOptions = DEFAULT,
     ) -> Traced:
         """The text of `messages`, each character owned by a part of its message, by the tools or by the template.
 
         Raises Refusal with the template's own words where it refuses the conversation, and InputError where it goes
         over its limits of time and size again and again.
         """
-        return self.hand(messages, tools, way).traced(len(messages), add_generation_prompt)
-
-    def hand(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), way: Way = DEFAULT) -> Handed:
-        """A conversation, ready to be rendered up to any of its messages."""
-        return Handed(self, messages, tools, way)
-
-    def compiled(self, sandbox: Sandbox) -> Compiled:
-        """The template in another sandbox, with the same date. Raises InputError where it cannot be compiled there."""
-        return Compiled(self.source, sandbox, self._plain.now)
-
-    def run(self, compiled: Compiled, meter: Meter, variables: Mapping[str, Any]) -> str:
-        """What one of the sandboxes renders; Refusal and InputError as in `render`."""
-        try:
-            return compiled.render(meter, variables)
-        except Exhausted as error:
-            self._over.append(str(error))
-            if len(self._over) >= _PATIENCE:
-                raise InputError(f"chat template: {error}; name another with template=") from error
-            raise Refusal(f"the chat template goes over its limits: {error}") from error
-        except _MISHAPS as error:
-            raise Refusal(f"the chat template refuses this conversation: {error}") from error
+        return Rendering(self, messages, tools, options).traced(len(messages), add_generation_prompt)
 
 
 @dataclass(frozen=True)
-class Handed:
-    """One conversation, handed to one template in one way; what the template gets is made once."""
+class Rendering:
+    """What one template writes for the beginnings of one conversation; what the template gets is made once."""
 
     template: Template
     messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]]
-    way: Way
+    tools: Sequence[Mapping[str, Any]] = ()
+    options: TemplateOptions = DEFAULT
     _texts: dict[tuple[int, bool], str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _traced_texts: dict[tuple[int, bool], Traced] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def plain(self, end: int, add_generation_prompt: bool = False) -> str:
         """The text of the first `end` messages, as plain strings give it."""
         key = end, add_generation_prompt
         if key not in self._texts:
-            self._texts[key] = self._rendered(self.template._plain, self._given, end, add_generation_prompt)
+            messages = self._plain_inputs["messages"][:end]
+            self._texts[key] = self._run(self.template._plain, self._plain_inputs, messages, add_generation_prompt)
         return self._texts[key]
 
     def like(self, messages: Sequence[Message]) -> str:
-        """The text of other messages with the same tools, handed over in the same way, as plain strings give it."""
-        pairs = zip(messages, self.messages, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
-        if same == len(messages):
-            return self.plain(same)
-        others = handing.chat(messages[same:], self.way, handing.plain, self.template.marks)
-        given = {**self._given, "messages": [*self._given["messages"][:same], *others]}
-        return self._rendered(self.template._plain, given, len(messages), False)
+        """The text of other messages with the same tools and options, as plain strings give it."""
+        return self._run(self.template._plain, self._plain_inputs, self._inputs.messages(messages), False)
 
     def traced(self, end: int, add_generation_prompt: bool = False) -> Traced:
-        """The same text with the owners of its characters; Refusal where tracing would change it."""
-        found = self._rendered(self.template._tracing, self._owned, end, add_generation_prompt)
-        if not str.__eq__(found, self.plain(end, add_generation_prompt)):
-            raise Refusal("the template changes what messages say in a way that cannot be followed")
-        return found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
+        """The same text as `plain` with the owners of its characters; Refusal where tracing would change it."""
+        key = end, add_generation_prompt
+        if key not in self._traced_texts:
+            messages = self._traced_inputs["messages"][:end]
+            found = self._run(self.template._tracing, self._traced_inputs, messages, add_generation_prompt)
+            if not str.__eq__(found, self.plain(end, add_generation_prompt)):
+                raise Refusal("the template changes what messages say in a way that cannot be followed")
+            self._traced_texts[key] = found if isinstance(found, Traced) else Traced.of(found, TEMPLATE)
+        return self._traced_texts[key]
 
-    def _rendered(self, compiled: Compiled, given: Mapping[str, Any], end: int, add_generation_prompt: bool) -> str:
-        now = {"messages": given["messages"][:end], "add_generation_prompt": add_generation_prompt}
-        return self.template.run(compiled, Meter(*self.limits), {**given, **now})
+    def _run(
+        self, compiled: Compiled, variables: Mapping[str, Any], messages: Sequence[Any], add_generation_prompt: bool
+    ) -> str:
+        now = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return compiled.render(Meter(*self._limits), now)
+        except Exhausted as error:
+            self.template._over.append(str(error))
+            if len(self.template._over) >= _PATIENCE:
+                raise InputError(f"chat template: {error}; name another with template=") from error
+            raise Refusal(f"the chat template goes over its limits: {error}") from error
+        except _MISHAPS as error:
+            raise Refusal(f"the chat template refuses this conversation: {error}") from error
 
     @cached_property
-    def _given(self) -> dict[str, Any]:
-        return self.variables(handing.plain)
+    def _inputs(self) -> TemplateInputs:
+        return TemplateInputs(self.options, marks=self.template.marks)
 
     @cached_property
-    def _owned(self) -> dict[str, Any]:
-        return self.variables(handing.traced)
+    def _plain_inputs(self) -> dict[str, Any]:
+        return self._variables(self._inputs)
 
-    def variables(self, text: handing.Text) -> dict[str, Any]:
-        """What the template gets of all messages, with texts made by `text`."""
+    @cached_property
+    def _traced_inputs(self) -> dict[str, Any]:
+        return self._variables(replace(self._inputs, text=as_traced))
+
+    def _variables(self, inputs: TemplateInputs) -> dict[str, Any]:
         return {
-            **dict.fromkeys(self.way.blank, ""),
+            **dict.fromkeys(self.options.blank, ""),
             **self.template.tokens,
             **self.template.kwargs,
-            **dict(self.way.switches),
-            "messages": handing.chat(self.messages, self.way, text, self.template.marks),
-            "tools": handing.schemas(self.tools, self.way, text),
+            **dict(self.options.switches),
+            "messages": inputs.messages(self.messages),
+            "tools": inputs.tools(self.tools),
             "documents": None,
         }
 
     @cached_property
-    def limits(self) -> tuple[int, int]:
+    def _limits(self) -> tuple[int, int]:
         """Steps and size, which grow with the conversation."""
         length = sum(len(m.content) + len(m.reasoning) for m in self.messages)
         length += sum(len(str(m.tool_calls)) for m in self.messages if m.tool_calls)

@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deft.core.types import Message
-from deft.encoding.render.handing import Marks
-from deft.encoding.render.provenance import (
+from deft.encoding.render.template_inputs import ReasoningMarks
+from deft.encoding.render.traced import (
     TEMPLATE,
-    Part,
+    MessagePart,
     Traced,
+    first_character,
     message_of,
     owner_of,
 )
-from deft.encoding.render.words import first_character
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class PromptView:
     """The last of some messages, rendered: the inference prompt before it, and the text with it.
 
     message  the last message, reasoning that its content opens with taken out of it
@@ -35,12 +35,12 @@ class Shot:
     text: Traced
     index: int
     message: Message
-    block: Marks | None
-    marks: Sequence[Marks]
+    block: ReasoningMarks | None
+    marks: Sequence[ReasoningMarks]
 
 
 @dataclass(frozen=True, slots=True)
-class Anchored:
+class Located:
     """A text whose characters before `start` are the inference prompt; `how` it was found, nothing for the prefix."""
 
     text: Traced
@@ -48,104 +48,104 @@ class Anchored:
     how: str
 
 
-def prefix(shot: Shot) -> Anchored | None:
+def prefix(view: PromptView) -> Located | None:
     """The prompt is the beginning of the text: the answer is the rest."""
-    return Anchored(shot.text, len(shot.prompt), "") if shot.text.startswith(shot.prompt) else None
+    return Located(view.text, len(view.prompt), "") if view.text.startswith(view.prompt) else None
 
 
-def header(shot: Shot) -> Anchored | None:
+def header(view: PromptView) -> Located | None:
     """The answer's header in the text is that of the prompt, maybe but for white space.
 
     prompt  ... \\n[bot]:\\n     text  ... \\n\\n[bot]:\\nHi     ->  ... \\n[bot]:\\nHi
     """
-    found = _aligned(shot.prompt, shot)
+    found = _aligned(view.prompt, view)
     if found is None:
         return None
     at, how = found
-    is_opened = any(message_of(owner) == shot.index for owner, _ in shot.text[:at].runs)
+    is_opened = any(message_of(owner) == view.index for owner, _ in view.text[:at].runs)
     how += ", the prompt already wrote the answer's opening" if is_opened else ""
-    return _joined(shot.prompt, shot.text[at:], how)
+    return _joined(view.prompt, view.text[at:], how)
 
 
-def closed(shot: Shot) -> Anchored | None:
+def closed(view: PromptView) -> Located | None:
     """The prompt closes an empty reasoning block that the text does not show.
 
     prompt  [bot]<think></think>     text  [bot]Hi     ->  [bot]<think></think>Hi
     """
-    if shot.message.reasoning:
+    if view.message.reasoning:
         return None
-    for opening, closing in shot.marks:
-        end = _found(_block(opening, closing) + r"\s*\Z", shot.prompt)
-        found = None if end is None else _aligned(shot.prompt[:end], shot)
+    for opening, closing in view.marks:
+        end = _found(_block(opening, closing) + r"\s*\Z", view.prompt)
+        found = None if end is None else _aligned(view.prompt[:end], view)
         if found is not None:
-            tail = _without_block(shot.text[found[0] :], opening, closing)
-            return _joined(shot.prompt, tail, "the prompt closes an empty reasoning block")
+            tail = _without_block(view.text[found[0] :], opening, closing)
+            return _joined(view.prompt, tail, "the prompt closes an empty reasoning block")
     return None
 
 
-def stripped(shot: Shot) -> Anchored | None:
+def stripped(view: PromptView) -> Located | None:
     """The template strips the answer's own reasoning: it is put back, between the template's marks.
 
     prompt  [bot]<think>\\n     text  [bot]Hi     ->  [bot]<think>\\nHm.\\n</think>\\n\\nHi
     """
-    if not shot.message.reasoning or first_character(shot.text, shot.index, (Part.REASONING,)) is not None:
+    if not view.message.reasoning or first_character(view.text, view.index, (MessagePart.REASONING,)) is not None:
         return None
-    if _closes(shot):
+    if _closes(view):
         return None
-    for opening, closing in shot.marks if shot.block is None else [shot.block]:
-        end = _found(re.escape(opening.rstrip()) + r"\s*\Z", shot.prompt)
-        found = _aligned(shot.prompt if end is None else shot.prompt[:end], shot)
+    for opening, closing in view.marks if view.block is None else [view.block]:
+        end = _found(re.escape(opening.rstrip()) + r"\s*\Z", view.prompt)
+        found = _aligned(view.prompt if end is None else view.prompt[:end], view)
         if found is not None:
-            thought = _thought(shot, opening, closing, is_open=end is not None)
-            answer = _without_block(shot.text[found[0] :], opening, closing)
-            tail = thought + _spaced(answer, _space_before(shot.message.content) if shot.block else "\n\n")
-            return Anchored(shot.prompt + tail, len(shot.prompt), "the template strips the answer's own reasoning")
+            thought = _thought(view, opening, closing, is_open=end is not None)
+            answer = _without_block(view.text[found[0] :], opening, closing)
+            tail = thought + _spaced(answer, _space_before(view.message.content) if view.block else "\n\n")
+            return Located(view.prompt + tail, len(view.prompt), "the template strips the answer's own reasoning")
     return None
 
 
-def empty(shot: Shot) -> Anchored | None:
+def empty(view: PromptView) -> Located | None:
     """`reasoning: empty`: the block that the prompt opens is closed at once, and that is learnt.
 
     prompt  [bot]<think>\\n     text  [bot]Hi     ->  [bot]<think>\\n\\n</think>\\n\\nHi
     """
-    opened = opens(shot)
-    if opened is None or shot.message.reasoning:
+    opened = opens(view)
+    if opened is None or view.message.reasoning:
         return None
     opening, closing = opened
-    end = _found(re.escape(opening.rstrip()) + r"\s*\Z", shot.prompt)
-    found = _aligned(shot.prompt[:end], shot)
+    end = _found(re.escape(opening.rstrip()) + r"\s*\Z", view.prompt)
+    found = _aligned(view.prompt[:end], view)
     if found is None:
         return None
-    close = "\n" + closing.strip() + "\n\n" if shot.prompt[-1:].isspace() else closing.strip()
-    tail = close + _without_block(shot.text[found[0] :], opening, closing)
-    return Anchored(shot.prompt + tail, len(shot.prompt), "an empty reasoning block is learnt")
+    close = "\n" + closing.strip() + "\n\n" if view.prompt[-1:].isspace() else closing.strip()
+    tail = close + _without_block(view.text[found[0] :], opening, closing)
+    return Located(view.prompt + tail, len(view.prompt), "an empty reasoning block is learnt")
 
 
-def opens(shot: Shot) -> Marks | None:
+def opens(view: PromptView) -> ReasoningMarks | None:
     """The marks of the reasoning block that the prompt opens and does not close."""
-    ending = shot.prompt.rstrip()
-    return next((marks for marks in shot.marks if ending.endswith(marks[0].rstrip())), None)
+    ending = view.prompt.rstrip()
+    return next((marks for marks in view.marks if ending.endswith(marks[0].rstrip())), None)
 
 
-def _closes(shot: Shot) -> bool:
+def _closes(view: PromptView) -> bool:
     """True if the prompt ends with a reasoning block that is closed: no reasoning can follow."""
-    ending = shot.prompt.rstrip()
-    return any(ending.endswith(closing.strip()) for _, closing in shot.marks)
+    ending = view.prompt.rstrip()
+    return any(ending.endswith(closing.strip()) for _, closing in view.marks)
 
 
-Anchor = Callable[[Shot], Anchored | None]
+FindStart = Callable[[PromptView], Located | None]
 
-FALLBACKS: tuple[Anchor, ...] = (header, closed, stripped)
+FALLBACKS: tuple[FindStart, ...] = (header, closed, stripped)
 """In the order in which they are tried, after `prefix`."""
 
 
-def _aligned(prompt: Traced, shot: Shot) -> tuple[int, str] | None:
+def _aligned(prompt: Traced, view: PromptView) -> tuple[int, str] | None:
     """One past the place in the text that is the end of `prompt`, and how it was found."""
-    text = shot.text
+    text = view.text
     if text.startswith(prompt):
         return len(prompt), "same header"
-    before, after = _last_other(prompt, shot.index), _last_other(text, shot.index)
-    head = str.__getitem__(prompt, slice(before[0], None))
+    before, after = _last_other(prompt, view.index), _last_other(text, view.index)
+    head = prompt.plain(before[0])
     if before[1] != after[1] or not head.strip():
         return None
     if text.startswith(head, after[0]):
@@ -156,13 +156,12 @@ def _aligned(prompt: Traced, shot: Shot) -> tuple[int, str] | None:
 
 def _last_other(text: Traced, index: int) -> tuple[int, int]:
     """One past the last character that an earlier message or a tool wrote, and its owner."""
-    at, found = 0, (0, TEMPLATE)
-    for owner, length in text.runs:
-        if owner != TEMPLATE and message_of(owner) == index:
+    found = 0, TEMPLATE
+    for owner, _, end in text.ranges():
+        if message_of(owner) == index:
             break
-        at += length
         if owner != TEMPLATE:
-            found = (at, owner)
+            found = end, owner
     return found
 
 
@@ -181,30 +180,35 @@ def _same_but_space(head: str, text: str, at: int) -> int | None:
     return at
 
 
-def _joined(prompt: Traced, tail: Traced, how: str) -> Anchored:
+def _joined(prompt: Traced, tail: Traced, how: str) -> Located:
     """The tail after the prompt, without the template's white space that the prompt already ends with."""
     ending = prompt[len(prompt.rstrip()) :]
     if ending and how.startswith("same but"):
         spaces = _leading_space(tail)
         tail = tail[len(ending) if tail[:spaces].startswith(ending) else spaces :]
-    return Anchored(prompt + tail, len(prompt), how)
+    return Located(prompt + tail, len(prompt), how)
 
 
 def _leading_space(text: Traced) -> int:
     """How many characters of white space the template wrote at the beginning."""
-    owner, length = text.runs[0] if text.runs else (TEMPLATE, 0)
-    written = str.__getitem__(text, slice(0, length)) if owner == TEMPLATE else ""
+    written = _opening(text)
     return len(written) - len(written.lstrip())
 
 
-def _thought(shot: Shot, opening: str, closing: str, is_open: bool) -> Traced:
+def _opening(text: Traced) -> str:
+    """What the template wrote before anything else."""
+    owner, length = text.runs[0] if text.runs else (TEMPLATE, 0)
+    return text.plain(0, length) if owner == TEMPLATE else ""
+
+
+def _thought(view: PromptView, opening: str, closing: str, is_open: bool) -> Traced:
     """The reasoning with its marks, as far as the prompt has not written them."""
-    words = shot.message.reasoning
-    words = words.lstrip() if shot.prompt[-1:].isspace() or not is_open else words
+    words = view.message.reasoning
+    words = words.lstrip() if view.prompt[-1:].isspace() or not is_open else words
     start = "" if is_open else opening + ("" if opening.endswith("\n") else "\n")
-    if shot.block is None:
+    if view.block is None:
         words, closing = words.rstrip(), "\n" + closing.strip()
-    return start + Traced.of(words, owner_of(shot.index, Part.REASONING)) + closing
+    return start + Traced.of(words, owner_of(view.index, MessagePart.REASONING)) + closing
 
 
 def _spaced(answer: Traced, space: str) -> Traced:
@@ -223,10 +227,7 @@ def _block(opening: str, closing: str) -> str:
 
 def _without_block(text: Traced, opening: str, closing: str) -> Traced:
     """A text without the empty block of reasoning that the template wrote at its beginning."""
-    owner, length = text.runs[0] if text.runs else (TEMPLATE, 0)
-    if owner != TEMPLATE:
-        return text
-    found = re.match(rf"\s*{_block(opening, closing)}\s*", str.__getitem__(text, slice(0, length)))
+    found = re.match(rf"\s*{_block(opening, closing)}\s*", _opening(text))
     return text[found.end() :] if found else text
 
 

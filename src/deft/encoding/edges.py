@@ -25,7 +25,7 @@ from deft.core.types import Rendered
 from deft.encoding.tokenizer import Tokenizer, Tokens
 
 _REMEMBERED = 256
-"""So many texts between special tokens are remembered: headers are the same in all chats."""
+"""Texts between special tokens that are remembered: headers are the same in all chats."""
 
 _ID = np.dtype(np.int32).itemsize
 
@@ -40,7 +40,7 @@ class Coded:
     tokens: np.ndarray
     weights: np.ndarray
     literal: int
-    apart: bool
+    split_at_edges: bool
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""Strings that remember where their characters came from, through everything that a chat template does to them.
+"""Strings that know where their characters came from, through everything that a chat template does to them.
 
 A `Traced` is a str made of runs: (owner, length). An owner names the message, and the part of it, that a character
 belongs to; or it is TEMPLATE, or TOOLS. Operators and the string methods that templates use keep it; whatever loses it
-yields characters that belong to the template, which the prompt law then notices as words of a message that are missing.
+yields characters that belong to the template, which the proof then notices as words of a message that are missing.
 """
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from string import Formatter
 from typing import Any, SupportsIndex
@@ -25,7 +27,7 @@ _MESSAGE, _LEAF = 24, 4
 """Bits: an owner is message << 24 | leaf << 4 | part."""
 
 
-class Part(IntEnum):
+class MessagePart(IntEnum):
     """The part of a message that a character belongs to."""
 
     CONTENT = 0
@@ -36,12 +38,12 @@ class Part(IntEnum):
     SPEAKER = 5
 
 
-def owner_of(message: int, part: Part = Part.CONTENT, leaf: int = 0) -> int:
+def owner_of(message: int, part: MessagePart = MessagePart.CONTENT, leaf: int = 0) -> int:
     """The owner's number; `leaf` tells the keys and values of a message's tool calls apart.
 
-    >>> owner = owner_of(3, Part.ARGUMENT, leaf=2)
+    >>> owner = owner_of(3, MessagePart.ARGUMENT, leaf=2)
     >>> message_of(owner), part_of(owner)
-    (3, <Part.ARGUMENT: 3>)
+    (3, <MessagePart.ARGUMENT: 3>)
     """
     return message << _MESSAGE | leaf << _LEAF | part
 
@@ -51,9 +53,9 @@ def message_of(owner: int) -> int:
     return owner >> _MESSAGE
 
 
-def part_of(owner: int) -> Part:
+def part_of(owner: int) -> MessagePart:
     """The part of a message that an owner is; not for TEMPLATE and TOOLS."""
-    return Part(owner & (1 << _LEAF) - 1)
+    return MessagePart(owner & (1 << _LEAF) - 1)
 
 
 class Traced(str):
@@ -99,9 +101,9 @@ class Traced(str):
     def __getitem__(self, key: Any) -> Traced:
         start, stop, step = _bounds(key, len(self))
         if step != 1:
-            owners = self.owners()
-            return Traced(str.__getitem__(self, key), ((owner, 1) for owner in owners[key]))
-        return Traced(str.__getitem__(self, key), _cut(self.runs, start, stop))
+            return Traced(str.__getitem__(self, key), ((owner, 1) for owner in self.owners()[key]))
+        inside = ((owner, min(stop, end) - max(start, at)) for owner, at, end in self.ranges())
+        return Traced(str.__getitem__(self, key), ((owner, length) for owner, length in inside if length > 0))
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
@@ -109,6 +111,17 @@ class Traced(str):
     def owners(self) -> list[int]:
         """The owner of each character."""
         return [owner for owner, length in self.runs for _ in range(length)]
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Of each run: its owner, its first character, and one past its last."""
+        end = 0
+        for owner, length in self.runs:
+            start, end = end, end + length
+            yield owner, start, end
+
+    def plain(self, start: int, end: int | None = None) -> str:
+        """self[start:end] without owners."""
+        return str.__getitem__(self, slice(start, end))
 
     def lstrip(self, chars: str | None = None, /) -> Traced:
         return self[len(self) - len(str.lstrip(self, chars)) :]
@@ -269,15 +282,6 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(merged)
 
 
-def _cut(runs: tuple[Run, ...], start: int, stop: int) -> Iterator[Run]:
-    at = 0
-    for owner, length in runs:
-        inside = min(stop, at + length) - max(start, at)
-        if inside > 0:
-            yield owner, inside
-        at += length
-
-
 def _bounds(key: Any, length: int) -> tuple[int, int, int]:
     if isinstance(key, slice):
         return key.indices(length)
@@ -316,14 +320,62 @@ def braces(pattern: str, args: Sequence[Any], kwargs: Mapping[str, Any], text: s
     return _checked(join("", pieces), text)
 
 
-def escaped(text: Traced, escape: Any) -> Traced:
+def _escaped(text: Traced, escape: Callable[[str], str]) -> Traced:
     """`text` with each run escaped on its own by `escape`, so that the owners stay."""
-    at, pieces = 0, []
-    for owner, length in text.runs:
-        pieces.append(Traced.of(escape(str.__getitem__(text, slice(at, at + length))), owner))
-        at += length
-    return join("", pieces)
+    return join("", (Traced.of(escape(text.plain(start, end)), owner) for owner, start, end in text.ranges()))
 
 
 def _checked(traced: Traced, text: str) -> Traced:
     return traced if str.__eq__(traced, text) else Traced.of(text, TEMPLATE)
+
+
+_LEAF_MARK = re.compile(r'"@leaf-(\d+)@"')
+
+
+def to_json(value: Any, **style: Any) -> Traced:
+    """`json.dumps(value, **style)`; keys and values keep their owners, all else is the template's.
+
+    >>> text = to_json({"city": Traced.of('a "b"', 7), "n": [1, None]})
+    >>> text, text.runs
+    ('{"city": "a \\"b\\"", "n": [1, null]}', ((-1, 10), (7, 7), (-1, 18)))
+    """
+    leaves: list[Any] = []
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, Traced | TracedInt | TracedFloat):
+            leaves.append(value)
+            return f"@leaf-{len(leaves) - 1}@"
+        if isinstance(value, Mapping):
+            items = sorted(value.items()) if style.get("sort_keys") else value.items()
+            return {marked(key): marked(item) for key, item in items}
+        return [marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def written(leaf: Any) -> str:
+        is_text = isinstance(leaf, Traced)
+        return '"' + _escaped(leaf, lambda text: json.dumps(text, **style)[1:-1]) + '"' if is_text else str(leaf)
+
+    pieces = _LEAF_MARK.split(json.dumps(marked(value), **{**style, "sort_keys": False}))
+    found = (written(leaves[int(piece)]) if index % 2 else piece for index, piece in enumerate(pieces))
+    return _checked(join("", found), json.dumps(value, **style))
+
+
+def last_character(text: Traced, index: int) -> int | None:
+    """One past the last character that messages[index] wrote; None if it wrote none."""
+    return max((end for owner, _, end in text.ranges() if message_of(owner) == index), default=None)
+
+
+def first_character(text: Traced, index: int, parts: Sequence[MessagePart], start: int = 0) -> int | None:
+    """The first character from `start` on that one of these parts of messages[index] wrote; None if there is none."""
+    for owner, first, end in text.ranges():
+        if end > start and message_of(owner) == index and part_of(owner) in parts:
+            return max(first, start)
+    return None
+
+
+def written_ranges(text: Traced) -> tuple[tuple[int, int], ...]:
+    """The ranges of characters that messages and tools wrote.
+
+    >>> written_ranges("<" + Traced.of("ab", 5) + ">")
+    ((1, 3),)
+    """
+    return tuple((start, end) for owner, start, end in text.ranges() if owner != TEMPLATE)

@@ -1,0 +1,320 @@
+"""What a chat template gets of a conversation: as transformers hands it over, or with other `TemplateOptions`.
+
+Reasoning comes under the three names that transformers fills in, tool calls as OpenAI writes them, tools as JSON
+schemas. A template that cannot read that may still read other options: the switches that it has, an empty list of
+tools, content as typed parts, arguments as JSON text, reasoning inside the content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, count
+from typing import TYPE_CHECKING, Any
+
+from deft.core.types import Message, ToolCall
+from deft.encoding.render.traced import (
+    TEMPLATE,
+    TOOLS,
+    MessagePart,
+    Traced,
+    TracedDict,
+    TracedFloat,
+    TracedInt,
+    TracedList,
+    join,
+    owner_of,
+    part_of,
+)
+
+if TYPE_CHECKING:
+    from deft.encoding.render.template import Template
+
+ReasoningMarks = tuple[str, str]
+"""What opens and what closes a block of reasoning."""
+
+KNOWN_MARKS: tuple[ReasoningMarks, ...] = (
+    ("<think>", "</think>"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thinking>", "</thinking>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<reasoning>", "</reasoning>"),
+    ("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),
+)
+"""How models that think write it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How a conversation is handed to a template; the default is what transformers does.
+
+    switches        template variables beside the user's own
+    empty_tools     no tools as an empty list
+    parts           content as [{"type": "text", "text": ...}]
+    text_arguments  arguments of tool calls as JSON text
+    inline          reasoning inside the content, between these marks
+    null            empty content as null
+    blank           special tokens that the tokenizer does not have, as empty text
+    """
+
+    switches: tuple[tuple[str, Any], ...] = ()
+    empty_tools: bool = False
+    parts: bool = False
+    text_arguments: bool = False
+    inline: ReasoningMarks | None = None
+    null: bool = False
+    blank: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What a user reads in the ledger; nothing for the default.
+
+        >>> str(TemplateOptions(switches=(("enable_thinking", False),), empty_tools=True))
+        'enable_thinking=false, tools=[]'
+        """
+        said = [f"{name}={json.dumps(value)}" for name, value in self.switches]
+        said += ["tools=[]"] * self.empty_tools + ["content as typed parts"] * self.parts
+        said += ["arguments as JSON text"] * self.text_arguments + ["reasoning inside content"] * bool(self.inline)
+        said += ["empty content as null"] * self.null
+        return ", ".join(said + [f"{name} is empty, as the tokenizer has none" for name in self.blank])
+
+
+DEFAULT = TemplateOptions()
+
+MakeText = Callable[[str, int], str]
+"""Makes the text that a template gets of a text and its owner: traced, or the plain text itself."""
+
+
+def as_plain(text: str, owner: int) -> str:
+    return text
+
+
+def as_traced(text: str, owner: int) -> str:
+    return Traced.of(text, owner)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInputs:
+    """Makes the variables that a template gets of messages and tools.
+
+    text   makes a text of its words and their owner
+    marks  those that open a block of reasoning in an assistant's content
+    """
+
+    options: TemplateOptions = DEFAULT
+    text: MakeText = as_plain
+    marks: Sequence[ReasoningMarks] = ()
+
+    def messages(self, messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
+        """The messages as the template gets them; `first` is the index of the first one.
+
+        >>> TemplateInputs().messages([Message("assistant", "4.", reasoning="2 + 2")])[0]["reasoning_content"]
+        '2 + 2'
+        """
+        return [self._message(message, index) for index, message in enumerate(messages, first)]
+
+    def tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+        """The tools as the template gets them; none are None, or an empty list where the options say so."""
+        if not tools:
+            return [] if self.options.empty_tools else None
+        return [self._owned(tool, lambda: TOOLS) for tool in tools]
+
+    def _message(self, message: Message, index: int) -> dict[str, Any]:
+        content = self._content(message, index)
+        found: dict[str, Any] = {"role": message.role, "content": content}
+        if self.options.parts:
+            found["content"] = [{"type": "text", "text": content}]
+        if self.options.null and not message.content and message.tool_calls:
+            found["content"] = None
+        if message.reasoning and self.options.inline is None:
+            reasoning = self.text(message.reasoning, owner_of(index, MessagePart.REASONING))
+            found |= {"thinking": reasoning, "reasoning_content": reasoning, "reasoning": reasoning}
+        if message.tool_calls:
+            leaves = count(1)
+            found["tool_calls"] = [self._call(call, index, leaves) for call in message.tool_calls]
+        for name in ("name", "tool_call_id"):
+            if (words := getattr(message, name)) is not None:
+                found[name] = self.text(words, owner_of(index, MessagePart.SPEAKER))
+        return found
+
+    def _content(self, message: Message, index: int) -> str:
+        content, reasoning = owner_of(index), owner_of(index, MessagePart.REASONING)
+        if message.reasoning and self.options.inline:
+            opening, closing = self.options.inline
+            thought, answer = self.text(message.reasoning, reasoning), self.text(message.content, content)
+            return opening + ("" if opening.endswith("\n") else "\n") + thought + "\n" + closing + "\n\n" + answer
+        block = reasoning_block(message, self.marks)
+        if block is None or self.text is as_plain:
+            return self.text(message.content, content)
+        owners = (TEMPLATE, reasoning, TEMPLATE, content)
+        return join("", map(self.text, (block.opening, block.reasoning, block.closing, block.rest), owners))
+
+    def _call(self, call: ToolCall, index: int, leaves: Iterator[int]) -> dict[str, Any]:
+        arguments = arguments_of(call)
+        if self.options.text_arguments:
+            arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        function = {
+            "name": self.text(call.name, owner_of(index, MessagePart.CALL_NAME)),
+            "arguments": self._owned(arguments, lambda: owner_of(index, MessagePart.ARGUMENT, next(leaves))),
+        }
+        found: dict[str, Any] = {"type": "function", "function": function}
+        if call.id is not None:
+            found = {"id": self.text(call.id, owner_of(index, MessagePart.CALL_ID)), **found}
+        return found
+
+    def _owned(self, value: Any, owner: Callable[[], int]) -> Any:
+        """A JSON value whose texts and numbers have owners, each asked for in order."""
+        is_traced = self.text is as_traced
+        if isinstance(value, str):
+            return self.text(value, owner())
+        if isinstance(value, Mapping):
+            items = {self.text(str(key), owner()): self._owned(item, owner) for key, item in value.items()}
+            return TracedDict(items) if is_traced else items
+        if isinstance(value, list | tuple):
+            listed = [self._owned(item, owner) for item in value]
+            return TracedList(listed) if is_traced else listed
+        if self.text is as_plain or isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        if not is_traced:
+            self.text(repr(value), owner())
+            return value
+        return TracedInt(value, owner()) if isinstance(value, int) else TracedFloat(value, owner())
+
+    def argument_leaves(self, calls: Sequence[ToolCall]) -> list[str]:
+        """The texts and numbers of all arguments, in the order in which `messages` numbers them.
+
+        >>> TemplateInputs().argument_leaves([ToolCall("f", {"a": 1, "b": [True, "c"]})])
+        ['a', '1', 'b', 'c']
+        """
+        found: list[str] = []
+
+        def remember(text: str, owner: int) -> str:
+            if part_of(owner) == MessagePart.ARGUMENT:
+                found.append(text)
+            return text
+
+        for call in calls:
+            replace(self, text=remember)._call(call, 0, count(1))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBlock:
+    """An assistant's content that opens with its reasoning: `before` and `opening`, `reasoning`, `closing`, `rest`."""
+
+    opening: str
+    reasoning: str
+    closing: str
+    rest: str
+
+
+def reasoning_block(message: Message, marks: Sequence[ReasoningMarks]) -> ReasoningBlock | None:
+    """The reasoning that an assistant's content opens with, between one of `marks`; None where it has none.
+
+    >>> reasoning_block(Message("assistant", "<think>\\nHm.</think>\\n4."), KNOWN_MARKS)
+    ReasoningBlock(opening='<think>', reasoning='\\nHm.', closing='</think>', rest='\\n4.')
+    """
+    if message.role != "assistant" or message.reasoning:
+        return None
+    for opening, closing in marks:
+        start = len(message.content) - len(message.content.lstrip())
+        at = message.content.find(closing, start)
+        if message.content.startswith(opening.rstrip(), start) and at >= 0:
+            inside = start + len(opening.rstrip())
+            content = message.content
+            return ReasoningBlock(content[:inside], content[inside:at], closing, content[at + len(closing) :])
+    return None
+
+
+def reasoning_apart(message: Message, marks: Sequence[ReasoningMarks]) -> Message:
+    """The message with the reasoning that its content opens with as its reasoning."""
+    block = reasoning_block(message, marks)
+    return message if block is None else replace(message, content=block.rest, reasoning=block.reasoning)
+
+
+def arguments_of(call: ToolCall) -> Any:
+    """A call's arguments as an object where they are one, written as JSON text or not.
+
+    >>> arguments_of(ToolCall("f", '{"a": 1}')), arguments_of(ToolCall("f", "a, b"))
+    ({'a': 1}, 'a, b')
+    """
+    if not isinstance(call.arguments, str):
+        return call.arguments
+    try:
+        value = json.loads(call.arguments)
+    except ValueError:
+        return call.arguments
+    return value if isinstance(value, dict) else call.arguments
+
+
+def option_sets(
+    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[TemplateOptions]:
+    """The default, then each change that can matter to this conversation, then two changes at once.
+
+    The last of `messages` is the turn; its reasoning decides how the template's switches stand.
+    """
+    yield DEFAULT
+    changes = list(_changes(template, messages, tools))
+    for base in (DEFAULT, TemplateOptions(blank=template.missing_tokens))[: 1 + bool(template.missing_tokens)]:
+        if base is not DEFAULT:
+            yield base
+        yield from (replace(base, **change) for change in changes)
+        for first, second in combinations(changes, 2):
+            if not first.keys() & second.keys():
+                yield replace(base, **first, **second)
+
+
+def _changes(
+    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    thinks = bool(messages[-1].reasoning)
+    if template.switches:
+        yield {"switches": tuple((name, thinks) for name in template.switches)}
+    if template.has_effort and thinks:
+        yield {"switches": (("reasoning_effort", "high"),)}
+    if not tools:
+        yield {"empty_tools": True}
+    yield {"parts": True}
+    if any(message.tool_calls for message in messages):
+        yield {"text_arguments": True}
+    if thinks:
+        yield from ({"inline": marks} for marks in template.marks)
+    if any(message.tool_calls and not message.content for message in messages):
+        yield {"null": True}
+
+
+PROBE_TOOLS: tuple[Mapping[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "probe",
+            "description": "probe",
+            "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "probe"}}},
+        },
+    },
+)
+
+
+def probe(message: Message, index: int, marks: Sequence[ReasoningMarks]) -> Message:
+    """A message with the same fields as `message`, whose words are made up; the weight is not kept.
+
+    >>> probe(Message("user", "What is 2 + 2?"), 3, ())
+    Message(role='user', content='probe 3', weight=None, reasoning='', tool_calls=(), name=None, tool_call_id=None)
+    """
+    block = reasoning_block(message, marks)
+    content = f"probe {index}" if message.content.strip() else ""
+    return Message(
+        role=message.role,
+        content=f"{block.opening.strip()}\nprobe\n{block.closing}\n\n{content}" if block else content,
+        reasoning="probe" if message.reasoning.strip() else "",
+        tool_calls=tuple(
+            ToolCall("probe", {"a": "b"}, None if call.id is None else f"{number:09d}")
+            for number, call in enumerate(message.tool_calls)
+        ),
+        name=None if message.name is None else "probe",
+        tool_call_id=None if message.tool_call_id is None else f"{0:09d}",
+    )
