@@ -75,7 +75,7 @@ def test_the_normalizer_is_the_weight_of_what_is_predicted() -> None:
     """The first token of a document is predicted from nothing: its weight is nobody's."""
     work = loader.make(examples([5, 9, 3]), Batching(examples=3), epochs=1, seed=0, microbatch_tokens=9).step(0)
     assert work.normalizer == 4 + 8 + 2
-    assert work.normalizer == sum(float(batch.weights.sum()) for batch in work.batches)
+    assert work.normalizer == sum(float(batch.weights.sum()) for batch in work.micro_batches)
 
 
 def test_normalize_by_examples_gives_each_row_one_count_whatever_its_length() -> None:
