@@ -211,14 +211,14 @@ TABLE: tuple[Mutation, ...] = (
     _of("deft.core.files", "            staging._finish()\n", "", "test_files.py"),
     _of(
         "deft.core.files",
-        "            disk.sync(file)\n            disk.rename(staging, path)\n",
-        "            disk.rename(staging, path)\n            disk.sync(file)\n",
+        "                disk.sync(file)\n                disk.rename(staging, path)\n",
+        "                disk.rename(staging, path)\n                disk.sync(file)\n",
         "test_files.py",
     ),
     _of(
         "deft.core.files",
-        "        disk.sync(self._file)\n        return self._sum.record()",
-        "        return self._sum.record()",
+        "            disk.sync(file)\n            self.files[name] = writer.record()",
+        "            self.files[name] = writer.record()",
         "test_files.py",
     ),
     _of("deft.core.files", "hexdigest() == record.sha256:", "hexdigest():", "test_files.py"),

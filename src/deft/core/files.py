@@ -96,19 +96,28 @@ class Manifest:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Puts a file in place whole; DiskError names it where that fails."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, whole."""
     write_text(path, _as_json(value))
 
 
 def write_bytes(path: Path, data: Buffer) -> None:
     """Puts a file in place whole; DiskError names it where that fails."""
+    staging = _staging_name(path)
     with _complaining(path):
-        _put(path, memoryview(data))
+        try:
+            with disk.open(staging, "xb") as file:
+                _is_owned(file.fileno())
+                disk.write(file, memoryview(data))
+                disk.sync(file)
+                disk.rename(staging, path)
+            disk.sync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):
+                disk.unlink(staging)
+            raise
 
 
 def append(path: Path, data: bytes) -> None:
@@ -159,19 +168,28 @@ def rename(source: Path, target: Path) -> None:
 
 
 class Writer:
-    """A file of a staging folder while it is written."""
+    """A file of a staging folder while it is written, and the digests of its bytes."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._sum = file, _Sum()
+    def __init__(self, file: IO[bytes] | None = None) -> None:
+        self._file, self._sha256, self._bytes, self._blocks = file, hashlib.sha256(), 0, list[int]()
 
     def write(self, data: Buffer) -> None:
-        """Adds bytes, or the bytes of an array."""
-        for piece in self._sum.add(_flat(data)):
-            disk.write(self._file, piece)
+        """Adds bytes, or the bytes of an array; without a file they are hashed alone."""
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        while len(view):
+            done = self._bytes % BLOCK
+            if done == 0:
+                self._blocks.append(0)
+            piece, view = view[: BLOCK - done], view[BLOCK - done :]
+            self._sha256.update(piece)
+            self._blocks[-1] = zlib.crc32(piece, self._blocks[-1])
+            self._bytes += len(piece)
+            if self._file:
+                disk.write(self._file, piece)
 
-    def finish(self) -> FileRecord:
-        disk.sync(self._file)
-        return self._sum.record()
+    def record(self) -> FileRecord:
+        return FileRecord(self._bytes, self._sha256.hexdigest(), tuple(self._blocks))
 
 
 @dataclass(frozen=True)
@@ -195,7 +213,8 @@ class Staging:
         with disk.open(path, "xb") as file:
             writer = Writer(file)
             yield writer
-            self.files[name] = writer.finish()
+            disk.sync(file)
+            self.files[name] = writer.record()
 
     def write(self, name: str, chunks: Iterable[Buffer]) -> None:
         """A new file from its pieces."""
@@ -209,17 +228,13 @@ class Staging:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, _as_json(value))
 
-    def _adopt(self) -> None:
-        """Hashes and syncs what others wrote."""
+    def _finish(self) -> None:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and name not in self.files:
                 with disk.open(path, "rb") as file:
-                    self.files[name] = _summed(file)
+                    self.files[name] = _hashed(file)
                     disk.sync(file)
-
-    def _finish(self) -> None:
-        self._adopt()
         listed = {"files": {name: asdict(self.files[name]) for name in sorted(self.files)}, "about": self.about}
         with disk.open(self.path / MANIFEST, "xb") as file:
             disk.write(file, memoryview(_sealed(listed)))
@@ -328,10 +343,10 @@ def sweep(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     left = [path for path in sorted(folder.iterdir()) if _STAGED.fullmatch(path.name) and not path.is_symlink()]
-    return [path for path in left if _removed_if_ownerless(path)]
+    return [path for path in left if _remove_if_ownerless(path)]
 
 
-def _removed_if_ownerless(path: Path) -> bool:
+def _remove_if_ownerless(path: Path) -> bool:
     with _complaining(path):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -344,21 +359,6 @@ def _removed_if_ownerless(path: Path) -> bool:
         finally:
             os.close(handle)
     return True
-
-
-def _put(path: Path, data: memoryview) -> None:
-    staging = _staging_name(path)
-    try:
-        with disk.open(staging, "xb") as file:
-            _is_owned(file.fileno())
-            disk.write(file, data)
-            disk.sync(file)
-            disk.rename(staging, path)
-        disk.sync_folder(path.parent)
-    except OSError:
-        with suppress(OSError):
-            disk.unlink(staging)
-        raise
 
 
 def _new_folder(folder: Path) -> tuple[Path, int]:
@@ -412,7 +412,7 @@ def _verify_file(path: Path, record: FileRecord) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
                 return
             file.seek(0)
-            found = _summed(file).blocks
+            found = _hashed(file).blocks
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
     differing = (index for index, pair in enumerate(zip(found, record.blocks, strict=False), 1) if pair[0] != pair[1])
@@ -420,34 +420,11 @@ def _verify_file(path: Path, record: FileRecord) -> None:
     raise DamagedError(f"{path}: checksum differs" + (f" (block {block})" if block else ""))
 
 
-class _Sum:
-    """The digests of the bytes added."""
-
-    def __init__(self) -> None:
-        self._sha256, self._bytes, self._blocks = hashlib.sha256(), 0, list[int]()
-
-    def add(self, data: memoryview) -> Iterator[memoryview]:
-        """Yields `data` in pieces that end where blocks do."""
-        while len(data):
-            done = self._bytes % BLOCK
-            if done == 0:
-                self._blocks.append(0)
-            piece, data = data[: BLOCK - done], data[BLOCK - done :]
-            self._sha256.update(piece)
-            self._blocks[-1] = zlib.crc32(piece, self._blocks[-1])
-            self._bytes += len(piece)
-            yield piece
-
-    def record(self) -> FileRecord:
-        return FileRecord(self._bytes, self._sha256.hexdigest(), tuple(self._blocks))
-
-
-def _summed(file: IO[bytes]) -> FileRecord:
-    found = _Sum()
+def _hashed(file: IO[bytes]) -> FileRecord:
+    writer = Writer()
     while data := file.read(BLOCK):
-        for _ in found.add(memoryview(data)):
-            pass
-    return found.record()
+        writer.write(data)
+    return writer.record()
 
 
 def _inside(name: str) -> str:
@@ -459,16 +436,10 @@ def _inside(name: str) -> str:
     Traceback (most recent call last):
     deft.core.errors.InputError: '../b.json': not a path inside the folder
     """
-    if not name or "\0" in name or name != PurePosixPath(name).as_posix() or {"..", "."} & set(name.split("/")):
-        raise InputError(f"{name!r}: not a path inside the folder")
-    if name.startswith("/"):
+    is_plain = name == PurePosixPath(name).as_posix() and not name.startswith("/")
+    if not is_plain or not name or "\0" in name or {"..", "."} & set(name.split("/")):
         raise InputError(f"{name!r}: not a path inside the folder")
     return name
-
-
-def _flat(data: Buffer) -> memoryview:
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def _sealed(listed: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,15 @@
 """The arrows: what travels from a file to an optimizer step, each a frozen value with its shapes beside it.
 
-    file -> Row -> Conversation -> Rendered -> Encoded -> StepBatch -> MicroBatch -> Tally -> StepRecord
+    file -> Row            a JSON value, as it was read                       data/readers/
+         -> Conversation   messages with roles and weights, tools             data/formats/
+         -> Rendered       text, and the spans of it that are learnt          encoding/render/
+         -> Encoded        tokens int32 [T], weights float32 [T]              encoding/rows.py
+         -> StepBatch      the micro-batches of one optimizer step            plan/loader.py
+         -> MicroBatch     documents end to end, shifted: [M], targets [K]    plan/loader.py
+         -> Tally          sum of the weighted losses, sum of the weights     training/loss/
+         -> StepRecord     a line of metrics.jsonl                            training/loop.py
 
-`Origin` travels with a row to the end, so that every complaint can name its file and line.
+`Origin`, a file and a line, travels with a row to the end, so that every error can name it.
 
 Shape suffixes: M tokens of a micro-batch, K targets of a micro-batch, H hidden size, V vocabulary, T tokens of a row.
 """
@@ -220,7 +227,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What an objective says of a micro-batch: two scalars.
+    """An objective's sums over the targets of a micro-batch: two scalars.
 
     nll_sum     float   sum over targets of weight times loss, in nats, with its graph
     weight_sum  float   sum of the weights, without a graph

@@ -4,9 +4,8 @@ The documents' lengths travel as a forward keyword, from `packing_arguments` thr
 `attend`. A model that drops keywords on the way is found by the self-test. Any forward without them (generation,
 somebody else's code) gets ordinary attention under transformers' own mask, so the model stays usable as it is.
 
-No mask is built for packed documents: transformers returns a mask that already has four dimensions as it is, and
-`attend` ignores it. Returning None from a registered mask function would cost a host sync in each forward
-(`find_packed_sequence_indices`, transformers 5.23) and break every forward that needs a mask.
+No mask is built for packed documents: transformers hands on a mask of four dimensions as it is, and `attend` ignores
+it. A registered mask function that returns None would cost a host sync in each forward (transformers 5.23).
 
 Shape suffixes: M tokens of a micro-batch, N documents of equal length T, Q query heads, G key/value heads, D head size.
 """
@@ -51,10 +50,10 @@ class _Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
-    """Documents' lengths and their edges, int32 [N + 1], in one value that compiled layers hand on without looking.
+class PackedDocuments:
+    """Documents' lengths and their edges, int32 [N + 1], in one value that compiled layers hand on.
 
-    Of a tuple they would keep the length, of a tensor the shape, and be compiled again for other documents.
+    They would be compiled again for a tuple of another length, or a tensor of another shape.
     """
 
     lengths: tuple[int, ...]
@@ -68,9 +67,8 @@ def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[
     """
     edges = _edges(documents, device)
     lengths = torch.tensor(documents)
-    seq_idx = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths, output_size=sum(documents))[
-        None
-    ]
+    numbers = torch.arange(len(documents), dtype=torch.int32)
+    seq_idx = numbers.repeat_interleave(lengths, output_size=sum(documents))[None]
     return {
         "attention_mask": _no_mask(device),
         "documents": documents,
@@ -82,9 +80,9 @@ def packing_arguments(documents: tuple[int, ...], device: torch.device) -> dict[
     }
 
 
-def sealed_arguments(documents: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+def compiled_arguments(documents: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """The same for layers that are compiled, of models that pad nothing and need no more than attention does."""
-    return {"attention_mask": _no_mask(device), "documents": Sealed(documents, _edges(documents, device))}
+    return {"attention_mask": _no_mask(device), "documents": PackedDocuments(documents, _edges(documents, device))}
 
 
 def _no_mask(device: torch.device) -> Tensor:
@@ -107,7 +105,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    documents: tuple[int, ...] | Sealed | None = None,
+    documents: tuple[int, ...] | PackedDocuments | None = None,
     cu_seq_lens_q: Tensor | None = None,
     windows_seen: list[int | None] | None = None,
     **kwargs: Any,
@@ -127,7 +125,7 @@ def attend(
     )
     if documents is None:
         return _attend_under_mask(module, query, key, value, attention_mask, rules, kwargs), None
-    if isinstance(documents, Sealed):
+    if isinstance(documents, PackedDocuments):
         cu_seq_lens_q, documents = documents.edges, documents.lengths
     assert (query.shape[0], query.shape[2]) == (1, sum(documents)), "documents do not cover the micro-batch"
     if windows_seen is not None:
@@ -135,7 +133,7 @@ def attend(
     if cu_seq_lens_q is not None and _fits_varlen(query, value, rules):
         return _attend_varlen(query, key, value, cu_seq_lens_q, max(documents), rules), None
     if query.device.type == "cpu" and rules.is_plain and rules.dropout == 0.0:
-        return _Causal.apply(query, key, value, tuple(documents), rules.scaling, rules.window), None
+        return _DocumentAttention.apply(query, key, value, tuple(documents), rules.scaling, rules.window), None
     return _attend_per_document(query, key, value, documents, rules), None
 
 
@@ -160,7 +158,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, lon
     return out[None]
 
 
-class _Causal(torch.autograd.Function):
+class _DocumentAttention(torch.autograd.Function):
     """`document_attention.forward` and `backward` on the tensors of the interface."""
 
     @staticmethod

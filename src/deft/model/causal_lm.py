@@ -23,7 +23,7 @@ from deft.core.types import (
     Tally,
 )
 from deft.model import fused_layers
-from deft.model.attention import packing_arguments, sealed_arguments
+from deft.model.attention import compiled_arguments, packing_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.compiled_layers import CompiledLayers, pad
 from deft.model.fused_layers import embed, is_plain_embedding
@@ -114,7 +114,7 @@ class CausalLM(nn.Module):
             arguments["embedded"] = embedded_MH[None]
             head = replace(head, weight=matrix_VH) if head.weight is embedding.weight else head
         hidden = packed_hidden(self.model, batch, **arguments)
-        # A last layer may have gone its own way and given all rows, as it does where somebody listens to its parts.
+        # The last layer gives all rows where its own forward was called, as with hooks on its parts.
         return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows], head
 
     def padding(self, batch: MicroBatch) -> int:
@@ -150,7 +150,7 @@ def packed_hidden(model: PreTrainedModel, batch: MicroBatch, **arguments: Any) -
 
 def compiled_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """float [M, H]: the same for layers that are compiled for M tokens, whichever documents these belong to."""
-    packing = sealed_arguments(batch.documents, batch.tokens.device)
+    packing = compiled_arguments(batch.documents, batch.tokens.device)
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing)[0]
 
 

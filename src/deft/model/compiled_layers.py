@@ -1,8 +1,6 @@
-"""Layers compiled once for micro-batches of a few sizes: for CUDA, where small operations wait for Python.
+"""Layers compiled for micro-batches of a few sizes, the buckets: for CUDA, where small operations wait for Python.
 
-A micro-batch is filled up to the next of these sizes with documents of which nothing is learnt: attention does not
-cross into them, no gradient comes out of them. Law 6 holds for them as for any document. Without compiled layers it
-would be waste.
+A micro-batch is padded to the next bucket with documents of which nothing is learnt; law 6 holds for them as for any.
 """
 
 from __future__ import annotations
@@ -112,7 +110,7 @@ def choose_buckets(sizes: Sequence[int], largest: int) -> tuple[int, ...]:
 
 
 def _thinned(candidates: list[int], most: int = 40) -> list[int]:
-    """Evenly spread ones, where there are too many to try all pairs of."""
+    """At most `most` of them, evenly spread: pairs of them are tried."""
     return candidates[:: -(-len(candidates) // most)] if candidates else []
 
 

@@ -63,7 +63,7 @@ def embed(embedding: nn.Embedding, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens' embeddings [M, H], and the matrix [V, H] for a head that is tied to it to go on with.
 
     The padding token's own embedding gets no gradient, as torch has it. The gradient that arrives for the matrix is
-    written to: nobody else may hold it, as nobody does where one matrix product made it.
+    written to: it must be referenced nowhere else, as where one matrix product made it.
 
     >>> embedding, tokens = nn.Embedding(4, 1), torch.tensor([2, 0, 2])
     >>> rows, matrix = embed(embedding, tokens)

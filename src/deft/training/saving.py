@@ -41,7 +41,7 @@ class Saver:
         return step == total or step % self.every == 0 or (self._retry is not None and step >= self._retry)
 
     def begin(self, state: Checkpoint, flush: Callable[[], None]) -> None:
-        """Writes `state`, which must be a copy that nobody changes, once the save before it has ended.
+        """Writes `state`, which must be a copy of its own, once the save before it has ended.
 
         flush  brings the logs up to this step onto the disk: a checkpoint never comes without them
         """

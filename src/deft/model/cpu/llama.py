@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,7 @@ class Form:
     is_last: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     """Biases are None where a layer has none, norms of single heads likewise."""
 
     norm: Tensor
@@ -65,9 +64,6 @@ class Weights:
     gate: Tensor
     up: Tensor
     down: Tensor
-
-    def as_tuple(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in self.__slots__)
 
 
 def form_of(layer: Any) -> Form | None:
@@ -115,7 +111,7 @@ def forward(
     groups = layer.self_attn.k_proj.out_features // form.head_size
     order = document_attention.document_order(documents, groups, hidden_states.device)
     rows = target_rows if form.is_last else None
-    return _Layer.apply(hidden_states[0], form, order, rows, recomputes, cos, sin, *weights_of(layer).as_tuple())[None]
+    return _Layer.apply(hidden_states[0], form, order, rows, recomputes, cos, sin, *weights_of(layer))[None]
 
 
 def _window(layer: Any) -> int | None:
@@ -125,9 +121,8 @@ def _window(layer: Any) -> int | None:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody listens to parts of the layer, which are not called here."""
-    parts = [module for module in layer.modules() if module is not layer]
-    return any(module._forward_hooks or module._forward_pre_hooks for module in parts)
+    """Whether parts of the layer, which are not called here, have hooks."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules() if part is not layer)
 
 
 def _is_plain(layer: Any, hidden_states: Tensor) -> bool:
@@ -156,10 +151,6 @@ def weights_of(layer: Any) -> Weights:
     )
 
 
-def _weights(tensors: Sequence[Any]) -> Weights:
-    return Weights(*tensors)
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,7 +164,7 @@ class _Layer(torch.autograd.Function):
         sin_MD: Tensor,
         *weights: Tensor | None,
     ) -> Tensor:
-        w = _weights(weights)
+        w = Weights._make(weights)
         count = len(input_MH) if rows is None else len(rows)
         rows = _rounded_up(rows)
         inverse_M1, normed_MH = _size_and_norm(input_MH, w.norm, form.eps)
@@ -203,12 +194,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         form, order, rows, count = ctx.form, ctx.order, ctx.rows, len(grad_MH)
         input_MH, inverse_M1, middle_MH, mlp_inverse_M1, cos_MD, sin_MD, *rest = ctx.saved_tensors
-        fields = len(Weights.__slots__)
-        w, needs = _weights(rest[:fields]), _weights(ctx.needs_input_grad[-fields:])
+        fields = len(Weights._fields)
+        w, needs = Weights._make(rest[:fields]), Weights._make(ctx.needs_input_grad[-fields:])
         query, key, value, mixed_MW, *recomputable = rest[fields:]
         if rows is not None:
             grad_MH, rows = functional.pad(grad_MH, (0, 0, 0, len(rows) - count)), rows[:count]
-        grads: dict[str, Tensor | None] = dict.fromkeys(Weights.__slots__)
+        grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
 
         normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
         projected = (functional.linear(normed_MH, weight) for weight in (w.gate, w.up))
@@ -376,7 +367,7 @@ def _size_and_norm(input_MH: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     output_MH, weight = torch.empty_like(input_MH), _wide(weight)
     inverse_M1 = torch.empty_like(input_MH[:, :1], dtype=weight.dtype)
     for input_RH, inverse_R1, output_RH in _parts(input_MH, inverse_M1, output_MH):
-        wide_RH = _wide_copy(input_RH)
+        wide_RH = _wide(input_RH, copy=True)
         inverse_R1.copy_(_inverse_size(wide_RH, eps))
         output_RH.copy_(wide_RH.mul_(inverse_R1).mul_(weight))
     return inverse_M1, output_MH
@@ -386,7 +377,7 @@ def _norm(input_MH: Tensor, inverse_M1: Tensor, weight: Tensor) -> Tensor:
     """input / root mean square * weight, in fp32, rounded once."""
     output_MH, weight = torch.empty_like(input_MH), _wide(weight)
     for input_RH, inverse_R1, output_RH in _parts(input_MH, inverse_M1, output_MH):
-        output_RH.copy_(_wide_copy(input_RH).mul_(inverse_R1).mul_(weight))
+        output_RH.copy_(_wide(input_RH, copy=True).mul_(inverse_R1).mul_(weight))
     return output_MH
 
 
@@ -403,7 +394,7 @@ def _norm_backward(
     for grad_RH, input_RH, inverse_R1, residual_RH, output_RH in parts:
         wide_RH = _wide(input_RH)
         weighted_RH, share_R1 = _unnormed(_wide(grad_RH), wide_RH, inverse_R1, weight, d_weight)
-        d_input_RH = _wide_copy(residual_RH).addcmul_(weighted_RH, inverse_R1)
+        d_input_RH = _wide(residual_RH, copy=True).addcmul_(weighted_RH, inverse_R1)
         output_RH.copy_(d_input_RH.addcmul_(wide_RH, share_R1))
     return output_MH, d_weight.to(weight.dtype)
 
@@ -440,10 +431,6 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _wide_copy(tensor: Tensor) -> Tensor:
-    """The same, always in memory of its own."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+def _wide(tensor: Tensor, copy: bool = False) -> Tensor:
+    """In fp32 at least; with `copy` always in memory of its own."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=copy)

@@ -37,8 +37,7 @@ CPU_PIECE, GPU_PIECE = 2**12, 2**15
 """Rows of the head's weight whose gradient is summed at a time: on CPUs their product stays in the cache."""
 
 CPU_SLICE, GPU_SLICE = 2**18, 2**26
-"""Logits that are in fp32 at a time, on CPUs by each thread: they stay in its cache. 256 rows of 32,000 take 7 ms in
-slices of 16 rows, 15 ms in one (two threads)."""
+"""Logits that are in fp32 at a time, on CPUs by each thread: they stay in its cache."""
 
 NARROWED = 2**20
 """Elements that change their dtype at a time."""
@@ -290,8 +289,7 @@ def _narrowed(total_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) -> list[slice]:
-    """Blocks of nearly equal size and of few different ones. Of 20 numbers of rows from 650 to 2,100 an AMD EPYC
-    multiplies the next multiple of 16 at 390 to 420 GFLOP/s, the number itself at 290 to 420 (32,000 x 512).
+    """Blocks of nearly equal size, and of few different sizes.
 
     is_narrow  whether a sum over more than NARROW_BLOCKS would be in a wider dtype
 
