@@ -151,6 +151,7 @@ def main() -> None:
     """Runs a verb; what a user can mend is one message and its exit code, never a traceback."""
     # The verbs show their own progress; transformers' bars and advice for its own users would stand between.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A thread of libgomp spins 300,000 times before it sleeps, which starves other processes on the same cores.

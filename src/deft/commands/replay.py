@@ -56,9 +56,5 @@ def _described(step_batch: StepBatch, diagnosis: Diagnosis) -> list[str]:
 
 
 def _line(part: PartNumbers, microbatches: int) -> str:
-    numbers = f"loss {part.loss:.4f}, gradient norm {part.grad_norm:.4f}"
-    return (
-        f"    {part.row}: {numbers}"
-        if part.row
-        else f"  micro-batch {part.microbatch + 1} of {microbatches}: {numbers}"
-    )
+    where = f"    {part.row}" if part.row else f"  micro-batch {part.microbatch + 1} of {microbatches}"
+    return f"{where}: loss {part.loss:.4f}, gradient norm {part.grad_norm:.4f}"

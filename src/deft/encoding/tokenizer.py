@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from deft.core.errors import InputError
 from deft.encoding.ascii_words import AsciiWords
 from deft.encoding.render.stop import Marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,8 @@ def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
     For some architectures (qwen2 among them) transformers puts its own normalizer and pre-tokenizer in the place of
     those of the file, whatever tokenizer_config.json says (transformers 5.23, models/auto/tokenization_auto.py).
     """
+    from transformers import PreTrainedTokenizerFast  # the configuration imports this module, and is quick
+
     file = Path(hf.name_or_path) / "tokenizer.json"
     if type(hf) is PreTrainedTokenizerFast or not file.is_file() or _cuts_text_like(hf, file):
         return None
@@ -276,6 +280,8 @@ def wrap(tokenizer: Any, name: str = "tokenizer") -> Tokenizer:
     """A tokenizer that the caller holds, as deft's. Raises InputError unless it is a fast one."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; save it with a tokenizer.json")
     return Tokenizer(tokenizer)

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from deft.core import hardware
 from deft.core.errors import InputError, Problem
 from deft.model import multimodal, security
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTENTION_LAYERS = {"full_attention": False, "sliding_attention": True}
 """Layer types of a config that our attention computes: whether they have a window."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.utils import AUDIO_TOKENIZER_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -37,9 +39,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
     ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
     """
     able = [auto for auto in AUTO_CLASSES if type(config) in auto._model_mapping]
+    if len(able) < 2:
+        return able[0] if able else None
     saved = set(config.architectures or ())
     named = (auto for auto in able if auto._model_mapping[type(config)].__name__ in saved)
-    return next(named, able[0] if able else None)
+    return next(named, able[0])
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
