@@ -50,7 +50,7 @@ def output_folder(output: str | None, may_go_on: bool = False) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: {nearest} cannot be written to; name another folder with output=")
     if folder.is_dir():
-        _try_writing(folder)
+        make_folder(folder)
     return folder
 
 
@@ -66,16 +66,9 @@ def _names(folder: Path) -> set[str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the run's folder; InputError where the disk refuses."""
+    """Makes the run's folder and tries to write to it; InputError where the disk refuses."""
     try:
         files.make_folder(folder)
-    except DiskError as error:
-        raise InputError(f"{error}; name another folder with output=") from error
-    _try_writing(folder)
-
-
-def _try_writing(folder: Path) -> None:
-    try:
         files.try_writing(folder)
     except DiskError as error:
         raise InputError(f"{error}; name another folder with output=") from error

@@ -6,32 +6,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NoReturn
 
 import torch
 
 from deft.core import versions
-from deft.core.errors import InputError, Problem, Problems
+from deft.core.errors import InputError
 from deft.core.redact import redacted_json
-from deft.core.types import Fate
-from deft.dataset import build, cache, ledger
+from deft.dataset import build, cache, ledger, refusals
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
+from deft.dataset.row_digests import RowDigests
 from deft.model import load as models
 from deft.plan import loader
 from deft.plan.order import Batching
 from deft.run import forecast, reading, resume
 from deft.run.config import Config
 from deft.run.forecast import Fit, Forecast
-from deft.run.reading import Checked, Reading, Session
-from deft.run.resume import NEW_RUN, EarlierStarts, Inputs, RowDigests
+from deft.run.reading import Checked, Session
+from deft.run.resume import NEW_RUN, EarlierStarts, Inputs
 from deft.tracking import console as display
 from deft.training import resuming
 from deft.training.checkpoint import Checkpoint
 from deft.training.state import TrainState
-
-SOON_ENCODED = 20_000
-"""This many rows are encoded before those that cannot be read stop the run."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Prepared:
         }
         return resuming.take(
             state,
-            self.rows.tensors(),
+            {name: torch.from_numpy(column) for name, column in self.rows.columns().items()},
             cursor=cursor,
             schedule={**self.config.schedule.model_dump(), "total": self.fit.planned.steps},
             inputs=asdict(self.inputs_until(state.step)),
@@ -104,7 +100,7 @@ def encode(config: Config, checked: Checked, session: Session) -> Dataset:
     Raises Problems where rows of a large source cannot be read, before any is encoded: of a small one they are told
     together with those that its template refuses.
     """
-    _stop_if_many_cannot_be_read(config, checked)
+    refusals.stop_if_unreadable([survey for _, survey in checked.train + checked.held_out], config.data.allow_refused)
     share = config.data.eval if isinstance(config.data.eval, float) else 0.0
     rows = sum(survey.rows for _, survey in checked.train + checked.held_out)
     with display.counting(session.console, "encoding", rows) as advance:
@@ -116,15 +112,6 @@ def encode(config: Config, checked: Checked, session: Session) -> Dataset:
             seed=config.seed,
             execution=reading.execution(session, advance),
         )
-
-
-def _stop_if_many_cannot_be_read(config: Config, understood: Reading) -> None:
-    surveys = [survey for _, survey in understood.train + understood.held_out]
-    rows, refused = sum(survey.rows for survey in surveys), sum(survey.refused_rows for survey in surveys)
-    if rows > SOON_ENCODED and refused > config.data.allow_refused:
-        named = [problem for survey in surveys for problem in survey.refused]
-        heading = f"{refused} of {rows} rows cannot be read, and none was encoded (data.allow_refused={refused} does):"
-        raise Problems(heading, named, refused - len(named))
 
 
 def _described(checked: Checked, data: Dataset) -> list[str]:
@@ -145,40 +132,12 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
 
 def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
     """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
-    refused = ledger.met(data.ledgers, Fate.REFUSED)
-    if refused > config.data.allow_refused:
-        _stop(data, Fate.REFUSED, f"{refused} rows are refused (data.allow_refused={refused} trains without them):")
-    too_long = ledger.met(data.ledgers, Fate.TOO_LONG)
-    if too_long and config.overflow == "error":
-        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):")
-    if not data.train:
-        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
-        raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+    refusals.stop_if_lost(data, config.data.allow_refused, may_be_too_long=config.overflow != "error")
     if config.checkpoint.keep_best and not data.held_out:
         raise InputError(
             "checkpoint.keep_best: the best is found by held-out loss, and no row is held out; set data.eval"
         )
-    if len(checked.tokenizer.hf) > checked.base.vocab_size:
-        _stop_if_unknown_to_the_model(checked, data)
-
-
-def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
-    """Raises Problems with the first rows that met a fate."""
-    named = ledger.named(data.ledgers, fate)
-    raise Problems(heading, named, ledger.met(data.ledgers, fate) - len(named))
-
-
-def _stop_if_unknown_to_the_model(checked: Checked, data: Dataset) -> None:
-    """Raises Problems where rows have tokens that the model has no embedding for: a tokenizer of another model."""
-    size = checked.base.vocab_size
-    largest = (data.train + data.held_out).out_of_vocabulary(size)
-    if largest:
-        text, fix = checked.tokenizer.hf.convert_ids_to_tokens, "tokenizer and model must belong together"
-        problems = [
-            Problem(str(row), f"token {index} ({text(index)!r}) is past the model's {size}", fix)
-            for row, index in largest.items()
-        ]
-        raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
+    refusals.stop_if_out_of_vocabulary(data, checked.tokenizer, checked.base.vocab_size)
 
 
 def plan(

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deft.core import files
 from deft.core.errors import InputError, Problem, Problems
-from deft.dataset.store import Examples
+from deft.dataset.row_digests import RowDigests
 from deft.plan.order import Batching
 from deft.run import config as configuration
 from deft.run.config import Config
 from deft.run.folder import is_run
 from deft.tracking import jsonl
 from deft.training import checkpoint, resuming
-from deft.training.checkpoint import Checkpoint, Found
+from deft.training.checkpoint import Found
 from deft.training.state import TrainState
 
 AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
@@ -41,63 +39,6 @@ APPLIED = {
     "epochs": "applies: the schedule follows the new length",
     "steps": "applies: the schedule follows the new length",
 }
-SHOWN_ROWS = 5
-ROW_COLUMNS = ("digest", "line", "source")
-
-
-@dataclass(frozen=True)
-class RowDigests:
-    """A digest of each example that is trained, in order, and where it comes from. Arrays are [E].
-
-    digest  int64    line  int64    source  int32, an index into `sources`
-    """
-
-    sources: tuple[str, ...]
-    digest: np.ndarray
-    line: np.ndarray
-    source: np.ndarray
-
-    @classmethod
-    def of(cls, examples: Examples) -> RowDigests:
-        names, lines, numbers = examples.origins()
-        return cls(names, examples.digests(), lines, numbers)
-
-    @classmethod
-    def stored(cls, checkpoint: Checkpoint) -> RowDigests:
-        """Those of a checkpoint."""
-        rows = checkpoint.tensors["rows"]
-        return cls(tuple(checkpoint.values["cursor"]["sources"]), *(rows[name].numpy() for name in ROW_COLUMNS))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(getattr(self, name)) for name in ROW_COLUMNS}
-
-    def differences(self, now: RowDigests) -> dict[str, str]:
-        """Source -> what is different in it now, by line.
-
-        >>> def rows(*texts):
-        ...     arrays = np.array([hash(text) for text in texts]), np.arange(1, len(texts) + 1)
-        ...     return RowDigests(("a.jsonl",), *arrays, np.zeros(len(texts), np.int32))
-        >>> rows("a", "b", "c").differences(rows("a", "x", "c"))
-        {'a.jsonl': 'line 2'}
-        >>> rows("a", "b", "c").differences(rows("a", "c"))
-        {'a.jsonl': 'line 2 removed'}
-        >>> rows("a", "b", "c").differences(rows("a", "c", "b", "d"))
-        {'a.jsonl': 'line 4 added'}
-        >>> rows("a", "b", "c").differences(rows("a", "c", "b"))
-        {'a.jsonl': 'other order from line 2 on'}
-        """
-        if np.array_equal(self.digest, now.digest):
-            return {}
-        found: dict[str, str] = {}
-        for number in range(max(len(self.sources), len(now.sources))):
-            name = (now.sources if number < len(now.sources) else self.sources)[number]
-            if difference := _difference(self._part(number), now._part(number)):
-                found[name] = difference
-        return found or {", ".join(now.sources): "the sources come in another order"}
-
-    def _part(self, number: int) -> list[tuple[int, int]]:
-        chosen = self.source == number
-        return list(zip(self.digest[chosen].tolist(), self.line[chosen].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -153,15 +94,19 @@ class EarlierStarts:
         earlier = tuple((since, Batching(**each)) for since, each in self.cursor.get("batchings", ()))
         return earlier if earlier and earlier[-1][1] == asked else (*earlier, (self.step, asked))
 
+    def rows(self) -> RowDigests:
+        """Those that were trained when the checkpoint was taken."""
+        assert self.found is not None
+        columns = {name: tensor.numpy() for name, tensor in self.found.checkpoint.tensors["rows"].items()}
+        return RowDigests(tuple(self.cursor["sources"]), **columns)
+
     def changes(self, folder: Path, now: Inputs, rows: RowDigests) -> list[str]:
         """Lines on what changed since the checkpoint; Problems where the run cannot go on with it."""
         if self.found is None:
             return []
         before = Inputs(**self.found.checkpoint.values["inputs"])
         keys = _changed_keys(before.config, now.config)
-        if refused := _refused(
-            self.step, before, now, keys, RowDigests.stored(self.found.checkpoint).differences(rows)
-        ):
+        if refused := _refused(self.step, before, now, keys, self.rows().differences(rows)):
             what = f"not what was trained until step {self.step}; put it back, or train anew with another output=:"
             raise Problems(f"{folder}: {what}", refused)
         return [f"since step {self.step}: {change}" for change in _applied(keys, before, now)]
@@ -274,43 +219,6 @@ def _refused(
     if before.plan != now.plan and not refused:
         refused.append(_about_the_plan(step, before, now))
     return refused
-
-
-def _difference(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> str:
-    """What became of the rows (digest, line) of a source."""
-    if [digest for digest, _ in before] == [digest for digest, _ in now]:
-        return ""
-    lost, new = _missing(before, now), _missing(now, before)
-    if not lost and not new:
-        first = next(line for (old, _), (mine, line) in zip(before, now, strict=True) if old != mine)
-        return f"other order from line {first} on"
-    edited = sorted(set(lost) & set(new)) if len(before) == len(now) else []
-    told = [
-        _lines(edited),
-        _lines(sorted(set(lost) - set(edited)), " removed"),
-        _lines(sorted(set(new) - set(edited)), " added"),
-    ]
-    return ", ".join(filter(None, told))
-
-
-def _missing(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[int]:
-    """The lines of those of `some` that are not among the others, as often as they are not."""
-    left = Counter(digest for digest, _ in others)
-    lines = []
-    for digest, line in some:
-        left[digest] -= 1
-        if left[digest] < 0:
-            lines.append(line)
-    return lines
-
-
-def _lines(lines: list[int], what: str = "") -> str:
-    if not lines:
-        return ""
-    shown = ", ".join(map(str, lines[:SHOWN_ROWS])) + (
-        f" and {len(lines) - SHOWN_ROWS} more" if len(lines) > SHOWN_ROWS else ""
-    )
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{what}"
 
 
 def _about_rows(step: int, different: Mapping[str, str], causes: Mapping[str, tuple[Any, Any]]) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -173,28 +173,21 @@ def _train(
 
     Puts a record per step into `metrics`; returns what was wrong with the last save.
     """
-    config, checked, planned = prepared.config, prepared.checked, prepared.fit.planned
-    total, keeps_best, evaluate = planned.steps, config.checkpoint.keep_best > 0, _evaluator(prepared, session)
-    logs, is_evaluated = Logs.of(checked.folder), prepared.earlier.is_evaluated
+    config, total, logs = prepared.config, prepared.fit.planned.steps, Logs.of(prepared.checked.folder)
+    evaluate, is_evaluated = _evaluator(prepared, session), prepared.earlier.is_evaluated
     with Trackers([logs, shown], session.say).following(_tracked(prepared, state)) as tracks:
         try:
             if not is_evaluated:
                 with session.signals.at_once():
                     evaluate(state, tracks.write)
                 is_evaluated = True
-            for record in train_steps(
-                state,
-                planned,
-                checked.objective,
-                clip=config.optimizer.clip,
-                lr=partial(_learning_rate, config, total),
-                poll=session.signals.check,
-                wants_to_stop=lambda: session.signals.arrived is not None,
-            ):
+            for record in _steps(prepared, state, session):
                 if not record.is_finite:
                     session.say(_skip_or_stop(prepared, state, record))
                 saves, loss = saver.is_due(record.step, total), None
-                is_evaluated = not (config.evaluate.is_due(record.step, total) or (saves and keeps_best))
+                is_evaluated = not (
+                    config.evaluate.is_due(record.step, total) or (saves and config.checkpoint.keep_best)
+                )
                 metrics.append(asdict(record))
                 tracks.write("step", metrics[-1])
                 if not is_evaluated:
@@ -214,6 +207,19 @@ def _train(
         unsaved = saver.finish()
     logs.flush()
     return unsaved
+
+
+def _steps(prepared: Prepared, state: TrainState, session: Session) -> Iterator[StepRecord]:
+    config, planned = prepared.config, prepared.fit.planned
+    return train_steps(
+        state,
+        planned,
+        prepared.checked.objective,
+        clip=config.optimizer.clip,
+        lr=partial(_learning_rate, config, planned.steps),
+        poll=session.signals.check,
+        wants_to_stop=lambda: session.signals.arrived is not None,
+    )
 
 
 def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord) -> str:

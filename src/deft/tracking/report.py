@@ -10,6 +10,7 @@ from typing import Any
 
 from deft.core import files
 from deft.core.errors import DiskError
+from deft.tracking import jsonl
 
 WIDTH, HEIGHT = 720, 240
 
@@ -36,17 +37,11 @@ def write(folder: Path) -> Path:
 
 
 def _body(folder: Path) -> str:
-    metrics = _lines(folder / "metrics.jsonl")
+    metrics = jsonl.read(folder / "metrics.jsonl")
     parts = [_summary(metrics), _curve([line["loss"] for line in metrics]), _ledger(folder / "ledger.json")]
-    parts += [_evaluations(_lines(folder / "eval.jsonl")), _samples(_lines(folder / "samples.jsonl"))]
+    parts += [_evaluations(jsonl.read(folder / "eval.jsonl")), _samples(jsonl.read(folder / "samples.jsonl"))]
     parts.append(f"<h2>Configuration</h2><pre>{escape((folder / 'config.yaml').read_text(encoding='utf-8'))}</pre>")
     return "".join(parts)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _summary(metrics: Sequence[dict[str, Any]]) -> str:
