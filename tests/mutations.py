@@ -243,7 +243,7 @@ TABLE: tuple[Mutation, ...] = (
         "if first < 0:",
         "test_law_02_edge.py",
     ),
-    _of("deft.encoding.edges", "if not found[2 * count].startswith(tail):", "if False:", "test_law_02_edge.py"),
+    _of("deft.encoding.edges", " or not ids[2 * number].startswith(before)", "", "test_law_02_edge.py"),
     _of(
         "deft.encoding.edges",
         "        if literal:\n            return self.tokenizer.literal(text, continues)\n",
