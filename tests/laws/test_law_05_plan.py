@@ -76,7 +76,7 @@ def test_packing_changes_neither_members_nor_normalizer(normalize: loader.Normal
 
 
 def test_the_normalizer_is_the_weight_of_what_is_predicted() -> None:
-    """The first token of a document is predicted from nothing: its weight is nobody's."""
+    """The first token of a document is predicted from nothing: its weight counts nowhere."""
     work = loader.make(examples([5, 9, 3]), Batching(examples=3), epochs=1, seed=0, microbatch_tokens=9).step(0)
     assert work.normalizer == 4 + 8 + 2
     assert work.normalizer == sum(float(batch.weights.sum()) for batch in work.micro_batches)

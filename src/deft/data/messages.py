@@ -49,11 +49,10 @@ def read(value: Any, field: str) -> Message:
     calls = parts.calls + tool_calls(value, field)
     if role != "assistant" and (calls or parts.reasoning):
         raise RowError(field, f"the {role} makes tool calls or reasons", "only the assistant does; mend the role")
-    weight = value.get("weight") if value.get("weight") is not None else value.get("loss_weight")
     return Message(
         role,
         parts.text,
-        weight_of(weight, f"{field}.weight"),
+        learnt(value, field),
         _reasoning(value, role, field) or parts.reasoning,
         calls,
         _optional_text(value, "name", field),
@@ -68,6 +67,17 @@ def read_all(value: Any, field: str) -> list[Message]:
     ['user']
     """
     return [read(each, f"{field}[{index}]") for index, each in enumerate(list_of(value, field))]
+
+
+def system(value: Mapping[str, Any]) -> list[Message]:
+    """The system message that a row has beside its turns, if it has one."""
+    return [Message("system", text_of(value["system"], "system"))] if value.get("system") else []
+
+
+def learnt(value: Mapping[str, Any], field: str) -> float | None:
+    """How much a message is learnt, by its `weight` or `loss_weight`."""
+    weight = value.get("weight") if value.get("weight") is not None else value.get("loss_weight")
+    return weight_of(weight, f"{field}.weight")
 
 
 def chat(row: Row, messages: Sequence[Message], field: str, tools_value: Any = None) -> Conversation:

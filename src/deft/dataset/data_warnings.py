@@ -141,7 +141,8 @@ def check(row_encoder: RowEncoder, rows: Iterable[EncodedRow]) -> list[RowCheck]
     for row in rows:
         kind = _signature(row.conversation)
         dropped: set[str] = set()
-        if shown_whole.setdefault(kind, 0) < DECODED_ROWS and _may_drop(row_encoder, row):
+        is_shown = row.examples and row.fate != Fate.CUT and not row_encoder.is_raw(row.conversation)
+        if is_shown and shown_whole.setdefault(kind, 0) < DECODED_ROWS:
             dropped = set(_dropped(row_encoder, row))
             shown_whole[kind] += -math.inf if dropped else 1
         tails = tuple(_tails(row_encoder, row, always))
@@ -184,11 +185,6 @@ def _last_learnt(row_encoder: RowEncoder, part: Encoded, always: frozenset[int])
         if _decode(row_encoder, [token]).strip():
             break
     return found
-
-
-def _may_drop(row_encoder: RowEncoder, row: EncodedRow) -> bool:
-    """Whether a row is a chat whose texts should show every field."""
-    return bool(row.examples) and row.fate != Fate.CUT and not row_encoder.is_raw(row.conversation)
 
 
 def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -201,11 +200,7 @@ class Store:
         return [group.example(number, loss_weight) for number in group.numbers("examples", inner)]
 
     def group_of(self, example: int) -> RowGroup:
-        return self.groups[bisect_right(self._example_ends, example)]
-
-    @cached_property
-    def _example_ends(self) -> list[int]:
-        return [group.examples.stop for group in self.groups]
+        return self.groups[bisect_right(self.groups, example, key=lambda group: group.examples.stop)]
 
     def _of_row(self, row: int) -> tuple[RowGroup, int]:
         group = self.groups[bisect_right(self.groups, row, key=lambda group: group.rows.stop)]

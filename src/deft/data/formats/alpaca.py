@@ -30,7 +30,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     if answer is None or "instruction" not in value:
         field = "output" if answer is None else "instruction"
         raise RowError(field, "missing", "a row needs instruction and output (or response)")
-    found = [*_system(value), *_history(value.get("history")), Message("user", question(value))]
+    found = [*messages.system(value), *_history(value.get("history")), Message("user", question(value))]
     if not text_of(value[answer], answer).strip():
         raise RowError(answer, "empty: nothing to learn", "fill it in or remove the row")
     return [messages.chat(row, [*found, Message("assistant", value[answer])], "row")]
@@ -49,11 +49,6 @@ def question(value: Mapping[str, Any]) -> str:
     if not whole.strip():
         raise RowError("instruction", "no words", "fill it in or remove the row")
     return whole
-
-
-def _system(value: Mapping[str, Any]) -> list[Message]:
-    text = text_of(value.get("system") or "", "system")
-    return [Message("system", text)] if text else []
 
 
 def _history(value: Any) -> list[Message]:

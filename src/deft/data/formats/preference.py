@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deft.core.types import Conversation, Message, Row
-from deft.data import pairs
-from deft.data.fields import LeftOut, RowError, kind_of, label_of, text_of
+from deft.data import messages, pairs
+from deft.data.fields import LeftOut, RowError, kind_of, label_of
 from deft.data.format import Choices
 from deft.data.formats import alpaca, sharegpt
 from deft.data.pairs import Side
@@ -56,15 +56,11 @@ def _answer(row: Row, field: str, other: str) -> Conversation:
 
 def _prompt(value: Mapping[str, Any], field: str) -> Side:
     if field == "instruction":
-        return [*_system(value), Message("user", alpaca.question(value))]
+        return [*messages.system(value), Message("user", alpaca.question(value))]
     prompt = _side(value[field], field)
     if field == "question" and isinstance(prompt, str):
         prompt = [Message("user", prompt)]
-    return prompt if isinstance(prompt, str) else [*_system(value), *prompt]
-
-
-def _system(value: Mapping[str, Any]) -> list[Message]:
-    return [Message("system", text_of(value["system"], "system"))] if value.get("system") else []
+    return prompt if isinstance(prompt, str) else [*messages.system(value), *prompt]
 
 
 def _side(value: Any, field: str) -> Side:
@@ -99,7 +95,8 @@ def _rated(row: Row, choices: Choices) -> Conversation:
         found = _side(row.value.get(key), key)
         if isinstance(found, str):
             raise RowError(key, "text, not a list", "give a list of messages")
-        prompt, answer, fields = [*_system(row.value), *found[:-1]], found[-1:], (key, f"{key}[{len(found) - 1}]")
+        prompt, answer = [*messages.system(row.value), *found[:-1]], found[-1:]
+        fields = (key, f"{key}[{len(found) - 1}]")
     conversation = pairs.joined(row, prompt, answer, fields, row.value.get("tools"))
     if not is_good and not choices.learns_bad:
         raise LeftOut("label: false, a bad answer")

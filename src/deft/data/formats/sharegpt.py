@@ -10,7 +10,7 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages
-from deft.data.fields import list_of, need, object_of, role_of, text_of, weight_of
+from deft.data.fields import json_of, list_of, need, object_of, role_of, text_of
 from deft.data.format import Choices
 
 KEYS = ({"conversations"},)
@@ -36,9 +36,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     need(row.value, ("conversations",), "a row")
     found = read_all(row.value["conversations"], "conversations")
-    if row.value.get("system"):
-        found.insert(0, Message("system", text_of(row.value["system"], "system")))
-    return [messages.chat(row, found, "conversations", row.value.get("tools"))]
+    return [messages.chat(row, [*messages.system(row.value), *found], "conversations", row.value.get("tools"))]
 
 
 def read_all(value: Any, field: str) -> list[Message]:
@@ -65,21 +63,17 @@ def read(value: Any, field: str) -> Message:
         return messages.read(value, field)
     need(value, ("from", "value"), "a ShareGPT message", field)
     role = role_of(value["from"], f"{field}.from", ROLES)
-    weight = value.get("weight") if value.get("weight") is not None else value.get("loss_weight")
-    learnt = weight_of(weight, f"{field}.weight")
+    weight = messages.learnt(value, field)
     if role == _CALL:
-        return replace(_call(value["value"], f"{field}.value"), weight=learnt)
-    return Message(role, text_of(value["value"], f"{field}.value"), learnt)
+        return replace(_call(value["value"], f"{field}.value"), weight=weight)
+    return Message(role, text_of(value["value"], f"{field}.value"), weight)
 
 
 def _call(value: Any, field: str) -> Message:
     """A call, or a list of parallel calls, mostly as JSON text."""
-    calls = messages.json_of(value, field)
-    return Message("assistant", "", tool_calls=messages.tool_calls({"tool_calls": _as_list(calls)}, field))
-
-
-def _as_list(calls: Any) -> list[Any]:
-    return list(calls) if isinstance(calls, list | tuple) and calls else [calls]
+    calls = json_of(value, field)
+    calls = calls if isinstance(calls, list | tuple) and calls else [calls]
+    return Message("assistant", "", tool_calls=messages.tool_calls({"tool_calls": calls}, field))
 
 
 def _takes_call(before: Message, call: Message) -> bool:

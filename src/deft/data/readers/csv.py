@@ -27,10 +27,6 @@ def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:
     if not first.strip():
         return
     delimiter = next((mark for mark in (b"\t", b",", b";", b"|") if mark in first), b",").decode()
-    yield from _records(first, stream, source, delimiter)
-
-
-def _records(first: bytes, stream: BinaryIO, source: str, delimiter: str) -> Iterator[Row | Problem]:
     csv.field_size_limit(LONGEST_FIELD)
     records = csv.reader(_decoded(first, stream), delimiter=delimiter, strict=True)
     header = _header(records, source)
