@@ -11,7 +11,7 @@ for this chat too. A chat that differs is proven by itself, and gives its shape 
 
 Who wrote a character is taken from the pattern. A template that moves or repeats words by what they say could write the
 same text otherwise where two fields, or a field and a text in the template's code, say the same: such chats are proven
-by themselves too, and so are those with special tokens in a field (`chat`), as who wrote one decides whether it is text.
+by themselves too. So are those with special tokens in a field (`chat`): who wrote one decides whether it is text.
 """
 
 from __future__ import annotations
