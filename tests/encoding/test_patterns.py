@@ -186,6 +186,33 @@ def test_a_chat_for_which_the_template_writes_something_else_is_proven_by_itself
     assert used == [True, True, False]
 
 
+BY_WORDS = {
+    "words taken from another message": (
+        "{{ messages[0].content if 'same' in messages[0].content else c }}",
+        pair("same", "same"),
+    ),
+    "turns in another order": (
+        "{{ (messages | reverse | list)[loop.index0].content if 'same' in messages[0].content else c }}",
+        pair("same", "same"),
+    ),
+    "the template's own words": ("{{ '[hi]' if c == '[hi]' else c }}", pair("a", "[hi]")),
+    "words repeated": ("{{ c }}{{ c if c == '!hi!' else '!hi!' }}", pair("a", "!hi!")),
+    "a special token": ("{{ c if c != '<s>' else '<s>' }}", pair("<s>", "a")),
+}
+"""What a template may do with words by what they say, and a chat where the text alone does not tell who wrote it."""
+
+
+@pytest.mark.parametrize("name", BY_WORDS)
+def test_where_the_text_does_not_tell_who_wrote_it_a_chat_is_proven_by_itself(name: str, used: list[bool]) -> None:
+    inside, chat = BY_WORDS[name]
+    by_pattern = renderer(LOOP % inside)
+    for messages in [pair("a", "b"), pair("c", "d")]:
+        assert rendered(by_pattern, messages) == rendered(renderer(LOOP % inside), messages)
+    assert used == [True]
+    assert rendered(by_pattern, chat) == rendered(renderer(LOOP % inside), chat)
+    assert not any(used[1:])
+
+
 def test_shapes_differ_by_roles_fields_and_what_is_learnt(used: list[bool]) -> None:
     by_pattern = renderer(LOOP % "{{ m.reasoning_content }}{{ m.name }}{{ c }}")
     turns = [

@@ -254,7 +254,7 @@ def _finished(
 
 def _has_target(part: Encoded) -> bool:
     """The first token of a document is predicted from nothing, so it is no target."""
-    return bool((part.weights[1:] > 0).any())
+    return bool(part.weights[1:].any())
 
 
 def _body(messages: Sequence[Message]) -> int:

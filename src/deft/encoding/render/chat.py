@@ -7,9 +7,10 @@ them. What cannot be proven is refused with its reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -129,13 +130,23 @@ class ChatRenderer:
         return None if None in kinds else (kinds, tuple(learnt))
 
     def _kind(self, message: Message) -> Shape | None:
-        """What of a message shapes the text; None for tool calls, blank fields and reasoning inside the content."""
+        """What of a message shapes the text.
+
+        None for tool calls, blank fields, reasoning inside the content, and special tokens: who wrote them decides
+        whether they are text, and only the whole proof follows who wrote what.
+        """
         content, reasoning = message.content, message.reasoning
         if message.tool_calls or content.isspace() or reasoning.isspace():
+            return None
+        if self._special.search(content) or self._special.search(reasoning):
             return None
         if message.role == "assistant" and reasoning_block(message, self.template.marks):
             return None
         return message.role, bool(content), bool(reasoning), bool(message.name), bool(message.tool_call_id)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.marks.special)) or "(?!)")
 
     def _turn(self, whole: Rendering, index: int, weight: float) -> Turn:
         """The first attempt that proves the turn; Refusal where none does, with the ordinary reason."""

@@ -10,8 +10,8 @@ must equal what the pattern says, to the character; then the text, its prompts a
 for this chat too. A chat that differs is proven by itself, and gives its shape a new pattern.
 
 Who wrote a character is taken from the pattern. A template that moves or repeats words by what they say could write the
-same text otherwise where two fields, or a field and the template's text, say the same: such chats are proven by
-themselves too.
+same text otherwise where two fields, or a field and a text in the template's code, say the same: such chats are proven
+by themselves too. So are those with special tokens in a field (`chat`): who wrote one decides whether it is text.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class Pattern:
         """What the proof gives for this chat; None unless the template writes what the pattern says."""
         pieces = [item if isinstance(item, str) else item.text(rendering.messages) for item in self.items]
         known = [piece for piece in pieces if piece is not None]
-        if len(known) < len(pieces) or not self._tells_apart([known[index] for index in self._fields]):
+        words = {known[index] for index in self._fields} if len(known) == len(pieces) else set()
+        if len(words) < len(self._fields) or not words.isdisjoint(rendering.template.constants):
             return None
         text, starts = "".join(known), list(accumulate(map(len, known), initial=0))
         try:
@@ -134,17 +135,9 @@ class Pattern:
             self.turns,
         )
 
-    def _tells_apart(self, words: Sequence[str]) -> bool:
-        """True if no field says what another one says, or what the template writes."""
-        return len({*words, *self._literals}) == len(words) + len(self._literals)
-
     @cached_property
     def _fields(self) -> tuple[int, ...]:
         return tuple(index for index, item in enumerate(self.items) if isinstance(item, Field))
-
-    @cached_property
-    def _literals(self) -> frozenset[str]:
-        return frozenset(item for item in self.items if isinstance(item, str))
 
 
 def learn(turns: Sequence[Turn], rendering: Rendering, old: Pattern | None = None) -> Pattern | None:

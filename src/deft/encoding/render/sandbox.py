@@ -115,7 +115,7 @@ class Generator(CodeGenerator):
             super().visit_ExprStmt(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.concat((")
+        self.write("environment.tilde((")
         for argument in node.nodes:
             self.visit(argument, frame)
             self.write(", ")
@@ -220,8 +220,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             loop.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("tick"), lineno=loop.lineno))
         return parsed
 
-    def concat(self, pieces: Iterable[Any]) -> str:
-        return self._joined("", pieces)
+    def concat(self, pieces: Iterable[str]) -> str:
+        """What a template, a block or a macro has written: texts, by jinja2's own code."""
+        return self._texts_joined("", list(pieces))
+
+    def tilde(self, values: Iterable[Any]) -> str:
+        return self._joined("", values)
 
     def add(self, context: Context, values: tuple[Any, ...]) -> Any:
         """The sum of the values, from left to right."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 
 from deft.core.errors import InputError
@@ -184,6 +184,11 @@ class Template:
         return tuple(name for name in self._plain.variables if _SWITCH.fullmatch(name) and name not in self.kwargs)
 
     @cached_property
+    def constants(self) -> frozenset[str]:
+        """The texts in its code, which it may compare words with or write in their place."""
+        return self._plain.constants
+
+    @cached_property
     def has_effort(self) -> bool:
         """Whether it asks how much to think, which some templates take as a switch, unless the user says."""
         return "reasoning_effort" in self._plain.variables and "reasoning_effort" not in self.kwargs
@@ -303,6 +308,9 @@ class Compiled:
         try:
             parsed = sandbox.parse(source)
             self.variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
+            self.constants = frozenset(
+                node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)
+            )
             self._template = sandbox.from_string(source)
             self._globals = {**self._template.globals, "strftime_now": self._strftime_now}
         except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:

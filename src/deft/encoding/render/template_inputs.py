@@ -141,13 +141,16 @@ class TemplateInputs:
         return found
 
     def _content(self, message: Message, index: int) -> str:
+        is_inline = message.reasoning and self.options.inline
+        if self.text is as_plain and not is_inline:
+            return message.content
         content, reasoning = owner_of(index), owner_of(index, MessagePart.REASONING)
         if message.reasoning and self.options.inline:
             opening, closing = self.options.inline
             thought, answer = self.text(message.reasoning, reasoning), self.text(message.content, content)
             return opening + ("" if opening.endswith("\n") else "\n") + thought + "\n" + closing + "\n\n" + answer
         block = reasoning_block(message, self.marks)
-        if block is None or self.text is as_plain:
+        if block is None:
             return self.text(message.content, content)
         owners = (TEMPLATE, reasoning, TEMPLATE, content)
         return join("", map(self.text, (block.opening, block.reasoning, block.closing, block.rest), owners))
