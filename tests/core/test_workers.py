@@ -164,7 +164,7 @@ def test_the_caller_s_script_is_not_run_again(tmp_path: Path) -> None:
     """As a script without a guard would be, if processes were started in multiprocessing's way."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "print('started')\nfrom deft.core import workers\nfrom test_workers import doubling\nworkers.HERE = 1\n"
         "print(sum(workers.ordered(doubling, 0, range(2000), 2)))\n"
     )
