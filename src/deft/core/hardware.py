@@ -68,23 +68,17 @@ def settle_process(parameters: int, products: int) -> None:
     """Settings of the whole process, which stay after the run: for the command line alone.
 
     To be called when the weights are loaded, which takes large pieces of memory for a moment, and before the first
-    product in bf16, which fixes the sizes of the caches.
+    product in bf16, which fixes the sizes of the caches of kernels: one a size, for torch and for oneDNN, unless the
+    user sets them. With fewer than a micro-batch uses, each layer makes them again; with many, the memory of a large
+    model's process is so fragmented that it grows by half.
 
     parameters  of the model
     products    how many sizes of matrix products the attention of one micro-batch has
     """
-    _bound_kernel_caches(max(256 if parameters < 2**28 else 64, (LINEAR_PRODUCTS + products) * 3 // 2))
-    keep_freed_memory()
-
-
-def _bound_kernel_caches(kernels: int) -> None:
-    """On CPUs torch and oneDNN each keep this many kernels of bf16 products, one a size, unless the user sets it.
-
-    With fewer than a micro-batch uses, each layer makes them again. With many, the memory of a large model's process is
-    so fragmented that it grows by half.
-    """
+    kernels = max(256 if parameters < 2**28 else 64, (LINEAR_PRODUCTS + products) * 3 // 2)
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(kernels))
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

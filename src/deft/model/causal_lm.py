@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deft.core.hardware import round_up_rows, to_device
-from deft.core.types import (
-    Head,
-    MicroBatch,
-    Objective,
-    Tally,
-)
+from deft.core.types import Head, MicroBatch, Objective, Tally
 from deft.model import fused_layers
 from deft.model.attention import compiled_arguments, packing_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed

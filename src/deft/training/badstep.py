@@ -21,13 +21,7 @@ from torch import Tensor, nn
 
 from deft.core import files
 from deft.core.errors import DamagedError, NumbersError
-from deft.core.types import (
-    MicroBatch,
-    Objective,
-    Origin,
-    StepBatch,
-    StepRecord,
-)
+from deft.core.types import MicroBatch, Objective, Origin, StepBatch, StepRecord
 from deft.model.causal_lm import CausalLM
 from deft.training import randomness
 from deft.training.state import TrainState

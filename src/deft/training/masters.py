@@ -37,10 +37,9 @@ class Masters(Mapping[str, Tensor]):
         self._low: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         for name, parameter in self._all.items():
-            if name in self.parameters or (parameter.is_floating_point() and parameter.dtype != dtype):
-                low = _store(parameter, dtype)
-                if low is not None:
-                    self._low[name] = low
+            is_cast = name in self.parameters or (parameter.is_floating_point() and parameter.dtype != dtype)
+            if is_cast and (low := _store(parameter, dtype)) is not None:
+                self._low[name] = low
 
     def __getitem__(self, name: str) -> Tensor:
         """fp32, the parameter's shape: the parameter itself in fp32, else a new tensor."""
@@ -80,7 +79,9 @@ class Masters(Mapping[str, Tensor]):
     def squared_norm(self) -> Tensor:
         """The square of the global norm of all gradients: fp32 scalar."""
         gradients = [gradient for name in self.parameters if (gradient := self.gradient(name)) is not None]
-        squares = [_square(block) for gradient in gradients for block in _blocks(gradient)]
+        squares = [
+            block.to(torch.float32, copy=True).square_().sum() for gradient in gradients for block in _blocks(gradient)
+        ]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def updates(self, name: str, *state: Tensor, scale: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
@@ -182,11 +183,6 @@ def _store(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor | None:
     parameter.data, low = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
     decompose(master, parameter.data, low)
     return low
-
-
-def _square(block: Tensor) -> Tensor:
-    """The sum of the squares, in fp32."""
-    return block.to(torch.float32, copy=True).square_().sum()
 
 
 def _add(total: Tensor, latest: Tensor) -> None:

@@ -81,7 +81,7 @@ class TrainState:
         weights = [key for key in model if key.startswith("weight.")]
         low = [key for key in optimizer if key.startswith("low.")]
         masters = _Joined(dict.fromkeys(weights, model) | dict.fromkeys(low, optimizer))
-        rest = _Joined(dict.fromkeys([key for key in optimizer if key not in masters], optimizer))
+        rest = _Joined(dict.fromkeys(optimizer.keys() - set(low), optimizer))
         try:
             check_state(self.masters.state(), masters)
             self.optimizer.restore(rest)
