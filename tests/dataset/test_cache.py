@@ -29,7 +29,7 @@ from deft.core.files import Disk
 from deft.data import shapes, sources
 from deft.data.format import Choices
 from deft.data.readers import jsonl
-from deft.dataset import build, cache, examples, store, survey
+from deft.dataset import build, cache, examples, refusals, store, survey
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
@@ -495,7 +495,7 @@ def test_rows_that_cannot_be_read_stop_a_large_run_before_any_is_encoded(
     model = write_llama(tmp_path / "model", chat_template=CHATML)
     bad = {"messages": [{"role": "usr", "content": "Hi"}]}
     path = written(tmp_path / "rows.jsonl", [*ROWS, *[bad] * 30])
-    monkeypatch.setattr(prepare, "SOON_ENCODED", 50)
+    monkeypatch.setattr(refusals, "SOON_ENCODED", 50)
     made = config.make({"model": str(model), "data": {"train": str(path)}})
     encode = build.encode_sources
     monkeypatch.setattr(build, "encode_sources", None)
