@@ -197,7 +197,7 @@ BY_WORDS = {
     ),
     "the template's own words": ("{{ '[hi]' if c == '[hi]' else c }}", pair("a", "[hi]")),
     "words repeated": ("{{ c }}{{ c if c == '!hi!' else '!hi!' }}", pair("a", "!hi!")),
-    "a special token": ("{{ c if c != '<s>' else '<s>' }}", pair("<s>", "a")),
+    "a special token": ("{{ '<' ~ 's>' if c[1:] == 's>' else c }}", pair("<s>", "a")),
 }
 """What a template may do with words by what they say, and a chat where the text alone does not tell who wrote it."""
 
