@@ -101,7 +101,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 def test_a_second_ctrl_c_leaves_at_once() -> None:
     program = (
-        "import os, signal\nfrom deft.signals import handled\nwith handled() as s, s.deferred():\n"
+        "import os, signal\nfrom deft.core.signals import handled\nwith handled() as s, s.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    print('too long', flush=True)"
     )
