@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from resumed_runs import differences, folder, lines, settings
 from rich.console import Console
-from safetensors.torch import load_file
-from tiny_models import write_llama
-from tiny_tokenizers import CHATML
 
 from deft.core.errors import InputError
 from deft.run import config
@@ -24,41 +22,12 @@ from deft.tracking import jsonl
 from deft.training import checkpoint, randomness, resuming
 from deft.training.checkpoint import Checkpoint
 
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {number} + {'1' * (number % 7)}?"},
-            {"role": "assistant", "content": f"It is {'so ' * (number % 5)}{number + 2}."},
-        ]
-    }
-    for number in range(26)
-]
+__all__ = ["folder"]
 STEPS = 10
 
 
 class Killed(BaseException):
     """The process is gone: nothing that was meant to happen after this happens."""
-
-
-def settings(folder: Path, output: str, **more: Any) -> dict[str, Any]:
-    """Steps of 6, so 5 steps an epoch and the last of it short; several micro-batches a step; dropout on."""
-    usual = {
-        "model": str(folder / "model"),
-        "data": str(folder / "train.jsonl"),
-        "output": str(folder / output),
-        "epochs": 2,
-        "batch__examples": 6,
-        "microbatch_tokens": 128,
-        "optimizer__lr": 1e-2,
-        "dropout": "config",
-        "evaluate__every": 3,
-        "evaluate__prompts": ["What is 1 + 1?"],
-        "evaluate__generate": {"max_new_tokens": 4},
-        "data__eval": 0.1,
-        "checkpoint__every": 2,
-        "device": "cpu",
-    }
-    return config.nested({**usual, **more})
 
 
 def train(folder: Path, output: str, stop: int | None = None, **more: Any) -> str:
@@ -80,30 +49,6 @@ def train(folder: Path, output: str, stop: int | None = None, **more: Any) -> st
         except Killed:
             assert stop is not None
     return said.getvalue()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_llama(tmp_path / "model", chat_template=CHATML)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in each.items() if key not in ("seconds", "peak_bytes")} for each in records]
-
-
-def differences(folder: Path, one: str, other: str) -> list[str]:
-    """What is not the same, to the bit, in two finished runs."""
-    logs = [
-        log
-        for log in ("metrics", "eval", "samples")
-        if any(lines(folder / name / f"{log}.jsonl") != lines(folder / one / f"{log}.jsonl") for name in (one, other))
-    ]
-    mine, theirs = (load_file(folder / name / "final" / "model.safetensors") for name in (one, other))
-    weights = [key for key in mine if not torch.equal(mine[key].view(torch.uint8), theirs[key].view(torch.uint8))]
-    return logs + weights
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from resumed_runs import differences, folder, settings
 from rich.console import Console
-from test_law_09_resume import differences, folder, settings
 
 from deft.core.errors import MemoryShort, UserCodeError
 from deft.evaluation.samples import MetricFn
