@@ -113,7 +113,7 @@ def test_a_room_is_a_package_wherever_it_lies(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("room", [loss, optim], ids=lambda room: room.__name__)
 def test_each_module_of_a_room_has_what_is_called(room: Any) -> None:
-    called = {loss: ("loss", "loss_from_logits"), optim: ("make",)}[room]
+    called = {loss: ("objective",), optim: ("make",)}[room]
     for name in registry.names(room):
         module = registry.load(room, name, "key")
         assert all(callable(getattr(module, each)) for each in called)
@@ -132,7 +132,7 @@ OWN = {
     [
         ("no_such_module:turn", "cannot be imported (No module named 'no_such_module'); is it on PYTHONPATH?"),
         ("my_plain:trun", "my_plain has no function 'trun'; did you mean 'turn'?"),
-        ("my_plain:__name__", "my_plain has no function '__name__'; name it as pkg.mod:fn"),
+        ("my_plain:__name__", "my_plain has no function '__name__'; it has turn; name one as my_plain:fn"),
         ("my_broken:turn", "importing my_broken raised ValueError: math domain error"),
         ("my_needy:turn", "importing my_needy raised ModuleNotFoundError: No module named 'no_such_dependency'"),
     ],

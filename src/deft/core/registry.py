@@ -71,8 +71,8 @@ def own(name: str, key: str) -> Callable[..., Any]:
         raise
     found = getattr(module, attribute, None)
     if not callable(found):
-        functions = [each for each in dir(module) if callable(getattr(module, each))]
-        fix = closest(attribute, functions) or "name it as pkg.mod:fn"
+        functions = [each for each in dir(module) if each[0] != "_" and callable(getattr(module, each))]
+        fix = closest(attribute, functions) or f"it has {', '.join(functions) or 'none'}; name one as {path}:fn"
         raise InputError(f"{key}: {path} has no function {attribute!r}; {fix}")
     return found
 
