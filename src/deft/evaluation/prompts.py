@@ -97,7 +97,7 @@ def _of_file(path: str, where: str) -> Iterator[Prompt | Problem]:
             try:
                 yield parse(each.value)
             except RowError as error:
-                yield Problem(str(each.origin), error.what, error.fix)
+                yield Problem(str(each.origin), str(error), error.fix)
 
 
 def _lines(row: Row) -> list[Row]:
