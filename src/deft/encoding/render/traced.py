@@ -333,11 +333,11 @@ _LEAF_MARK = re.compile(r'"@leaf-(\d+)@"')
 
 
 def to_json(value: Any, **style: Any) -> Traced:
-    """`json.dumps(value, **style)`; keys and values keep their owners, all else is the template's.
+    r"""`json.dumps(value, **style)`; keys and values keep their owners, all else is the template's.
 
     >>> text = to_json({"city": Traced.of('a "b"', 7), "n": [1, None]})
     >>> text, text.runs
-    ('{"city": "a \\"b\\"", "n": [1, null]}', ((-1, 10), (7, 7), (-1, 18)))
+    ('{"city": "a \\\\"b\\\\"", "n": [1, null]}', ((-1, 10), (7, 7), (-1, 18)))
     """
     leaves: list[Any] = []
 
