@@ -74,7 +74,7 @@ def test_so_is_one_of_a_source(key: str, given: dict[str, Any]) -> None:
         ("optimizer__name", "adam", "optimizer.name: 'adam' is not there; did you mean 'adamw'?"),
         ("optimizer__name", "muon", "optimizer.name: 'muon' is not there; there is adamw"),
         ("loss__name", "nil", "loss.name: 'nil' is not there; did you mean 'nll'?"),
-        ("loss__name", "reference", "loss.name: 'reference' is not there; there is nll"),
+        ("loss__name", "reference", "loss.name: 'reference' is not there; there is "),
         ("schedule__name", "cosin", "did you mean 'cosine'?"),
     ],
 )

@@ -6,6 +6,7 @@ Each module of training/loss/ is held to the contract: a new one is tested witho
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_training import dropout_state, planned
 from torch import Tensor
 
 from deft.core import registry
-from deft.core.errors import UserCodeError
+from deft.core.errors import InputError, UserCodeError
 from deft.core.types import Head, Objective
 from deft.training import loss, objectives
 from deft.training.objectives import OwnObjective
@@ -154,3 +155,28 @@ def test_nothing_is_kept_of_a_users_loss_once_its_gradient_is_known() -> None:
     assert alive() > before
     tally.nll_sum.backward()
     assert alive() == before
+
+
+LOSSES_BY_A_USER = """
+import torch
+from torch.nn import functional
+
+def total(logits_KV, targets_K, weights_K):
+    return (weights_K * functional.cross_entropy(logits_KV, targets_K, reduction="none")).sum()
+
+def mean(logits_KV, targets_K, weights_K):
+    return functional.cross_entropy(logits_KV, targets_K)
+
+def weighted_mean(logits_KV, targets_K, weights_K):
+    return total(logits_KV, targets_K, weights_K) / weights_K.sum()
+"""
+
+
+@pytest.mark.parametrize("function", ["mean", "weighted_mean"])
+def test_a_mean_is_no_loss(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would make each micro-batch count alike, so that memory settings would change the result."""
+    (tmp_path / "user_losses.py").write_text(LOSSES_BY_A_USER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert isinstance(objectives.load("user_losses:total"), OwnObjective)
+    with pytest.raises(InputError, match=rf"user_losses:{function} is not linear in weights_K"):
+        objectives.load(f"user_losses:{function}")

@@ -19,8 +19,8 @@ def names(room: ModuleType) -> list[str]:
     """The modules of a package, sorted; those that begin with an underscore are not for users.
 
     >>> from deft.training import loss
-    >>> names(loss)
-    ['nll']
+    >>> "nll" in names(loss)
+    True
     """
     return sorted(each.name for each in pkgutil.iter_modules(room.__path__) if not each.name.startswith("_"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def train(
         raise configuration.InputError("deft.train: give data or samples, one of the two")
     if isinstance(samples, str | Path):
         raise configuration.InputError("deft.train: samples are a list of rows; name a file with data=")
-    values = configuration.nested({SHORT.get(key, key): value for key, value in settings.items()})
+    values = configuration.nested({_long(key, value): value for key, value in settings.items()})
     values["model"] = str(model)
     values["data"] = _merged(values.get("data"), "samples" if data is None else data)
     evaluation = dict(values.get("evaluate", {}))
@@ -57,6 +57,15 @@ def train(
     values["evaluate"] = evaluation
     with randomness.preserved():
         return run_config(configuration.make(values), Session(samples=_listed(samples, "samples"), metric_fn=metric_fn))
+
+
+def _long(key: str, value: Any) -> str:
+    """The configuration's key for a short one; a section given as a mapping keeps its name.
+
+    >>> _long("batch", 8), _long("batch", {"tokens": 4096})
+    ('batch__examples', 'batch')
+    """
+    return key if isinstance(value, Mapping) else SHORT.get(key, key)
 
 
 def _listed(values: Any, name: str) -> Any:

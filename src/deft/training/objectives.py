@@ -5,6 +5,7 @@ Shape suffixes: K targets, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,14 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def load(name: str) -> Objective:
-    """The objective of that name. InputError for a name that is not there."""
+    """The objective of that name.
+
+    Raises InputError for a name that is not there, and for a user's function that is not linear in its weights.
+    """
     if registry.is_own(name):
-        return OwnObjective(name, registry.own(name, "loss.name"))
+        own = OwnObjective(name, registry.own(name, "loss.name"))
+        _check_linear(own)
+        return own
     found: Objective = registry.load(loss, name, "loss.name").objective
     return found
 
@@ -76,6 +82,24 @@ class OwnObjective:
         if logits_KV.requires_grad and not total.requires_grad:
             raise InputError(f"loss.name: {self.name} gave a number without a gradient; compute it from the logits")
         return total
+
+
+@torch.no_grad()
+def _check_linear(own: OwnObjective) -> None:
+    """Weights times 2 must give 2 times the sum: a mean would make each micro-batch count alike, whatever is in it.
+
+    A function that raises on these few numbers is named where it is first used.
+    """
+    logits_KV, weights_K = torch.linspace(-1.0, 1.0, 15).view(3, 5), torch.tensor([1.0, 0.5, 2.0])
+    try:
+        targets_K = torch.tensor([0, 2, 4])
+        one, two = (float(own.function(logits_KV.clone(), targets_K, factor * weights_K)) for factor in (1, 2))
+    except Exception:
+        return
+    if not math.isclose(two, 2 * one, rel_tol=1e-4, abs_tol=1e-6):
+        fix = "give the sum over targets of weights_K times each one's loss; weights hold all means and normalizers"
+        what = f"{own.name} is not linear in weights_K: {one:g} became {two:g} with twice the weights"
+        raise InputError(f"loss.name: {what}; {fix}")
 
 
 class _OwnLoss(torch.autograd.Function):

@@ -337,7 +337,7 @@ def to_json(value: Any, **style: Any) -> Traced:
 
     >>> text = to_json({"city": Traced.of('a "b"', 7), "n": [1, None]})
     >>> text, text.runs
-    ('{"city": "a \\\\"b\\\\"", "n": [1, null]}', ((-1, 10), (7, 7), (-1, 18)))
+    ('{"city": "a \\"b\\"", "n": [1, null]}', ((-1, 10), (7, 7), (-1, 18)))
     """
     leaves: list[Any] = []
 
