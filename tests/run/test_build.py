@@ -95,7 +95,6 @@ class Momentum:
         for name, velocity in self._velocity.items():
             for master_B, gradient_B, velocity_B in self._masters.updates(name, velocity, scale=scale):
                 master_B.sub_(velocity_B.mul_(0.9).add_(gradient_B), alpha=lr)
-        self._masters.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         return {f"velocity.{name}": each for name, each in self._velocity.items()}

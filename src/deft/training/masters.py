@@ -88,7 +88,8 @@ class Masters(Mapping[str, Tensor]):
         """Blocks of a parameter for an update rule to change in place: master, gradient, and the same of each `state`.
 
         master and gradient are fp32 [B], the gradient is multiplied by `scale`. What the body leaves in the master is
-        stored. To be used without autograd, for a parameter that has a gradient.
+        stored, and the gradient is dropped after the last block. To be used without autograd, for a parameter that has
+        a gradient.
         """
         weight, gradient, low = self.parameters[name].detach(), self.gradient(name), self._low.get(name)
         assert gradient is not None, name
@@ -101,6 +102,8 @@ class Masters(Mapping[str, Tensor]):
             yield master_B, gradient_B if scale is None else gradient_B.mul_(scale), *state_B
             if low_B is not None:
                 decompose(master_B, weight_B, low_B)
+        self.parameters[name].grad = None
+        self._sums.pop(name, None)
 
     def zero_grad(self) -> None:
         """Drops all gradients and their sums."""

@@ -29,12 +29,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, scale: Tensor | None = None) -> None:
-        """One update at rate `lr`, with gradients times `scale`; the masters drop their gradients after it."""
+        """One update at rate `lr`, with gradients times `scale`, which are dropped."""
         self._steps += 1
         for name, parameter in self._masters.parameters.items():
             if self._masters.gradient(name) is not None:
                 self._update(name, parameter, lr, scale)
-        self._masters.zero_grad()
 
     def _update(self, name: str, parameter: Tensor, lr: float, scale: Tensor | None) -> None:
         done = torch.full((), int(self._steps) - 1, dtype=torch.float32, device=parameter.device)
