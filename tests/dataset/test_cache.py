@@ -529,3 +529,17 @@ def test_the_beginning_is_enough_to_show_a_large_file(
     assert understand([spec])[0][1].rows == len(ROWS) + 3
     assert next(sources.chunks(str(train))).last < (10, 0)
     assert source(*ROWS[:2])[1].is_whole
+
+
+def test_a_users_format_is_read_anew_when_a_module_that_it_imports_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"my_rows": "from my_words import OPENING\n", "my_words": "OPENING = 'Hi'\n", "my_other": "BESIDE = 1\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = cache.own_code("my_rows")
+    (tmp_path / "my_other.py").write_text("BESIDE = 2\n")
+    assert cache.own_code("my_rows") == before
+    (tmp_path / "my_words.py").write_text("OPENING = 'Hello'\n")
+    assert cache.own_code("my_rows") != before

@@ -370,3 +370,8 @@ def test_a_caller_s_console_gets_what_is_said(tmp_path: Path, model: Path) -> No
     ):
         assert part in said.getvalue()
     assert isinstance(Problems("x", []), InputError)
+
+
+def test_the_model_of_a_run_answers_without_dropout(tmp_path: Path, model: Path) -> None:
+    run = train(tmp_path, model, rows(tmp_path, PAIRS), dropout="config", epochs=1)
+    assert not run.model.training

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache as once
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ _IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w
 _FOR_TYPES = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t].*\n|\n)*", re.MULTILINE)
 _NAME = re.compile(r"(\w+)(?: as \w+)?(?: *#.*)?")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_STANDARD = Path(hashlib.__file__).resolve().parent
 
 
 def root() -> Path:
@@ -38,12 +40,12 @@ def root() -> Path:
 
 
 def digest(value: Any) -> str:
-    """The digest of a JSON value, whatever the order of its keys.
+    """The digest of a JSON value. The order of keys counts: a template may write what it is given in that order.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
+    False
     """
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=repr)
+    text = json.dumps(value, ensure_ascii=True, default=repr)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
@@ -90,8 +92,29 @@ def _files(module: str, name: str = "") -> list[Path]:
 
 
 def _digest_of(paths: Iterable[Path], libraries: Iterable[str]) -> str:
-    texts = {path.relative_to(_PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    return digest([texts, {name: _version(name) for name in libraries}, sys.version_info[:2]])
+    texts = [(path.relative_to(_PACKAGE).as_posix(), _content(path)) for path in sorted(paths)]
+    return digest([texts, {name: _version(name) for name in sorted(libraries)}, sys.version_info[:2]])
+
+
+def own_code(name: str) -> str:
+    """The digest of a user's module and of all loaded modules of theirs: those below the folder that it is found in."""
+    import_module(name)
+    top = sys.modules[name.partition(".")[0]]
+    if top.__file__ is None:
+        return ""
+    folder = Path(top.__file__).resolve().parents[1 if hasattr(top, "__path__") else 0]
+    loaded = {Path(file).resolve() for each in [*sys.modules.values()] if (file := getattr(each, "__file__", None))}
+    own = sorted(path for path in loaded if path.suffix == ".py" and path.is_relative_to(folder) and _is_users(path))
+    return digest([(path.relative_to(folder).as_posix(), _content(path)) for path in own])
+
+
+def _is_users(path: Path) -> bool:
+    """Whether a module is neither deft's, nor a library's, nor Python's."""
+    return not (path.is_relative_to(_PACKAGE) or "site-packages" in path.parts or path.is_relative_to(_STANDARD))
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _version(library: str) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from itertools import islice
-from pathlib import Path
 
 from pydantic import TypeAdapter
 
@@ -136,9 +134,8 @@ def key(source: SourceSpec, content: Mapping[str, str]) -> str:
 
 
 def _own_code(format_name: str) -> str:
-    """The digest of the module of a user's own format."""
+    """The digest of the code of a user's own format."""
     if ":" not in format_name:
         return ""
     shapes.load(format_name)
-    file = import_module(format_name.partition(":")[0]).__file__
-    return caches.digest(Path(file).read_text(encoding="utf-8")) if file else ""
+    return caches.own_code(format_name.partition(":")[0])

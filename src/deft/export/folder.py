@@ -459,8 +459,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
         )
-    except TemplateError as error:
-        # A template that refuses these messages refuses them in both.
+    except (TemplateError, TypeError, ValueError) as error:
+        # A template that refuses these messages, or needs variables that only the run gave it, does so in both.
         return f"refused: {error}"
 
 

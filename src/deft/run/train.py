@@ -100,7 +100,7 @@ def _run(config: Config, session: Session, world: World, earlier: EarlierStarts)
     checked = prepared.checked
     if unsaved:
         raise DiskError(f"{unsaved}; the run is finished, {checked.folder / 'final'} is whole") from unsaved
-    return Run(checked.folder, tuple(metrics), (state.causal_lm.model, checked.tokenizer.hf))
+    return Run(checked.folder, tuple(metrics), (state.causal_lm.model.eval(), checked.tokenizer.hf))
 
 
 def _saver(config: Config, session: Session, newest: int) -> Saver:
