@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -104,8 +104,9 @@ class Message:
 class Conversation:
     """One row, or one of several that a row holds, understood.
 
-    tools   JSON schemas, as OpenAI writes them, that the assistant may call
-    weight  of the row: it multiplies the weight of every token
+    tools            JSON schemas, as OpenAI writes them, that the assistant may call
+    weight           of the row: it multiplies the weight of every token
+    template_kwargs  variables that the chat template gets for this row, before those of the run
     """
 
     origin: Origin
@@ -113,6 +114,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
