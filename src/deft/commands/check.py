@@ -82,7 +82,7 @@ def run(
     fit = prepare.plan(config, checked, data, session) if data.train else None
     found = Checkup(
         ledgers=data.ledgers,
-        model=summarise(checked.base),
+        model=summarise(checked.base, config.adapter),
         plan=_summary(fit, data) if fit else None,
         expected=forecast(fit, checked.machine) if fit else None,
         findings=tuple(_findings(config, checked, data)),
@@ -228,11 +228,10 @@ def _source_lines(source: SourceLedger) -> Iterator[str]:
 
 def _model_lines(config: Config, checked: Checked, found: Checkup) -> Iterator[str]:
     base, machine, model = checked.base, checked.machine, found.model
+    of_which = "" if model.trained == model.parameters else f" of which {model.trained / 1e6:,.2f} M are trained,"
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
-    yield (
-        f"model     {config.model}: {base.model_type}, {model.parameters / 1e6:,.2f} M parameters, {base.dtype}, "
-        f"{limit}, vocabulary {base.vocab_size:,}"
-    )
+    size = f"{model.parameters / 1e6:,.2f} M parameters,{of_which}"
+    yield f"model     {config.model}: {base.model_type}, {size} {base.dtype}, {limit}, vocabulary {base.vocab_size:,}"
     yield f"computes  in {machine.dtype_name} on {machine.device}; masters are fp32"
     yield f"expected  {found.expected or 'the memory of this model shows in the run only'}"
     against = model.against_packing

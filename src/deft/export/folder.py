@@ -187,7 +187,7 @@ def verify(
     _compare_buffers(model, reloaded)
     served = [_served_error(model, reloaded, row) for row in token_rows]
     exact = reloaded.float()
-    errors = [_compare_logits(model, exact, row, index) for index, row in enumerate(token_rows)]
+    errors = [_comparelogits(model, exact, row, index) for index, row in enumerate(token_rows)]
     largest, rounding = max(errors, default=0.0), max(served, default=0.0)
     return ExportCheck(tensors, parameters, dtype, len(errors), largest, rounding, texts, compared, stops)
 
@@ -405,17 +405,17 @@ def _difference(meant: Tensor, found: Tensor) -> str:
 
 
 def _served_error(model: Any, reloaded: Any, row: Sequence[int]) -> float:
-    return _relative(_logits(reloaded, row), _logits(model, row))
+    return _relative(logits(reloaded, row), logits(model, row))
 
 
-def _compare_logits(model: Any, exact: Any, row: Sequence[int], index: int) -> float:
+def _comparelogits(model: Any, exact: Any, row: Sequence[int], index: int) -> float:
     """The row's error where both models run on the exported weights in fp32.
 
     With each model's own weights, the rounding to the saved dtype would hide a wrong setting: experts chosen otherwise
     alone made 8e-2 of a mixture of experts in bf16.
     """
     same = dict(exact.named_parameters(remove_duplicate=False)) | dict(exact.named_buffers())
-    error = _relative(_logits(exact, row), _logits(model, row, same))
+    error = _relative(logits(exact, row), logits(model, row, same))
     # `not <=`, so that a NaN is a difference.
     if not error <= TOLERANCE:
         raise ExportError(f"row {index}: the exported model's logits differ by {error:.2e} (allowed: {TOLERANCE:.0e})")
@@ -423,7 +423,7 @@ def _compare_logits(model: Any, exact: Any, row: Sequence[int], index: int) -> f
 
 
 @torch.no_grad()
-def _logits(model: Any, row: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def logits(model: Any, row: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """fp32 [T, V]: a row alone through the model, with other weights and buffers in place of its own where given."""
     inputs = {"input_ids": torch.tensor([list(row)], device=model.device), "use_cache": False}
     with evaluating(model):

@@ -15,7 +15,8 @@ from transformers.utils import cached_file
 
 from deft.core import hardware
 from deft.core.errors import InputError, Problem
-from deft.model import multimodal, security
+from deft.model import adapters, multimodal, security
+from deft.model.config import AdapterConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,27 +152,35 @@ def expected_windows(model: PreTrainedModel) -> list[bool] | str:
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """parameters, tied ones once; why documents will run one at a time, as far as the config tells, else nothing."""
+    """parameters, tied ones once, and those of them that are trained; why documents will run one at a time, as far as
+    the config tells, else nothing."""
 
     parameters: int
+    trained: int
     against_packing: str
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """What full fine-tuning keeps per parameter: fp32 master, gradient, two moments, and a copy to compute with.
+        """What is kept of a trained parameter: fp32 master, gradient, two moments, and a copy to compute with; of a
+        frozen one the copy alone.
 
         Activations come on top.
         """
         copy = 0 if dtype == torch.float32 else dtype.itemsize
-        return self.parameters * (4 * 4 + copy)
+        return self.trained * (4 * 4 + copy) + (self.parameters - self.trained) * dtype.itemsize
 
 
-def summarise(base: Base) -> ModelSummary:
+def summarise(base: Base, adapter: AdapterConfig | None = None) -> ModelSummary:
     """The model as its config describes it, made without memory for its weights."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     with torch.device("meta"):
         # The attention is named so that a config.json cannot choose one, as in `load`.
         model = multimodal.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
-    return ModelSummary(sum(parameter.numel() for parameter in model.parameters()), unpackable(model))
+        multimodal.freeze_all_but_text(model)
+        if adapter is not None:
+            adapters.attach(model, adapter)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return ModelSummary(sum(size for size, _ in sizes), trained, unpackable(model))
 
 
 def stop_ids(*holders: Any) -> tuple[int, ...]:

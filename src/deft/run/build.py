@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from deft.core import hardware, registry
 from deft.core.hardware import Machine
 from deft.distributed.world import World
+from deft.model import adapters, selftest
 from deft.model import load as models
-from deft.model import selftest
 from deft.model.cpu import document_attention
 from deft.model.load import Base
 from deft.run import forecast
@@ -31,12 +31,15 @@ def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Ma
     """
     torch.manual_seed(config.seed)
     model = make_model()
+    if config.adapter is not None:
+        adapters.attach(model, config.adapter)
     causal_lm = selftest.choose(model)
     masters = Masters(model.named_parameters(), machine.dtype)
     settings = config.optimizer
     make_optimizer = registry.load(optim, settings.name, "optimizer.name").make
     optimizer = make_optimizer(masters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     model.train(config.dropout == "config")
+    adapters.train_dropout(model)
     return TrainState(causal_lm, masters, optimizer, world)
 
 

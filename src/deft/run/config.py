@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from deft.core.config import Section
 from deft.core.errors import InputError, Problem, Problems
@@ -17,9 +17,13 @@ from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.rows import Overflow
 from deft.evaluation.config import EvaluateConfig
+from deft.model.config import AdapterConfig
 from deft.plan.config import BatchConfig, ScheduleConfig
 from deft.run.other_names import OTHER_NAMES
 from deft.training.config import CheckpointConfig, LossConfig, OptimizerConfig
+
+ADAPTER_LR = 2e-4
+"""The learning rate of adapters: ten times and more that of full fine-tuning, as LoRA's papers and users have it."""
 
 
 class Config(Section):
@@ -45,6 +49,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    adapter: AdapterConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")
@@ -52,6 +57,20 @@ class Config(Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adapters(cls, values: Any) -> Any:
+        """Adapters are trained at a rate of their own unless it is said."""
+        if not isinstance(values, Mapping) or not values.get("adapter"):
+            return values
+        optimizer = values.get("optimizer", {})
+        return {**values, "optimizer": {"lr": ADAPTER_LR, **optimizer}} if isinstance(optimizer, Mapping) else values
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("data", mode="before")
     @classmethod
@@ -146,8 +165,13 @@ def _with(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     if not dot:
         return {**values, head: value}
     inner = values.get(head, {})
-    inner = inner if isinstance(inner, Mapping) else {"train": inner} if head == "data" else {}
+    if not isinstance(inner, Mapping):
+        inner = {_ALONE[head]: inner} if head in _ALONE and inner is not None else {}
     return {**values, head: _with(inner, rest, value)}
+
+
+_ALONE = {"data": "train", "adapter": "name"}
+"""What a value alone says of a group of keys."""
 
 
 def _problem(error: Mapping[str, Any]) -> Problem:
@@ -182,8 +206,9 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         found.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += keys(kind, f"{prefix}{name}.")
     return found
 
 

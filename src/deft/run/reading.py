@@ -127,6 +127,8 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
             *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
+    if config.adapter is not None:
+        models.summarise(base, config.adapter)  # what it cannot be put into is refused here
     reading = _reading(config, base, tokenizer, *rows)
     asked = tuple(_as_user(prompt) for prompt in asked) if reading.is_chat else asked
     return Checked(**vars(reading), base=base, objective=objective, machine=machine, prompts=asked, folder=folder)

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft.core import files, hardware, lock
@@ -18,7 +19,7 @@ from deft.core.signals import Preempted
 from deft.core.types import StepRecord
 from deft.distributed.world import World
 from deft.evaluation.evaluate import Evaluator
-from deft.export import card
+from deft.export import adapter, card
 from deft.export import folder as export
 from deft.plan.schedule import lr_multiplier
 from deft.run import build, forecast, resume
@@ -112,13 +113,15 @@ def _saver(config: Config, session: Session, newest: int) -> Saver:
 def _load(prepared: Prepared, session: Session, world: World) -> TrainState:
     """The model on its device and the state around it, where the run begins or goes on."""
     checked, fit = prepared.checked, prepared.fit
-    with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine)):
+    with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine, prepared.config.adapter)):
         state = build.load(prepared.config, checked, fit, world, owns_process=session.owns_process)
         prepared.earlier.restore(state)
-    parameters = sum(parameter.numel() for parameter in state.masters.parameters.values())
+    trained = sum(parameter.numel() for parameter in state.masters.parameters.values())
+    every = sum(parameter.numel() for parameter in state.causal_lm.model.parameters())
+    of_which = "" if trained == every else f" of which {trained / 1e6:.2f} M are trained,"
     session.say(
         state.causal_lm.note,
-        f"{prepared.config.model}: {parameters / 1e6:.2f} M parameters, {checked.machine.dtype_name} on "
+        f"{prepared.config.model}: {every / 1e6:.2f} M parameters,{of_which} {checked.machine.dtype_name} on "
         f"{checked.machine.device.type}; {fit.planned.steps} steps -> {checked.folder}",
     )
     return state
@@ -256,13 +259,18 @@ def _finish(prepared: Prepared, state: TrainState, session: Session) -> None:
     """final/, compared with what is in memory before it is called done, and the report."""
     checked, data = prepared.checked, prepared.data
     final = checked.folder / "final"
+    model, masters = state.causal_lm.model, state.masters
+    if prepared.config.adapter is not None:
+        adapter.write(checked.folder / "adapter", model, masters, prepared.config.adapter, prepared.config.model)
+        rows = [example[0].tokens.tolist() for example in data.train[: export.EXPORT_ROWS]]
+        session.say(str(adapter.merge(model, masters, rows, getattr(torch, checked.base.dtype))))
     facts = card.facts_of_run(checked.folder.name, prepared.config.model, data.ledgers, _hyperparameters(prepared))
     compared = export.hand_over(
         final,
-        state.causal_lm.model,
+        model,
         checked.tokenizer,
         base=checked.base,
-        weights=None if checked.base.dtype == checked.machine.dtype_name else state.masters,
+        weights=None if checked.base.dtype == checked.machine.dtype_name else masters,
         marks=data.marks,
         card=card.model_card(facts),
         examples=data.train,

@@ -40,7 +40,7 @@ def is_sound(causal_lm: CausalLM) -> bool:
     """Whether the layers of a model can be compiled: selective checkpointing and dropout have ways of their own."""
     model = causal_lm.model
     is_known = causal_lm.mode == "packed" and model.config.model_type in compiled_layers.FAMILIES
-    is_plain = causal_lm.checkpointing != "selective" and not model.training
+    is_plain = causal_lm.checkpointing != "selective" and not any(part.training for part in model.modules())
     return causal_lm.device.type == "cuda" and is_known and is_plain and has_triton()
 
 

@@ -46,6 +46,23 @@ class Masters(Mapping[str, Tensor]):
         weight = self._all[name].detach()
         return compose(weight, self._low[name]) if name in self._low else weight
 
+    @torch.no_grad()
+    def assign(self, name: str, master: Tensor) -> None:
+        """Gives a parameter another fp32 master, which is used up; in bf16 it has low bits from then on."""
+        parameter = self._all[name]
+        if parameter.dtype != torch.bfloat16:
+            parameter.copy_(master)
+            return
+        low = self._low.setdefault(name, torch.empty_like(parameter, dtype=torch.int16))
+        decompose(master, parameter.data, low)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Keeps those of `names`, what each is called from here on -> what it was called, and drops the others."""
+        self._all = {name: self._all[old] for name, old in names.items()}
+        self._low = {name: self._low[old] for name, old in names.items() if old in self._low}
+        self.parameters = {name: each for name, each in self._all.items() if each.requires_grad}
+        self._sums.clear()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)
 

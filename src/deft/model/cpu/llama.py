@@ -2,17 +2,19 @@
 
 A layer keeps for its backward pass only what no elementwise operation can make again: its input, queries, keys, values
 and probabilities of the attention, the attention's output, the residual stream in the middle, and the gate and up
-projections. Norms, rotations and gates are computed again; no matrix product is. Sums of norms and rotations are in
-fp32 and rounded once.
+projections. Norms, rotations and gates are computed again; no matrix product is, but the narrow ones of adapters. Sums
+of norms and rotations are in fp32 and rounded once.
+
+A linear layer may have a low-rank adapter, y = x W' + scale (x A') B': it is added to the product where that lies.
 
 Shape suffixes: M tokens of a micro-batch, H hidden size, I size of the MLP, Q query heads, G key/value heads,
-R = Q / G, D head size, W = Q * D.
+R = Q / G, D head size, W = Q * D; of a linear layer X inputs and Y outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from deft.core.hardware import round_up_rows
+from deft.model import adapters
 from deft.model.cpu import document_attention
 from deft.model.cpu.document_attention import DocumentOrder
 
@@ -37,7 +40,10 @@ PIECE = 2**17
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a layer is, beside its weights. is_last: its output goes to the head alone."""
+    """What a layer is, beside its weights.
+
+    is_last: its output goes to the head alone. scales: of the adapters of its linear layers, by name.
+    """
 
     head_size: int
     scaling: float
@@ -45,10 +51,11 @@ class Form:
     eps: float
     head_eps: float | None
     is_last: bool = False
+    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 class Weights(NamedTuple):
-    """Biases are None where a layer has none, norms of single heads likewise."""
+    """Biases are None where a layer has none, norms of single heads and adapters likewise."""
 
     norm: Tensor
     query: Tensor
@@ -64,16 +71,29 @@ class Weights(NamedTuple):
     gate: Tensor
     up: Tensor
     down: Tensor
+    query_a: Tensor | None
+    query_b: Tensor | None
+    key_a: Tensor | None
+    key_b: Tensor | None
+    value_a: Tensor | None
+    value_b: Tensor | None
+    output_a: Tensor | None
+    output_b: Tensor | None
+    gate_a: Tensor | None
+    gate_b: Tensor | None
+    up_a: Tensor | None
+    up_b: Tensor | None
+    down_a: Tensor | None
+    down_b: Tensor | None
 
 
 def form_of(layer: Any) -> Form | None:
     """The form of a layer that this file computes exactly as it stands, or None."""
     if type(layer) not in LAYERS:
         return None
-    attention, mlp = layer.self_attn, layer.mlp
-    linear = [*(getattr(attention, f"{name}_proj") for name in "qkvo"), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    without_bias = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    if any(type(module) is not nn.Linear for module in linear) or any(each.bias is not None for each in without_bias):
+    attention, mlp, linear = layer.self_attn, layer.mlp, _linear_layers(layer)
+    without_bias = [linear[name] for name in ("output", "gate", "up", "down")]
+    if not all(map(_is_known, linear.values())) or any(each.bias is not None for each in without_bias):
         return None
     if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
         return None
@@ -84,7 +104,19 @@ def form_of(layer: Any) -> Form | None:
         window=_window(layer),
         eps=norm.variance_epsilon,
         head_eps=None if head_norm is None else head_norm.variance_epsilon,
+        scales={name: each.scaling[adapters.NAME] for name, each in linear.items() if adapters.is_adapted(each)},
     )
+
+
+def _linear_layers(layer: Any) -> dict[str, Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
+    return {**projections, "output": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, or one with an adapter that is a plain product."""
+    return type(module) is nn.Linear or (adapters.is_plain(module) and type(module.base_layer) is nn.Linear)
 
 
 def forward(
@@ -128,26 +160,25 @@ def _has_hooks(layer: nn.Module) -> bool:
 def _is_plain(layer: Any, hidden_states: Tensor) -> bool:
     has_dropout = layer.training and layer.self_attn.attention_dropout > 0.0
     is_cast = hidden_states.dtype != layer.mlp.down_proj.weight.dtype or torch.is_autocast_enabled("cpu")
-    return hidden_states.device.type == "cpu" and not has_dropout and not is_cast and not _has_hooks(layer)
+    is_computed = adapters.are_computed(layer)
+    return hidden_states.device.type == "cpu" and not (has_dropout or is_cast or _has_hooks(layer)) and is_computed
 
 
 def weights_of(layer: Any) -> Weights:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, linear = layer.self_attn, _linear_layers(layer)
+    narrow: dict[str, Any] = {}
+    for name, module in linear.items():
+        narrow[f"{name}_a"], narrow[f"{name}_b"] = adapters.matrices(module)
     return Weights(
         norm=layer.input_layernorm.weight,
-        query=attention.q_proj.weight,
-        key=attention.k_proj.weight,
-        value=attention.v_proj.weight,
         query_bias=attention.q_proj.bias,
         key_bias=attention.k_proj.bias,
         value_bias=attention.v_proj.bias,
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        output=attention.o_proj.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
+        **{name: module.weight for name, module in linear.items()},
+        **narrow,
     )
 
 
@@ -168,19 +199,16 @@ class _Layer(torch.autograd.Function):
         count = len(input_MH) if rows is None else len(rows)
         rows = _rounded_up(rows)
         inverse_M1, normed_MH = _size_and_norm(input_MH, w.norm, form.eps)
-        raw = (
-            functional.linear(normed_MH, w.query, w.query_bias),
-            functional.linear(normed_MH, w.key, w.key_bias),
-        )
-        value = order.order(functional.linear(normed_MH, w.value, w.value_bias).view(-1, form.head_size))
+        raw = (_product(normed_MH, "query", w, form), _product(normed_MH, "key", w, form))
+        value = order.order(_product(normed_MH, "value", w, form).view(-1, form.head_size))
         query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
         del normed_MH
         out, kept = document_attention.forward(query, key, value, order, form.window)
         mixed_MW = _at(rows, order.restore(out).view(len(input_MH), -1))
-        middle_MH = torch.addmm(_at(rows, input_MH), mixed_MW, w.output.T)
+        middle_MH = _product(mixed_MW, "output", w, form, _at(rows, input_MH))
         mlp_inverse_M1, normed_MH = _size_and_norm(middle_MH, w.mlp_norm, form.eps)
-        gate_MI, up_MI = functional.linear(normed_MH, w.gate), functional.linear(normed_MH, w.up)
-        output_MH = torch.addmm(middle_MH, _gated(gate_MI, up_MI), w.down.T)
+        gate_MI, up_MI = _product(normed_MH, "gate", w, form), _product(normed_MH, "up", w, form)
+        output_MH = _product(_gated(gate_MI, up_MI), "down", w, form, middle_MH)
         if any(ctx.needs_input_grad):
             attention = (*raw, value) if form.head_eps is not None else (query, key, value)
             recomputable = () if recomputes else (gate_MI, up_MI, *kept)
@@ -202,20 +230,20 @@ class _Layer(torch.autograd.Function):
         grads: dict[str, Tensor | None] = dict.fromkeys(Weights._fields)
 
         normed_MH = _norm(middle_MH, mlp_inverse_M1, w.mlp_norm)
-        projected = (functional.linear(normed_MH, weight) for weight in (w.gate, w.up))
+        projected = (_product(normed_MH, name, w, form) for name in ("gate", "up"))
         gate_MI, up_MI, *kept = recomputable or projected
-        d_gate_MI, d_up_MI = _mlp_backward(grad_MH, gate_MI, up_MI, w, needs, grads)
-        d_normed_MH = torch.mm(d_gate_MI, w.gate).addmm_(d_up_MI, w.up)
-        grads["gate"] = _weight_gradient(d_gate_MI, normed_MH, needs.gate)
-        grads["up"] = _weight_gradient(d_up_MI, normed_MH, needs.up)
+        d_gate_MI, d_up_MI = _mlp_backward(grad_MH, gate_MI, up_MI, w, needs, form, grads)
+        d_normed_MH = _input_gradient(d_up_MI, "up", w, form, _input_gradient(d_gate_MI, "gate", w, form))
+        _weight_gradients(d_gate_MI, normed_MH, "gate", w, needs, form, grads)
+        _weight_gradients(d_up_MI, normed_MH, "up", w, needs, form, grads)
         del d_gate_MI, d_up_MI
         d_middle_MH, grads["mlp_norm"] = _norm_backward(d_normed_MH, middle_MH, mlp_inverse_M1, w.mlp_norm, grad_MH)
 
-        grads["output"] = _weight_gradient(d_middle_MH, mixed_MW, needs.output)
+        _weight_gradients(d_middle_MH, mixed_MW, "output", w, needs, form, grads)
         raw = (query, key)
         if form.head_eps is not None:
             query, key = _rotated(raw, w, form, order, cos_MD, sin_MD)
-        d_mixed_MW = _spread(rows, torch.mm(d_middle_MH, w.output), len(input_MH))
+        d_mixed_MW = _spread(rows, _input_gradient(d_middle_MH, "output", w, form), len(input_MH))
         d_out = order.order_gradient(d_mixed_MW.view(-1, *query.shape[1:]))
         d_query, d_key, d_value = document_attention.backward(d_out, query, key, value, kept, order, form.window)
         d_raw_query, grads["query_norm"] = _heads_backward(
@@ -224,7 +252,7 @@ class _Layer(torch.autograd.Function):
         d_raw_key, grads["key_norm"] = _heads_backward(d_key, raw[1], w.key_norm, form, order, cos_MD, sin_MD)
         gradients = (d_raw_query, d_raw_key, order.restore(d_value.to(input_MH.dtype)).view(len(input_MH), -1))
         normed_MH = _norm(input_MH, inverse_M1, w.norm)
-        d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, grads)
+        d_normed_MH = _projections_backward(gradients, normed_MH, w, needs, form, grads)
         d_middle_MH = _spread(rows, d_middle_MH, len(input_MH))
         d_input_MH, grads["norm"] = _norm_backward(d_normed_MH, input_MH, inverse_M1, w.norm, d_middle_MH)
         return d_input_MH, *[None] * 6, *grads.values()
@@ -257,37 +285,83 @@ def _gated(gate_MI: Tensor, up_MI: Tensor) -> Tensor:
 
 
 def _mlp_backward(
-    grad_MH: Tensor, gate_MI: Tensor, up_MI: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
+    grad_MH: Tensor,
+    gate_MI: Tensor,
+    up_MI: Tensor,
+    w: Weights,
+    needs: Weights,
+    form: Form,
+    grads: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the two projections before the gate; that of the one behind it goes into `grads`."""
-    d_product_MI = torch.mm(grad_MH, w.down)
+    """The gradients of the two projections before the gate; those of the one behind it go into `grads`."""
+    d_product_MI = _input_gradient(grad_MH, "down", w, form)
     product_MI, d_up_MI = torch.empty_like(gate_MI), torch.empty_like(gate_MI)
     for d_RI, gate_RI, up_RI, product_RI, d_up_RI in _parts(d_product_MI, gate_MI, up_MI, product_MI, d_up_MI):
         silu_RI = torch.ops.aten.silu.out(gate_RI, out=product_RI)
         torch.mul(d_RI, silu_RI, out=d_up_RI)
         silu_RI.mul_(up_RI)
         torch.ops.aten.silu_backward.grad_input(d_RI.mul_(up_RI), gate_RI, grad_input=d_RI)
-    grads["down"] = _weight_gradient(grad_MH, product_MI, needs.down)
+    _weight_gradients(grad_MH, product_MI, "down", w, needs, form, grads)
     return d_product_MI, d_up_MI
 
 
 def _projections_backward(
-    gradients: Sequence[Tensor], normed_MH: Tensor, w: Weights, needs: Weights, grads: dict[str, Tensor | None]
+    gradients: Sequence[Tensor],
+    normed_MH: Tensor,
+    w: Weights,
+    needs: Weights,
+    form: Form,
+    grads: dict[str, Tensor | None],
 ) -> Tensor:
     """The gradient of what queries, keys and values are projected from, from theirs."""
     d_normed_MH: Tensor | None = None
     for name, gradient_MW in zip(("query", "key", "value"), gradients, strict=True):
-        weight = getattr(w, name)
         if getattr(needs, f"{name}_bias"):
             grads[f"{name}_bias"] = gradient_MW.sum(0)
-        grads[name] = _weight_gradient(gradient_MW, normed_MH, getattr(needs, name))
-        d_normed_MH = gradient_MW @ weight if d_normed_MH is None else d_normed_MH.addmm_(gradient_MW, weight)
+        _weight_gradients(gradient_MW, normed_MH, name, w, needs, form, grads)
+        d_normed_MH = _input_gradient(gradient_MW, name, w, form, d_normed_MH)
     assert d_normed_MH is not None
     return d_normed_MH
 
 
-def _weight_gradient(grad_MO: Tensor, input_MI: Tensor, is_needed: Any) -> Tensor | None:
-    return torch.mm(grad_MO.T, input_MI) if is_needed else None
+def _product(input_MX: Tensor, name: str, w: Weights, form: Form, residual_MY: Tensor | None = None) -> Tensor:
+    """[M, Y]: what the linear layer `name` makes of its input, added to `residual_MY` where there is one."""
+    weight_YX = getattr(w, name)
+    if residual_MY is not None:
+        output_MY = torch.addmm(residual_MY, input_MX, weight_YX.T)
+    else:
+        output_MY = functional.linear(input_MX, weight_YX, getattr(w, f"{name}_bias", None))
+    if (scale := form.scales.get(name)) is not None:
+        a, b = getattr(w, f"{name}_a"), getattr(w, f"{name}_b")
+        output_MY.addmm_(torch.mm(input_MX, a.T), b.T, alpha=scale)
+    return output_MY
+
+
+def _input_gradient(grad_MY: Tensor, name: str, w: Weights, form: Form, total_MX: Tensor | None = None) -> Tensor:
+    """[M, X]: the gradient of the input of the linear layer `name`, added to `total_MX`, which is used up, if given."""
+    weight_YX = getattr(w, name)
+    total_MX = torch.mm(grad_MY, weight_YX) if total_MX is None else total_MX.addmm_(grad_MY, weight_YX)
+    if (scale := form.scales.get(name)) is not None:
+        total_MX.addmm_(torch.mm(grad_MY, getattr(w, f"{name}_b")), getattr(w, f"{name}_a"), alpha=scale)
+    return total_MX
+
+
+def _weight_gradients(
+    grad_MY: Tensor,
+    input_MX: Tensor,
+    name: str,
+    w: Weights,
+    needs: Weights,
+    form: Form,
+    grads: dict[str, Tensor | None],
+) -> None:
+    """Puts the gradients of the weight of the linear layer `name`, and of its adapter, into `grads`."""
+    if getattr(needs, name):
+        grads[name] = torch.mm(grad_MY.T, input_MX)
+    if (scale := form.scales.get(name)) is not None:
+        a, b = getattr(w, f"{name}_a"), getattr(w, f"{name}_b")
+        grads[f"{name}_a"] = torch.mm(torch.mm(grad_MY, b).T, input_MX).mul_(scale)
+        grads[f"{name}_b"] = torch.mm(grad_MY.T, torch.mm(input_MX, a.T)).mul_(scale)
 
 
 def _rotated(

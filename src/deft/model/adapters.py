@@ -1,0 +1,133 @@
+"""Low-rank adapters inside a model's linear layers, by peft: put in, switched off for a while, and named.
+
+peft changes the layers of the very model (`inject_adapter_in_model`); its wrapper, which would hide the model's names
+and its forward, is not used. A layer that was `q_proj` then holds `q_proj.base_layer.weight`, frozen, and
+`q_proj.lora_A.default.weight` and the like, which are trained.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deft.core.errors import InputError
+from deft.model import multimodal
+from deft.model.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+NAME = "default"
+"""What peft calls the only adapter in the names of its parameters."""
+
+BASE = ".base_layer"
+"""What peft puts into the name of a weight that has an adapter."""
+
+
+def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
+    """Puts adapters into a model and freezes all else. To be called before the self-test.
+
+    A is drawn from torch's generator, B is zero: the model's outputs are at first what they were. Raises InputError
+    where peft is not installed, or no layer of the model is meant.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("adapter: needs peft; pip install 'deft-sft[peft]'") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2's layers, which peft then sets itself
+            peft.inject_adapter_in_model(peft_config(model, settings), model, adapter_name=NAME)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)})
+        what = " ".join(str(error).split())[:200]
+        raise InputError(f"adapter.target: {what}; this model's linear layers: {', '.join(names)}") from error
+    if not layers(model):
+        raise InputError(f"adapter.target: no layer of this model is {settings.target!r}; leave it out for all of them")
+    train_dropout(model)
+
+
+def peft_config(model: PreTrainedModel, settings: AdapterConfig) -> LoraConfig:
+    """What peft is told; of a multimodal model only the language model is meant."""
+    from peft import LoraConfig
+
+    others, alpha = None, settings.alpha
+    if multimodal.is_multimodal(model.config):
+        body = multimodal.text_body(model)
+        prefix = next(name for name, each in model.named_modules() if each is body)
+        others = rf"(?!{re.escape(prefix)}\.).*"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=cast(int, int(alpha) if alpha.is_integer() else alpha),
+        lora_dropout=settings.dropout,
+        target_modules=settings.target if isinstance(settings.target, str) else list(settings.target),
+        exclude_modules=others,
+        init_lora_weights=True if settings.init == "kaiming" else settings.init,
+        rank_pattern=dict(settings.ranks),
+        alpha_pattern=dict(settings.alphas),
+        use_rslora=settings.name == "rslora",
+        use_dora=settings.name == "dora",
+    )
+
+
+def layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that have an adapter, by name; none where peft was never asked for."""
+    found: dict[str, Any] = {name: each for name, each in model.named_modules() if is_adapted(each)}
+    return found
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A")
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a layer's adapter is the sum of its two products and nothing else: no DoRA, dropout or bias."""
+    if not is_adapted(module) or module.lora_variant or [*module.lora_A] != [NAME]:
+        return False
+    return type(module.lora_dropout[NAME]) is nn.Identity and not module.lora_bias[NAME]
+
+
+def matrices(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """A [r, in] and B [out, r] of a layer's adapter; None twice where it has none."""
+    return (module.lora_A[NAME].weight, module.lora_B[NAME].weight) if is_adapted(module) else (None, None)
+
+
+def are_computed(block: nn.Module) -> bool:
+    """Whether the adapters inside a block, if it has any, count: none is switched off or merged."""
+    return not any(each.disable_adapters or each.merged for each in layers(block).values())
+
+
+def train_dropout(model: nn.Module) -> None:
+    """The adapters' dropout is on while the rest of the model is in evaluation mode."""
+    for layer in layers(model).values():
+        layer.lora_dropout.train()
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model is its base."""
+    found = layers(model).values()
+    for layer in found:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer.enable_adapters(True)
+
+
+def take_out(model: nn.Module) -> dict[str, str]:
+    """Puts each adapted layer's base in its place; what parameters are called now -> what they were called."""
+    before = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, layer in layers(model).items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    return {name: before[id(parameter)] for name, parameter in model.named_parameters()}

@@ -1,0 +1,184 @@
+"""Adapters: their gradients are peft's own, the base stays as it is, and what leaves a run is base plus adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from resumed_runs import differences, folder, settings
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from deft.core.errors import InputError
+from deft.core.types import MicroBatch
+from deft.model import adapters, fused_layers, selftest
+from deft.model.config import AdapterConfig
+from deft.run import config
+from deft.run.train import Run, train
+from deft.training import objectives
+from deft.training.masters import Masters
+
+__all__ = ["folder"]
+LENGTHS = (11, 17, 6)
+FAMILIES = ("Llama", "Qwen3", "Gemma3Text", "GPTNeoX")
+
+
+def tiny(family: str) -> Any:
+    """Three layers with random weights; grouped queries where the family has them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    more = {} if family == "GPTNeoX" else {"num_key_value_heads": 2, "head_dim": 16}
+    made = getattr(transformers, f"{family}Config")(**sizes, num_attention_heads=4, max_position_embeddings=256, **more)
+    return AutoModelForCausalLM.from_config(made).eval()
+
+
+def micro_batch() -> MicroBatch:
+    tokens = torch.randint(300, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    rows = torch.tensor([row for row in range(len(tokens)) if row not in ends])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(2))
+    return MicroBatch(tokens, positions, LENGTHS, rows, tokens[rows + 1], weights)
+
+
+def peft_loss(model: Any, batch: MicroBatch) -> Tensor:
+    """The weighted loss by peft's and transformers' own forward, one document at a time."""
+    documents = batch.tokens.split(list(LENGTHS))
+    logits = torch.cat([model(input_ids=each[None]).logits[0].float() for each in documents])
+    losses = torch.nn.functional.cross_entropy(logits[batch.rows], batch.targets, reduction="none")
+    return (losses * batch.weights).sum()
+
+
+KINDS = [(family, name, "none") for family in FAMILIES for name in ("lora", "rslora", "dora")]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "checkpointing"), [*KINDS, ("Llama", "lora", "selective"), ("Llama", "lora", "full")]
+)
+def test_gradients_are_those_of_peft(family: str, name: Any, checkpointing: Any) -> None:
+    model = tiny(family)
+    adapters.attach(model, AdapterConfig(name=name, r=4))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:  # zero at first, and then A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    causal_lm, batch = selftest.choose(model), micro_batch()
+    causal_lm.checkpointing = checkpointing
+    assert causal_lm.mode == "packed"
+    is_folded = any("forward" in each.__dict__ for each in model.modules())
+    assert is_folded == (family in ("Llama", "Qwen3") and name != "dora")
+    total = causal_lm(batch, objectives.load("nll")).nll_sum
+    total.backward()
+    ours = {key: each.grad for key, each in model.named_parameters() if each.requires_grad}
+    assert all("lora_" in key for key in ours)
+    model.zero_grad()
+    fused_layers.remove(model)
+    model.set_attn_implementation("eager")
+    meant = peft_loss(model, batch)
+    meant.backward()
+    assert total.item() == pytest.approx(meant.item(), rel=1e-6)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            error = (ours[key] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, (key, error)
+
+
+def test_switched_off_adapters_do_not_count() -> None:
+    model = tiny("Llama")
+    tokens = micro_batch().tokens[None]
+    with torch.no_grad():
+        base = model(input_ids=tokens).logits
+        adapters.attach(model, AdapterConfig(r=4))
+        for layer in adapters.layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.default.weight)
+        causal_lm = selftest.choose(model)
+        with adapters.switched_off(model):
+            hidden, head = causal_lm.hidden_and_head(micro_batch())
+            off = torch.nn.functional.linear(hidden, head.weight)
+            assert torch.allclose(model(input_ids=tokens).logits, base, atol=1e-5)
+        on, _ = causal_lm.hidden_and_head(micro_batch())
+    assert torch.allclose(off[:10], base[0, :10], atol=1e-5)
+    assert not torch.allclose(on[:10], hidden[:10], atol=1e-2)
+
+
+def test_ranks_by_pattern_and_a_target_by_name() -> None:
+    model = tiny("Llama")
+    chosen = AdapterConfig(target=("q_proj", "down_proj"), r=4, ranks={"layers.0.mlp.down_proj": 2})
+    adapters.attach(model, chosen)
+    found = adapters.layers(model)
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "down_proj"}
+    ranks = {name: each.lora_A.default.weight.shape[0] for name, each in found.items()}
+    assert {name: rank for name, rank in ranks.items() if rank != 4} == {"model.layers.0.mlp.down_proj": 2}
+    with pytest.raises(InputError, match=r"adapter.target.*q_proj"):
+        adapters.attach(tiny("Llama"), AdapterConfig(target="no_such_layer"))
+
+
+def adapted_run(folder: Path, output: str, **more: Any) -> Run:
+    """A run of ten steps with an adapter, dropout of the adapter's input included."""
+    chosen = {"adapter": {"r": 4, "dropout": 0.1}, "optimizer__lr": 1e-2, "dropout": "off"}
+    return train(config.make(settings(folder, output, **{**chosen, **more})))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_changes_the_adapter_alone_and_hands_over_both(folder: Path, precision: str) -> None:
+    run = adapted_run(folder, "run", precision=precision)
+    base, final = (load_file(each / "model.safetensors") for each in (folder / "model", run.folder / "final"))
+    assert base.keys() == final.keys()
+    changed = {name for name in base if not torch.equal(base[name], final[name])}
+    assert changed == {name for name in base if "_proj" in name}
+    assert not [each.name for each in (run.folder / "final").iterdir() if "adapter" in each.name]
+    stored = load_file(run.folder / "checkpoints" / "step-000010" / "model-00001.safetensors")
+    assert {name for name in stored if name.startswith("weight.")} == {
+        f"weight.{name}.lora_{side}.default.weight"
+        for name in (key.removesuffix(".weight") for key in changed)
+        for side in "AB"
+    }
+    tokens = torch.arange(5, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = PeftModel.from_pretrained(plain, run.folder / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(run.folder / "final")
+    with torch.no_grad():
+        ours, served = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits
+        with adapted.disable_adapter():
+            moved = adapted(input_ids=tokens).logits
+    assert float((ours - served).norm() / ours.norm()) < 1e-6
+    assert float((ours - moved).norm() / ours.norm()) > 1e-2
+    assert run.model.state_dict().keys() == merged.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_killed_and_resumed_is_the_same_run(folder: Path, name: str) -> None:
+    adapter = {"name": name, "r": 4, "dropout": 0.1}
+    adapted_run(folder, "whole", adapter=adapter)
+    adapted_run(folder, "cut", adapter=adapter)
+    for part in ("final", "adapter", "checkpoints/step-000010"):
+        (folder / "cut" / part).rename(folder / part.replace("/", "_"))
+    adapted_run(folder, "cut", adapter=adapter)
+    assert differences(folder, "whole", "cut") == []
+    adapters_of = [load_file(folder / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "cut")]
+    assert all(torch.equal(each, adapters_of[1][key]) for key, each in adapters_of[0].items())
+
+
+def test_lr_and_names_of_an_adapter() -> None:
+    made = config.load(None, ["model=a", "data=b", "adapter=rslora", "adapter.r=8"])
+    assert made.adapter is not None
+    assert (made.adapter.name, made.adapter.r, made.optimizer.lr) == ("rslora", 8, 2e-4)
+    assert config.load(None, ["model=a", "data=b", "adapter=lora", "optimizer.lr=3e-4"]).optimizer.lr == 3e-4
+    assert config.load(None, ["model=a", "data=b"]).optimizer.lr == 1e-5
+    assert config.make(json.loads(made.model_dump_json())) == made
+
+
+def test_masters_are_renamed_and_assigned_in_bf16() -> None:
+    layer = torch.nn.Linear(3, 2)
+    wide = torch.tensor([[1.0 + 2**-12, 2.0, 3.0], [4.0, 5.0, 6.0 + 2**-20]])
+    masters = Masters([("old.weight", layer.weight.requires_grad_(False))], torch.bfloat16)
+    masters.assign("old.weight", wide.clone())
+    masters.rename({"new.weight": "old.weight"})
+    assert list(masters) == ["new.weight"]
+    assert torch.equal(masters["new.weight"], wide)
+    assert torch.equal(layer.weight, wide.bfloat16())
