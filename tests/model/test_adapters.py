@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deft.core.errors import InputError
+from deft.core.errors import InputError, Problems
 from deft.core.types import MicroBatch
 from deft.model import adapters, fused_layers, selftest
-from deft.model.config import AdapterConfig
+from deft.model.config import AdapterConfig, FreezeConfig
+from deft.model.trainable import Trainable
 from deft.run import config
 from deft.run.train import Run, train
 from deft.training import objectives
 from deft.training.masters import Masters
+from deft.training.optim.adamw import AdamW
 
 __all__ = ["folder"]
 LENGTHS = (11, 17, 6)
@@ -182,3 +185,64 @@ def test_masters_are_renamed_and_assigned_in_bf16() -> None:
     assert list(masters) == ["new.weight"]
     assert torch.equal(masters["new.weight"], wide)
     assert torch.equal(layer.weight, wide.bfloat16())
+
+
+def trained(family: str, freeze: FreezeConfig, *, is_tied: bool = False) -> set[str]:
+    """The parts of a model of three layers that are trained: layers by number, else names."""
+    model = tiny(family)
+    if is_tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    Trainable(freeze=freeze).apply(model)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = {number for name in names if (number := re.search(r"layers\.(\d+)", name))}
+    return {found[1] for found in layers} | {name for name in names if "layers." not in name}
+
+
+@pytest.mark.parametrize(
+    ("unfrozen", "is_tied", "meant"),
+    [
+        (1, False, {"2", "model.norm.weight", "lm_head.weight"}),
+        (1, True, {"2", "model.norm.weight"}),
+        (2, True, {"1", "2", "model.norm.weight"}),
+        (0, False, {"model.norm.weight"}),
+        (0, True, {"model.norm.weight"}),
+    ],
+)
+def test_layers_from_the_top_as_in_trlx(unfrozen: int, is_tied: bool, meant: set[str]) -> None:
+    assert trained("Llama", FreezeConfig(unfrozen_layers=unfrozen), is_tied=is_tied) == meant
+
+
+def test_frozen_by_name() -> None:
+    everything = trained("Llama", FreezeConfig())
+    assert trained("Llama", FreezeConfig(names=("embed_tokens", r"layers\.[01]"))) == everything - {
+        "0", "1", "model.embed_tokens.weight",
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"lm_haed.*lm_head"):
+        trained("Llama", FreezeConfig(names=("lm_haed",)))
+    with pytest.raises(InputError, match="no parameter is left"):
+        trained("Llama", FreezeConfig(names=(".",)))
+    with pytest.raises(InputError, match="5 of 3 layers"):
+        trained("Llama", FreezeConfig(unfrozen_layers=5))
+
+
+def test_what_is_frozen_is_served_as_it_was(folder: Path) -> None:
+    run = train(config.make(settings(folder, "run", freeze={"unfrozen_layers": 1}, precision="bf16", epochs=1)))
+    base, final = (load_file(each / "model.safetensors") for each in (folder / "model", run.folder / "final"))
+    changed = {name for name in base if not torch.equal(base[name], final[name])}
+    assert changed == {name for name in base if "layers.1" in name or name == "model.norm.weight"}
+
+
+def test_rates_by_pattern() -> None:
+    pair = [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in ("x.lora_A", "x.lora_B")]
+    masters = Masters(pair, torch.float32)
+    optimizer = AdamW(masters, rates={"lora_B": 16.0})
+    for _, parameter in pair:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    moved = [float((1.0 - parameter.detach())[0, 0]) for _, parameter in pair]
+    assert moved[1] == pytest.approx(16 * moved[0], rel=1e-4)
+    assert moved[0] == pytest.approx(1e-3, rel=1e-3)
+    with pytest.raises(InputError, match="lora_C"):
+        AdamW(masters, rates={"lora_C": 2.0})
+    with pytest.raises(Problems, match="no regular expression"):
+        config.load(None, ["model=a", "data=b", "optimizer.rates={'(': 2}"])

@@ -82,7 +82,7 @@ def run(
     fit = prepare.plan(config, checked, data, session) if data.train else None
     found = Checkup(
         ledgers=data.ledgers,
-        model=summarise(checked.base, config.adapter),
+        model=summarise(checked.base, checked.trainable),
         plan=_summary(fit, data) if fit else None,
         expected=forecast(fit, checked.machine) if fit else None,
         findings=tuple(_findings(config, checked, data)),

@@ -1,4 +1,4 @@
-"""`adapter` in the configuration."""
+"""`adapter` and `freeze` in the configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deft.core.config import Section
+from deft.core.config import Pattern, Section
 
 
 class AdapterConfig(Section):
@@ -26,5 +26,17 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     target: Literal["all-linear"] | str | tuple[str, ...] = "all-linear"
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
-    ranks: dict[str, int] = Field({})
-    alphas: dict[str, float] = Field({})
+    ranks: dict[Pattern, int] = Field({})
+    alphas: dict[Pattern, float] = Field({})
+
+
+class FreezeConfig(Section):
+    """What stays as it is in the base model.
+
+    names            regular expressions: parameters in whose names one is found
+    unfrozen_layers  trlx's num_layers_unfrozen: this many layers from the top are trained, and the head unless it is
+                     tied to the embeddings, which are frozen; with 0 the head is frozen as well
+    """
+
+    names: tuple[Pattern, ...] = ()
+    unfrozen_layers: int | None = Field(None, ge=0)

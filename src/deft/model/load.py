@@ -15,8 +15,8 @@ from transformers.utils import cached_file
 
 from deft.core import hardware
 from deft.core.errors import InputError, Problem
-from deft.model import adapters, multimodal, security
-from deft.model.config import AdapterConfig
+from deft.model import multimodal, security
+from deft.model.trainable import Trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,15 +169,17 @@ class ModelSummary:
         return self.trained * (4 * 4 + copy) + (self.parameters - self.trained) * dtype.itemsize
 
 
-def summarise(base: Base, adapter: AdapterConfig | None = None) -> ModelSummary:
-    """The model as its config describes it, made without memory for its weights."""
+def summarise(base: Base, trainable: Trainable) -> ModelSummary:
+    """The model as its config describes it, made without memory for its weights.
+
+    Raises InputError where `trainable` does not fit it.
+    """
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     with torch.device("meta"):
         # The attention is named so that a config.json cannot choose one, as in `load`.
         model = multimodal.auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=False)
         multimodal.freeze_all_but_text(model)
-        if adapter is not None:
-            adapters.attach(model, adapter)
+        trainable.apply(model)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     return ModelSummary(sum(size for size, _ in sizes), trained, unpackable(model))

@@ -14,6 +14,7 @@ from deft.model import adapters, selftest
 from deft.model import load as models
 from deft.model.cpu import document_attention
 from deft.model.load import Base
+from deft.model.trainable import Trainable
 from deft.run import forecast
 from deft.run.config import Config
 from deft.run.forecast import Fit
@@ -31,13 +32,14 @@ def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Ma
     """
     torch.manual_seed(config.seed)
     model = make_model()
-    if config.adapter is not None:
-        adapters.attach(model, config.adapter)
+    Trainable(config.adapter, config.freeze).apply(model)
     causal_lm = selftest.choose(model)
     masters = Masters(model.named_parameters(), machine.dtype)
     settings = config.optimizer
     make_optimizer = registry.load(optim, settings.name, "optimizer.name").make
-    optimizer = make_optimizer(masters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(
+        masters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, rates=settings.rates
+    )
     model.train(config.dropout == "config")
     adapters.train_dropout(model)
     return TrainState(causal_lm, masters, optimizer, world)

@@ -17,7 +17,7 @@ from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.rows import Overflow
 from deft.evaluation.config import EvaluateConfig
-from deft.model.config import AdapterConfig
+from deft.model.config import AdapterConfig, FreezeConfig
 from deft.plan.config import BatchConfig, ScheduleConfig
 from deft.run.other_names import OTHER_NAMES
 from deft.training.config import CheckpointConfig, LossConfig, OptimizerConfig
@@ -50,6 +50,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     adapter: AdapterConfig | None = None
+    freeze: FreezeConfig = FreezeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")

@@ -29,11 +29,11 @@ from deft.core.hardware import Machine
 from deft.core.types import MicroBatch, Objective
 from deft.dataset import cache
 from deft.dataset.cache import Cache
-from deft.model import adapters, attention, fused_layers, multimodal
+from deft.model import attention, fused_layers, multimodal
 from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.config import AdapterConfig
 from deft.model.load import Base, summarise, unpackable
+from deft.model.trainable import ALL, Trainable
 from deft.plan.loader import Loader
 from deft.run import resume
 from deft.training.masters import Masters
@@ -129,7 +129,7 @@ def fit(
     machine: Machine,
     *,
     is_auto: bool,
-    adapter: AdapterConfig | None = None,
+    trainable: Trainable = ALL,
 ) -> Fit:
     """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
 
@@ -142,7 +142,7 @@ def fit(
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
         try:
-            traced = trace(config, batch, objective, machine, is_alone, mode, adapter)
+            traced = trace(config, batch, objective, machine, is_alone, mode, trainable)
         except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
             return Fit(plan, mode, None)
         if traced.peak_bytes + PROCESS <= memory:
@@ -209,10 +209,10 @@ def largest(planned: Loader) -> tuple[MicroBatch, bool]:
     return planned.step(step).micro_batches[index], is_alone
 
 
-def too_large(base: Base, machine: Machine, adapter: AdapterConfig | None = None) -> str:
+def too_large(base: Base, machine: Machine, trainable: Trainable) -> str:
     """Said of a model whose state alone does not fit."""
-    need = summarise(base, adapter).state_bytes(machine.dtype) / 2**30
-    fix = "take a smaller model" + ("" if adapter else ", or train an adapter (adapter=lora)")
+    need = summarise(base, trainable).state_bytes(machine.dtype) / 2**30
+    fix = "take a smaller model" + ("" if trainable.adapter else ", or train an adapter (adapter=lora)")
     return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; {fix}"
 
 
@@ -232,7 +232,7 @@ def trace(
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing = "none",
-    adapter: AdapterConfig | None = None,
+    trainable: Trainable = ALL,
 ) -> Trace:
     """What training a model of this configuration on this micro-batch takes.
 
@@ -241,10 +241,10 @@ def trace(
     Where all layers are alike, one and two of them tell of any number: every figure grows by the same with each.
     """
     layers = config.get_text_config().num_hidden_layers
-    if layers <= 3 or not _are_alike(config) or (adapter and (adapter.ranks or adapter.target != "all-linear")):
-        return _trace(config, batch, objective, machine, is_alone, checkpointing, adapter)
+    if layers <= 3 or not _are_alike(config) or not trainable.is_alike:
+        return _trace(config, batch, objective, machine, is_alone, checkpointing, trainable)
     shallow = (_of_depth(config, depth) for depth in (1, 2))
-    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing, adapter) for each in shallow)
+    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing, trainable) for each in shallow)
     return _extended(one, two, layers)
 
 
@@ -294,15 +294,14 @@ def _trace(
     machine: Machine,
     is_alone: bool,
     checkpointing: Checkpointing,
-    adapter: AdapterConfig | None,
+    trainable: Trainable,
 ) -> Trace:
     with torch.device("meta"):
         model = multimodal.auto_class(config).from_config(
             config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
         )
         multimodal.freeze_all_but_text(model)
-        if adapter is not None:
-            adapters.attach(model, adapter)
+        trainable.apply(model)
     device = machine.device
     mode: Mode = "alone" if unpackable(model) else "packed"
     if mode == "packed":

@@ -157,14 +157,16 @@ def plan(
         limit=config.steps,
     )
     base, machine, is_auto = checked.base, checked.machine, config.microbatch_tokens == "auto"
-    make = partial(forecast.fit, planned, base, checked.objective, machine, is_auto=is_auto, adapter=config.adapter)
+    make = partial(
+        forecast.fit, planned, base, checked.objective, machine, is_auto=is_auto, trainable=checked.trainable
+    )
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make()
     model = (models.folder(base) / "config.json").read_text(encoding="utf-8")
     kept_in = Cache(cache.root(), session.say)
     digests = data.train.digests()
     return forecast.kept_fit(
-        kept_in, planned, digests, machine, make, model, config.loss.name, str(is_auto), repr(config.adapter)
+        kept_in, planned, digests, machine, make, model, config.loss.name, str(is_auto), repr(checked.trainable)
     )
 
 

@@ -34,6 +34,7 @@ from deft.evaluation.prompts import Prompt
 from deft.evaluation.samples import MetricFn
 from deft.model import load as models
 from deft.model.load import Base
+from deft.model.trainable import ALL, Trainable
 from deft.run.config import Config
 from deft.run.folder import output_folder
 from deft.tracking import console as display
@@ -84,6 +85,7 @@ class Checked(Reading):
     """What is known once nothing in the input is wrong."""
 
     base: Base
+    trainable: Trainable
     objective: Objective
     machine: Machine
     prompts: tuple[Prompt, ...]
@@ -127,11 +129,20 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
             *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
-    if config.adapter is not None:
-        models.summarise(base, config.adapter)  # what it cannot be put into is refused here
+    trainable = Trainable(config.adapter, config.freeze)
+    if trainable != ALL:
+        models.summarise(base, trainable)  # what does not fit the model is refused here
     reading = _reading(config, base, tokenizer, *rows)
     asked = tuple(_as_user(prompt) for prompt in asked) if reading.is_chat else asked
-    return Checked(**vars(reading), base=base, objective=objective, machine=machine, prompts=asked, folder=folder)
+    return Checked(
+        **vars(reading),
+        base=base,
+        trainable=trainable,
+        objective=objective,
+        machine=machine,
+        prompts=asked,
+        folder=folder,
+    )
 
 
 def read(config: Config, session: Session) -> Reading:

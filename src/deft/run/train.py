@@ -113,7 +113,7 @@ def _saver(config: Config, session: Session, newest: int) -> Saver:
 def _load(prepared: Prepared, session: Session, world: World) -> TrainState:
     """The model on its device and the state around it, where the run begins or goes on."""
     checked, fit = prepared.checked, prepared.fit
-    with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine, prepared.config.adapter)):
+    with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine, checked.trainable)):
         state = build.load(prepared.config, checked, fit, world, owns_process=session.owns_process)
         prepared.earlier.restore(state)
     trained = sum(parameter.numel() for parameter in state.masters.parameters.values())

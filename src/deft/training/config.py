@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deft.core.config import Section
+from deft.core.config import Pattern, Section
 
 
 class OptimizerConfig(Section):
+    """The update rule.
+
+    rates  regular expression -> multiple of lr, for the parameters in whose names it is found; the first counts.
+           {lora_B: 16} is LoRA+ (arXiv 2402.12354)
+    """
+
     name: str = "adamw"
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0)
+    rates: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({})
 
 
 class LossConfig(Section):

@@ -7,10 +7,13 @@ Nothing is lost: weight << 16 plus low are the master's bits again, and the weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from deft.core.errors import InputError
 
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
 """Elements that are updated at a time, on CPUs by each thread: their fp32 masters and gradients stay in its cache."""
@@ -68,6 +71,20 @@ class Masters(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def rates(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """Each trained parameter's multiple of the learning rate: that of the first pattern found in its name, else 1.
+
+        Raises InputError for a pattern that fits no name.
+        """
+        for pattern in rates:
+            if not any(re.search(pattern, name) for name in self.parameters):
+                what = f"{pattern!r} is in no trained parameter's name"
+                raise InputError(f"optimizer.rates: {what}; one is {next(iter(self.parameters))}")
+        return {
+            name: next((rate for pattern, rate in rates.items() if re.search(pattern, name)), 1.0)
+            for name in self.parameters
+        }
 
     def collect(self) -> None:
         """To be called before each backward pass: gradients of earlier micro-batches go into sums in fp32.

@@ -21,8 +21,10 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self._rates = masters.rates(rates or {})
         self._masters = masters
         self._steps = torch.tensor(0)
         self._moments = {name: (_zeros(each), _zeros(each)) for name, each in masters.parameters.items()}
@@ -33,7 +35,7 @@ class AdamW:
         self._steps += 1
         for name, parameter in self._masters.parameters.items():
             if self._masters.gradient(name) is not None:
-                self._update(name, parameter, lr, scale)
+                self._update(name, parameter, lr * self._rates[name], scale)
 
     def _update(self, name: str, parameter: Tensor, lr: float, scale: Tensor | None) -> None:
         done = torch.full((), int(self._steps) - 1, dtype=torch.float32, device=parameter.device)
