@@ -39,7 +39,7 @@ from deft.core.types import MicroBatch
 from deft.model import selftest
 from deft.plan import loader
 from deft.plan.packs import pack
-from deft.training.loss import nll
+from deft.training import chunked
 from deft.training.masters import Masters, clip_scale
 from deft.training.optim.adamw import AdamW
 from deft.training.state import TrainState
@@ -68,7 +68,7 @@ def step(state: TrainState, batch: MicroBatch, clock: Callable[[], float]) -> li
     state.masters.collect()
     hidden, head = state.causal_lm.hidden_and_head(batch)
     marks.append(clock())
-    loss = nll.loss(hidden, head, batch.targets, batch.weights / len(batch.rows))
+    loss = chunked.loss(hidden, head, batch.targets, batch.weights / len(batch.rows))
     marks.append(clock())
     loss.backward()
     marks.append(clock())

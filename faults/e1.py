@@ -17,8 +17,7 @@ from torch import Tensor
 from deft.core.types import StepBatch
 from deft.model import selftest
 from deft.plan import loader
-from deft.training import loop, step
-from deft.training.loss import nll
+from deft.training import chunked, loop, step
 from deft.training.state import TrainState
 from deft.training.step import StepNumbers
 from faults.harness import Result, Scale, tally
@@ -126,13 +125,13 @@ class _Spoilt(torch.autograd.Function):
 
 def _spoil(change: Callable[[Tensor], Tensor]) -> None:
     """Changes the loss of what holds the mark."""
-    plain, mark = nll.loss, _mark_id()
+    plain, mark = chunked.loss, _mark_id()
 
     def loss(hidden: Tensor, head: Any, targets: Tensor, weights: Tensor) -> Tensor:
         total = plain(hidden, head, targets, weights)
         return change(total) if bool((targets == mark).any()) else total
 
-    nll.loss = loss
+    chunked.loss = loss
 
 
 def _mark_id() -> int:

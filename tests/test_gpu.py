@@ -20,9 +20,8 @@ from deft.model.causal_lm import CausalLM
 from deft.plan import loader
 from deft.plan.order import Batching
 from deft.run import forecast
-from deft.training import compiling, step
+from deft.training import chunked, compiling, step
 from deft.training.loop import train
-from deft.training.loss import nll
 from deft.training.state import TrainState
 
 pytestmark = [
@@ -65,19 +64,19 @@ def compiled() -> Iterator[tuple[TrainState, loader.Loader]]:
     counters.clear()
     state, plan, said = new_state(), planned(), list[str]()
     assert compiling.is_sound(state.causal_lm)
-    compiling.compile_for(state, compiling.buckets(plan), nll.objective, said.append)
+    compiling.compile_for(state, compiling.buckets(plan), chunked.NLL, said.append)
     assert state.causal_lm.compiled is not None, said
     yield state, plan
     torch._dynamo.reset()
 
 
 def steps(state: TrainState, plan: loader.Loader) -> list[Any]:
-    return [*train(state, plan, nll.objective, clip=1.0, lr=lambda step: 1e-4)]
+    return [*train(state, plan, chunked.NLL, clip=1.0, lr=lambda step: 1e-4)]
 
 
 def gradients(causal_lm: CausalLM, batch: Any) -> dict[str, torch.Tensor]:
     causal_lm.model.zero_grad()
-    causal_lm(batch, nll.objective).nll_sum.backward()
+    causal_lm(batch, chunked.NLL).nll_sum.backward()
     found = {name: each.grad.double() for name, each in causal_lm.model.named_parameters() if each.grad is not None}
     causal_lm.model.zero_grad()
     return found
@@ -123,10 +122,10 @@ def test_a_step_waits_for_the_device_once(is_compiled: bool, request: Any, monke
             torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(step, "_read", read)
-    step.optimizer_step(state, plan.step(0), nll.objective, clip=1.0, lr=1e-5)  # kernels are loaded, memory is pinned
+    step.optimizer_step(state, plan.step(0), chunked.NLL, clip=1.0, lr=1e-5)  # kernels are loaded, memory is pinned
     try:
         torch.cuda.set_sync_debug_mode("error")
-        step.optimizer_step(state, plan.step(1), nll.objective, clip=1.0, lr=1e-5)
+        step.optimizer_step(state, plan.step(1), chunked.NLL, clip=1.0, lr=1e-5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert reads == [3, 3]
@@ -142,7 +141,7 @@ def test_compiled_and_plain_runs_learn_alike(compiled: tuple[TrainState, loader.
 def test_memory_stays_below_what_is_foretold() -> None:
     plan = planned()
     batch, is_alone = forecast.largest(plan)
-    traced = forecast.trace(CONFIG, batch, nll.objective, Machine(DEVICE, torch.bfloat16, 2048), is_alone)
+    traced = forecast.trace(CONFIG, batch, chunked.NLL, Machine(DEVICE, torch.bfloat16, 2048), is_alone)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

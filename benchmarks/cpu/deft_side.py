@@ -86,7 +86,7 @@ def deft_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
 
     from deft.model import selftest
     from deft.plan.loader import build
-    from deft.training.loss import nll
+    from deft.training import chunked
     from deft.training.step import mean_share
 
     causal_lm = selftest.choose(model)
@@ -94,7 +94,7 @@ def deft_loss(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
         raise RuntimeError(causal_lm.note)
     documents = [(np.array(row["input_ids"]), (np.array(row["labels"]) >= 0).astype(np.float32)) for row in rows]
     batch = build(documents)
-    return mean_share(causal_lm, batch, len(batch.targets), nll.objective)
+    return mean_share(causal_lm, batch, len(batch.targets), chunked.NLL)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 8 rows, and for deft 32 as well. Bytes are above those that a process has after its imports. "beside the state": above
 weights, gradients and what the optimizer keeps, which grow with the vocabulary in any implementation. "per added
 parameter": how much the doubled vocabulary adds to the peak. It is not the same for 8 and 32 rows: logits of a block
-grow up to 128 MiB (`loss/nll.py`), and bf16 has fp32 sums of gradients (4 bytes) where a step is more than one
+grow up to 128 MiB (`training/chunked.py`), and bf16 has fp32 sums of gradients (4 bytes) where a step is more than one
 micro-batch. Writes benchmarks/results/memory.json.
 """
 

@@ -55,9 +55,8 @@ def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]
     """A try for each number of micro-batch tokens, until one does not fit: the plan, the loop and the compilation of
     a user's run."""
     from deft.model import selftest
-    from deft.training import compiling
+    from deft.training import chunked, compiling
     from deft.training.loop import train
-    from deft.training.loss import nll
     from deft.training.masters import Masters
     from deft.training.optim.adamw import AdamW
     from deft.training.state import TrainState
@@ -77,11 +76,11 @@ def deft(given: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]
             if DEFT_ARMS[given.arm]:
                 torch._dynamo.reset()
                 backend = "inductor" if given.device == "cuda" else "aot_eager"
-                compiling.compile_for(state, compiling.buckets(planned), nll.objective, print, backend)
+                compiling.compile_for(state, compiling.buckets(planned), chunked.NLL, print, backend)
                 if state.causal_lm.compiled is None:
                     raise SystemExit("layers are not compiled")
             began = time.perf_counter()
-            for record in train(state, planned, nll.objective, clip=1.0, lr=lambda step: 1e-5):
+            for record in train(state, planned, chunked.NLL, clip=1.0, lr=lambda step: 1e-5):
                 wait(given.device)
                 first, now = first or time.time() - given.began, time.perf_counter()
                 numbers = {name: getattr(record, name) for name in ("tokens", "target_tokens", "padded_tokens")}

@@ -13,8 +13,7 @@ from states import state_around
 from deft.core.types import StepBatch
 from deft.distributed.world import World
 from deft.model.causal_lm import CausalLM
-from deft.training import loop
-from deft.training.loss import nll
+from deft.training import chunked, loop
 from deft.training.state import TrainState
 from deft.training.step import optimizer_step
 
@@ -46,8 +45,8 @@ def step_batch(step: int = 0) -> StepBatch:
 
 def test_a_step_makes_one_reduction_of_loss_norm_and_the_wish_to_stop() -> None:
     alone, together = Ranks(), Ranks(others=(0.5, 9.0, 1.0))
-    own = optimizer_step(state_in(alone), step_batch(), nll.objective, lr=1e-3, clip=1.0)
-    all_ranks = optimizer_step(state_in(together), step_batch(), nll.objective, lr=1e-3, clip=1.0)
+    own = optimizer_step(state_in(alone), step_batch(), chunked.NLL, lr=1e-3, clip=1.0)
+    all_ranks = optimizer_step(state_in(together), step_batch(), chunked.NLL, lr=1e-3, clip=1.0)
     assert (len(alone.sums), len(together.sums)) == (1, 1)
     assert all_ranks.loss == pytest.approx(own.loss + 0.5)
     assert all_ranks.grad_norm == pytest.approx((own.grad_norm**2 + 9.0) ** 0.5)
@@ -59,7 +58,7 @@ def test_the_sum_of_all_ranks_clips_the_gradient() -> None:
     before = {name: weight.clone() for name, weight in plain.masters.items()}
     for state in (plain, clipped):
         state.optimizer.eps = 1.0  # type: ignore[attr-defined]
-        optimizer_step(state, step_batch(), nll.objective, lr=1.0, clip=1.0)
+        optimizer_step(state, step_batch(), chunked.NLL, lr=1.0, clip=1.0)
     moved = [sum(float((state.masters[name] - before[name]).norm()) for name in before) for state in (plain, clipped)]
     assert moved[1] < 1e-3 * moved[0]
 
@@ -67,7 +66,7 @@ def test_the_sum_of_all_ranks_clips_the_gradient() -> None:
 def test_ranks_share_a_step() -> None:
     whole, *shares = (Ranks(rank, size) for rank, size in ((0, 1), (0, 3), (1, 3), (2, 3)))
     for world in (whole, *shares):
-        optimizer_step(state_in(world), step_batch(), nll.objective, lr=0.0, clip=None)
+        optimizer_step(state_in(world), step_batch(), chunked.NLL, lr=0.0, clip=None)
     losses = [float(world.sums[0][0]) for world in shares]
     assert sum(losses) == pytest.approx(float(whole.sums[0][0]), rel=1e-6)
     assert all(loss > 0 for loss in losses)
@@ -81,7 +80,7 @@ def test_the_loop_ends_after_the_step_at_whose_end_any_rank_wanted_to_stop() -> 
     def steps(world: Ranks, own: bool) -> list[int]:
         plan: Any = Plan()
         records = loop.train(
-            state_in(world), plan, nll.objective, clip=None, lr=lambda step: 1e-3, wants_to_stop=lambda: own
+            state_in(world), plan, chunked.NLL, clip=None, lr=lambda step: 1e-3, wants_to_stop=lambda: own
         )
         return [record.step for record in records]
 

@@ -20,8 +20,7 @@ import deft.training.loss
 from deft.core import registry
 from deft.core.errors import InputError
 from deft.core.types import Head, Objective, Tally
-from deft.training import objectives
-from deft.training.loss import nll
+from deft.training import chunked, objectives
 from deft.training.objectives import OwnObjective
 
 NAMES = registry.names(deft.training.loss)
@@ -68,12 +67,12 @@ def room(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 rows, slices of 1, gradients of 5 rows of the weight at a time."""
-    monkeypatch.setattr(nll, "LEAST_ROWS", 4)
-    monkeypatch.setattr(nll, "round_up_rows", lambda rows: -(-rows // 4) * 4)
-    monkeypatch.setattr(nll, "CPU_BLOCK", 1)
-    monkeypatch.setattr(nll, "CPU_PIECE", 5)
-    monkeypatch.setattr(nll, "NARROWED", 7)
-    monkeypatch.setattr(nll, "CPU_SLICE", 1)
+    monkeypatch.setattr(chunked, "LEAST_ROWS", 4)
+    monkeypatch.setattr(chunked, "round_up_rows", lambda rows: -(-rows // 4) * 4)
+    monkeypatch.setattr(chunked, "CPU_BLOCK", 1)
+    monkeypatch.setattr(chunked, "CPU_PIECE", 5)
+    monkeypatch.setattr(chunked, "NARROWED", 7)
+    monkeypatch.setattr(chunked, "CPU_SLICE", 1)
 
 
 def make_case(
@@ -164,7 +163,7 @@ def test_chunks_change_nothing(room: Any, head: str) -> None:
 
 @pytest.mark.parametrize("rows", [255, 256, 257, 512, 513])
 def test_rows_on_a_chunk_boundary_count_once(room: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nll, "CPU_BLOCK", 1)
+    monkeypatch.setattr(chunked, "CPU_BLOCK", 1)
     case = make_case(targets=rows, vocabulary=19)
     assert max(relative_errors(run(room, case, torch.float64), run(reference, case, torch.float64))) < 1e-13
 
@@ -193,16 +192,16 @@ def test_low_precision_costs_no_more_than_hugging_face(
     assert all(our <= 1.1 * their + 2 * torch.finfo(torch.float32).eps for our, their in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("blocks", range(2, nll.NARROW_BLOCKS + 1))
+@pytest.mark.parametrize("blocks", range(2, chunked.NARROW_BLOCKS + 1))
 def test_a_few_blocks_need_no_sum_in_fp32(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nll, "_blocks", lambda rows, *_: nll._slices(rows, rows // blocks))
+    monkeypatch.setattr(chunked, "_blocks", lambda rows, *_: chunked._slices(rows, rows // blocks))
     case = make_case(targets=blocks * 512, vocabulary=251, dtype=torch.bfloat16)
     oracle = run(reference, case, torch.float64)
-    narrowed, sums = nll._narrowed, []
-    monkeypatch.setattr(nll, "_narrowed", lambda total, dtype: sums.append(total.dtype) or narrowed(total, dtype))
-    narrow = relative_errors(run(nll, case, torch.bfloat16), oracle)
-    monkeypatch.setattr(nll, "NARROW_BLOCKS", 0)
-    wide = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    narrowed, sums = chunked._narrowed, []
+    monkeypatch.setattr(chunked, "_narrowed", lambda total, dtype: sums.append(total.dtype) or narrowed(total, dtype))
+    narrow = relative_errors(run(chunked, case, torch.bfloat16), oracle)
+    monkeypatch.setattr(chunked, "NARROW_BLOCKS", 0)
+    wide = relative_errors(run(chunked, case, torch.bfloat16), oracle)
     assert sums == [torch.bfloat16, torch.float32]
     assert narrow[2] <= 1.05 * wide[2]
 
@@ -213,7 +212,7 @@ def test_the_gradient_of_many_blocks_is_summed_in_fp32() -> None:
     case = make_case(targets=1200, vocabulary=19, dtype=torch.bfloat16)
     oracle = run(reference, case, torch.float64)
     theirs = relative_errors(run_like_hugging_face(case, torch.bfloat16), oracle)
-    ours = relative_errors(run(nll, case, torch.bfloat16), oracle)
+    ours = relative_errors(run(chunked, case, torch.bfloat16), oracle)
     assert ours[2] <= 1.5 * theirs[2]
 
 
@@ -232,8 +231,8 @@ def test_accuracy_and_entropy_come_with_the_loss(head: str, is_trained: bool) ->
     entropy = (weights_K * torch.distributions.Categorical(logits=logits_KV).entropy()).sum()
     assert 0 < hits < weights_K.sum()
     with torch.set_grad_enabled(is_trained):
-        loss, found_hits, found_entropy = nll.loss_and_statistics(hidden_KH, own, targets_K, weights_K)
-        assert torch.equal(loss, nll.loss(hidden_KH, own, targets_K, weights_K))
+        loss, found_hits, found_entropy = chunked.loss_and_statistics(hidden_KH, own, targets_K, weights_K)
+        assert torch.equal(loss, chunked.loss(hidden_KH, own, targets_K, weights_K))
     assert loss.requires_grad == is_trained
     assert not found_hits.requires_grad
     assert not found_entropy.requires_grad
@@ -283,10 +282,10 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unmoved(room: Any, froz
 def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden_KH, head, targets_K, weights_K = make_case()
     sums: list[tuple[int, ...]] = []
-    monkeypatch.setattr(nll, "_add_product", lambda total, *_, is_first: sums.append(tuple(total.shape)))
-    nll.loss(hidden_KH.requires_grad_(), head, targets_K, weights_K).backward()
+    monkeypatch.setattr(chunked, "_add_product", lambda total, *_, is_first: sums.append(tuple(total.shape)))
+    chunked.loss(hidden_KH.requires_grad_(), head, targets_K, weights_K).backward()
     assert sums == []
-    nll.loss(hidden_KH, replace(head, weight=head.weight.requires_grad_()), targets_K, weights_K).backward()
+    chunked.loss(hidden_KH, replace(head, weight=head.weight.requires_grad_()), targets_K, weights_K).backward()
     assert sums == [(251, 33)]
 
 
@@ -316,7 +315,7 @@ def test_tied_weights_add_up(room: Any) -> None:
 def test_a_second_backward_is_refused_not_wrong(factor: float) -> None:
     case = make_case(dtype=torch.bfloat16)
     hidden_KH, head = leaves_of(case, torch.bfloat16)
-    loss = nll.loss(hidden_KH, head, case[2], case[3])
+    loss = chunked.loss(hidden_KH, head, case[2], case[3])
     torch.autograd.grad(factor * loss, [hidden_KH, head.weight], retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(factor * loss, [hidden_KH, head.weight])

@@ -17,7 +17,7 @@ from deft.model import load as models
 from deft.model import selftest
 from deft.plan import loader
 from deft.plan.order import Batching
-from deft.training.loss import nll
+from deft.training import chunked
 from deft.training.masters import Masters
 from deft.training.optim.adamw import AdamW
 from deft.training.step import optimizer_step
@@ -43,7 +43,7 @@ def update(folder: str, examples: list[Example], microbatch_tokens: int, normali
     work = planned.step(0)
     gradients: dict[str, torch.Tensor] = {}
     state.optimizer.step = _recording(state.optimizer, state.masters, gradients)  # type: ignore[method-assign]
-    numbers = optimizer_step(state, work, nll.objective, clip=None, lr=1e-5)
+    numbers = optimizer_step(state, work, chunked.NLL, clip=None, lr=1e-5)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return {"loss": numbers.loss, "gradients": gradients, "weights": weights, "batches": len(work.micro_batches)}
 
@@ -109,12 +109,12 @@ def test_a_step_in_which_nothing_is_learnt_is_not_taken(tmp_path: Path) -> None:
     state = state_around(selftest.choose(model), torch.float32)
     examples = [(part,) for part in encode(ROWS, folder, max_length=128)]
     planned = loader.make(examples, Batching(4), epochs=1, seed=0, microbatch_tokens=10**9)
-    assert optimizer_step(state, planned.step(0), nll.objective, clip=None, lr=1e-2).are_finite
+    assert optimizer_step(state, planned.step(0), chunked.NLL, clip=None, lr=1e-2).are_finite
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     work = planned.step(1)
     empty = (replace(b, rows=b.rows[:0], targets=b.targets[:0], weights=b.weights[:0]) for b in work.micro_batches)
     numbers = optimizer_step(
-        state, replace(work, micro_batches=tuple(empty), normalizer=0.0), nll.objective, clip=None, lr=1e-5
+        state, replace(work, micro_batches=tuple(empty), normalizer=0.0), chunked.NLL, clip=None, lr=1e-5
     )
     assert not numbers.are_finite
     assert state.step == 1

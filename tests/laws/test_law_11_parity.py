@@ -23,16 +23,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deft.core.types import MicroBatch
 from deft.model import selftest
 from deft.model.causal_lm import CausalLM, Mode
-from deft.training.loss import nll
+from deft.training import chunked
 
 TOLERANCE = 1e-5
 
 
 def ours(causal_lm: CausalLM, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     if causal_lm.mode == "whole":
-        loss = nll.loss_from_logits(causal_lm.logits(batch), batch.targets, batch.weights)
+        loss = chunked.loss_from_logits(causal_lm.logits(batch), batch.targets, batch.weights)
     else:
-        loss = nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
+        loss = chunked.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
     return loss.detach(), gradients(causal_lm.model, loss)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import deft
 from deft.core.types import Head
-from deft.training.loss import nll
+from deft.training import chunked
 
 HALOS_DIFFERENCES = {
     "multi_turn_generation": "HALOs trains on the user turns of a multi-turn generation (defect 14)",
@@ -103,7 +103,7 @@ def test_every_sound_halos_case_has_the_same_ids_and_labels(corpus: Path, golden
     assert (same, len(differing)) == (7, 22)
 
 
-@pytest.mark.parametrize("fast", [nll, reference])
+@pytest.mark.parametrize("fast", [chunked, reference])
 def test_the_seeds_losses_and_gradients(golden: dict[str, Any], fast: Any) -> None:
     """Their formulas on fixed logits: the token mean over the micro-batch's targets."""
     compared = 0
@@ -140,4 +140,4 @@ def _mean(logits: list[Any], labels: list[Any]) -> float:
     learnt = targets != -100
     hidden = torch.tensor(logits)[:, :-1][learnt]
     head = Head(torch.eye(hidden.shape[1]))
-    return float(nll.loss(hidden, head, targets[learnt], torch.ones(len(hidden)))) / len(hidden)
+    return float(chunked.loss(hidden, head, targets[learnt], torch.ones(len(hidden)))) / len(hidden)

@@ -29,7 +29,7 @@ from deft.model import attention, fused_layers, selftest
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
 from deft.model.cpu import document_attention, llama
-from deft.training.loss import nll
+from deft.training import chunked
 
 WITH_BLOCKS = ["llama", "llama_tied", "qwen2", "qwen3", "mistral"]
 
@@ -48,7 +48,7 @@ def around(model: PreTrainedModel, like: CausalLM) -> CausalLM:
 
 
 def sums(causal_lm: CausalLM, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
+    loss = chunked.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights)
     return loss.detach(), gradients(causal_lm.model, loss)
 
 

@@ -15,8 +15,7 @@ from deft.model import compiled_layers, fused_layers
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
 from deft.model.compiled_layers import pad
-from deft.training import compiling
-from deft.training.loss import nll
+from deft.training import chunked, compiling
 from deft.training.state import TrainState
 
 BUCKETS = (32, 64, 72)
@@ -24,7 +23,7 @@ BUCKETS = (32, 64, 72)
 
 def gradients(causal_lm: CausalLM, batch: MicroBatch) -> dict[str, torch.Tensor]:
     causal_lm.model.zero_grad()
-    total = causal_lm(batch, nll.objective).nll_sum
+    total = causal_lm(batch, chunked.NLL).nll_sum
     total.backward()
     found = {
         name: weight.grad.clone() for name, weight in causal_lm.model.named_parameters() if weight.grad is not None
@@ -80,7 +79,7 @@ def check_compiled_once(state: TrainState, compiler: str, monkeypatch: pytest.Mo
     plain = state.causal_lm
     expected = [gradients(plain, batch) for batch in batches]
     plain.model.zero_grad()
-    compiling.compile_for(state, BUCKETS, nll.objective, said.append, compiler)
+    compiling.compile_for(state, BUCKETS, chunked.NLL, said.append, compiler)
     assert said[0].startswith("layers compiled for micro-batches of 32, 64, 72 tokens in ")
     assert state.causal_lm.compiled is not None
     assert all(weight.grad is None for weight in plain.model.parameters())

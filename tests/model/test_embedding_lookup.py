@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from deft.core.types import Head
 from deft.model import fused_layers
-from deft.training.loss import nll
+from deft.training import chunked
 
 VOCABULARY, SIZE, PADDING = 11, 8, 4
 
@@ -71,7 +71,7 @@ def test_a_tied_matrix_gets_one_gradient_of_its_size(monkeypatch: pytest.MonkeyP
         return backward(ctx, grad, total)
 
     monkeypatch.setattr(fused_layers._Lookup, "backward", staticmethod(watched))
-    nll.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights).backward()
+    chunked.loss(*causal_lm.hidden_and_head(batch), batch.targets, batch.weights).backward()
     gradient = causal_lm.model.get_input_embeddings().weight.grad
     assert made == [gradient.data_ptr()]
 

@@ -20,7 +20,7 @@ from deft.core.hardware import Machine
 from deft.model import load, multimodal, selftest
 from deft.plan import loader
 from deft.run import forecast
-from deft.training.loss import nll
+from deft.training import chunked
 
 TEXT = {
     "vocab_size": 520,
@@ -99,9 +99,7 @@ def test_only_the_language_model_learns(tmp_path: Path, name: str) -> None:
 def test_only_what_learns_counts_in_the_time_foretold(tmp_path: Path) -> None:
     model = load.load(load.inspect(str(write(tmp_path / "m", llava))), device="cpu", dtype=torch.float32)
     batch = loader.build([(np.arange(20), np.ones(20, np.float32))])
-    traced = forecast.trace(
-        llava(), batch, nll.objective, Machine(torch.device("cpu"), torch.float32, 64), is_alone=True
-    )
+    traced = forecast.trace(llava(), batch, chunked.NLL, Machine(torch.device("cpu"), torch.float32, 64), is_alone=True)
     assert traced.parameters == sum(parameter.numel() for parameter in trained(model).values())
 
 

@@ -15,8 +15,7 @@ from deft.core.types import StepBatch
 from deft.plan import loader
 from deft.plan.loader import Loader
 from deft.plan.order import Batching
-from deft.training import loop
-from deft.training.loss import nll
+from deft.training import chunked, loop
 
 
 def planned(lengths: tuple[int, ...]) -> Loader:
@@ -76,7 +75,7 @@ def test_what_ends_the_loop_ends_the_thread(watched: Watched) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        for _ in loop.train(dropout_state(), watched, nll.objective, clip=1.0, lr=lambda step: 1e-4, poll=poll):
+        for _ in loop.train(dropout_state(), watched, chunked.NLL, clip=1.0, lr=lambda step: 1e-4, poll=poll):
             pass
     alive = [each.name for each in threading.enumerate()]
     assert not any(name.startswith("loader") for name in alive), (alive, caught)

@@ -21,7 +21,7 @@ from deft.model import load as models
 from deft.model.causal_lm import CausalLM
 from deft.run import config
 from deft.run.build import build, pretrained
-from deft.training.loss import nll
+from deft.training import chunked
 from deft.training.masters import Masters, copy_state
 from deft.training.state import TrainState
 from deft.training.step import optimizer_step
@@ -52,7 +52,7 @@ def built(folder: Path, frozen: str = "", machine: Machine = BF16) -> TrainState
 def test_a_partly_frozen_model_of_fp32_weights_trains_in_bf16(tmp_path: Path, frozen: str) -> None:
     state = built(tmp_path / "model", frozen)
     before = {name: master.clone() for name, master in state.masters.items()}
-    numbers = optimizer_step(state, step_batch(), nll.objective, lr=1e-3, clip=1.0)
+    numbers = optimizer_step(state, step_batch(), chunked.NLL, lr=1e-3, clip=1.0)
     assert numbers.are_finite
     assert {parameter.dtype for parameter in state.causal_lm.model.parameters()} == {torch.bfloat16}
     same = {name for name, master in state.masters.items() if torch.equal(master, before[name])}
@@ -121,7 +121,7 @@ def test_any_update_rule_steps_on_masters_and_resumes_to_the_same_bits(dtype: to
             state.restore(tensors, step)
         for batch in micro_batches():
             state.masters.collect()
-            state.causal_lm(batch, nll.objective).nll_sum.backward()
+            state.causal_lm(batch, chunked.NLL).nll_sum.backward()
         for name, each in reference.items():
             each.grad = state.masters.gradient(name).float().clone()  # type: ignore[union-attr]
         rule.step()

@@ -43,8 +43,8 @@ from deft.run import (
 )
 from deft.run.forecast import Fit, Forecast, trace
 from deft.run.reading import Session
-from deft.training.loss import nll
-from deft.training.loss.nll import NLL
+from deft.training import chunked
+from deft.training.chunked import Chunked
 from deft.training.state import TrainState
 from deft.training.step import dry_run_step
 
@@ -89,7 +89,7 @@ def state_of(base: Base) -> TrainState:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.dtype, mode: Checkpointing) -> None:
     batch = planned([40, 30, 30, 20], budget=200).step(0).micro_batches[0]
-    expected = trace(LLAMA, batch, nll.objective, replace(FP32, dtype=dtype), True, mode)
+    expected = trace(LLAMA, batch, chunked.NLL, replace(FP32, dtype=dtype), True, mode)
     model = AutoModelForCausalLM.from_config(LLAMA, dtype=dtype, attn_implementation=attention.NAME).train()
     fused_layers.install(model)
     with forecast.LiveBytes() as real:
@@ -97,7 +97,7 @@ def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.d
             real.see(parameter)
         own = state_around(CausalLM(model, "packed", checkpointing=mode), dtype)
         state = real.alive
-        own.causal_lm(batch, nll.objective).nll_sum.backward()
+        own.causal_lm(batch, chunked.NLL).nll_sum.backward()
         assert all(parameter.grad is not None for parameter in own.masters.parameters.values())
     assert expected.state_bytes == pytest.approx(state, rel=1e-3)
     assert expected.peak_bytes == pytest.approx(real.peak, rel=0.02)
@@ -106,7 +106,7 @@ def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.d
 def test_gradients_of_earlier_micro_batches_count() -> None:
     batch = planned([40], budget=200).step(0).micro_batches[0]
     machine = replace(FP32, dtype=torch.bfloat16)
-    alone, summed = (trace(LLAMA, batch, nll.objective, machine, is_alone=is_alone) for is_alone in (True, False))
+    alone, summed = (trace(LLAMA, batch, chunked.NLL, machine, is_alone=is_alone) for is_alone in (True, False))
     assert summed.peak_bytes - alone.peak_bytes == pytest.approx(4 * alone.parameters, rel=0.01)
 
 
@@ -115,8 +115,8 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     batch = planned([length] * 3, budget=4000).step(0).micro_batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
     whole, extended = (
-        forecast._trace(deep, batch, nll.objective, FP32, True, "none"),
-        trace(deep, batch, nll.objective, FP32, True),
+        forecast._trace(deep, batch, chunked.NLL, FP32, True, "none"),
+        trace(deep, batch, chunked.NLL, FP32, True),
     )
     assert asdict(extended) == pytest.approx(asdict(whole), rel=0.01)
 
@@ -127,8 +127,8 @@ def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Ch
     batch = loader.build([(np.arange(1000) % 50, learnt)])
     wide = {"intermediate_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     deep, machine = LlamaConfig(**{**LLAMA.to_dict(), **wide}), replace(FP32, dtype=torch.bfloat16)
-    whole = forecast._trace(deep, batch, nll.objective, machine, True, mode)
-    extended = trace(deep, batch, nll.objective, machine, True, mode)
+    whole = forecast._trace(deep, batch, chunked.NLL, machine, True, mode)
+    extended = trace(deep, batch, chunked.NLL, machine, True, mode)
     assert extended.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.04)
 
 
@@ -137,7 +137,7 @@ def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(forecast, "_trace", lambda config, *rest: seen.append(config.num_hidden_layers))
     mixed = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
     mixed.layer_types = ["full_attention", "sliding_attention"] * 2
-    trace(mixed, planned([30], budget=64).step(0).micro_batches[0], nll.objective, FP32, True)
+    trace(mixed, planned([30], budget=64).step(0).micro_batches[0], chunked.NLL, FP32, True)
     assert seen == [4]
 
 
@@ -154,7 +154,7 @@ def test_an_architecture_that_needs_values_has_no_forecast(base: Base, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_has_what_no_tensor_holds(base: Base, dtype: torch.dtype) -> None:
     machine = replace(FP32, dtype=dtype)
-    fit = forecast.fit(planned([33] * 16, budget=64), base, nll.objective, machine, is_auto=False)
+    fit = forecast.fit(planned([33] * 16, budget=64), base, chunked.NLL, machine, is_auto=False)
     assert fit.traced is not None
     on_cpu, elsewhere = (
         forecast.forecast(fit, replace(machine, device=torch.device(name))) for name in ("cpu", "meta")
@@ -188,12 +188,12 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
     for tokens in (2048, 1024, 512):
         batch, is_alone = forecast.largest(replace(plan, microbatch_tokens=tokens))
         for mode in forecast.CHECKPOINTING:
-            peaks[tokens, mode] = trace(config, batch, nll.objective, FP32, is_alone, mode).peak_bytes
+            peaks[tokens, mode] = trace(config, batch, chunked.NLL, FP32, is_alone, mode).peak_bytes
     assert peaks[2048, "none"] > peaks[1024, "none"] > peaks[1024, "selective"] > peaks[1024, "full"]
     for way, peak in peaks.items():
         if way in ((1024, "none"), (512, "full")):
             memory_of(peak, monkeypatch)
-            found = forecast.fit(plan, base, nll.objective, FP32, is_auto=True)
+            found = forecast.fit(plan, base, chunked.NLL, FP32, is_auto=True)
             assert found.traced is not None
             assert found.traced.peak_bytes <= peak
             assert (found.planned.microbatch_tokens, found.checkpointing) == way
@@ -202,14 +202,14 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
 def test_micro_batches_that_were_asked_for_stay(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned([32] * 16, budget=512, per_step=16)
     memory_of(0, monkeypatch)
-    found = forecast.fit(plan, base, nll.objective, FP32, is_auto=False)
+    found = forecast.fit(plan, base, chunked.NLL, FP32, is_auto=False)
     assert (found.planned, found.checkpointing) == (plan, "full")
 
 
 def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_of(0, monkeypatch)
     with pytest.raises(MemoryShort, match="smaller max_length") as error:
-        forecast.fit(planned([32] * 16, budget=512), base, nll.objective, FP32, is_auto=True)
+        forecast.fit(planned([32] * 16, budget=512), base, chunked.NLL, FP32, is_auto=True)
     assert error.value.exit_code == 7
 
 
@@ -220,7 +220,7 @@ def test_the_dry_run_changes_nothing(base: Base) -> None:
     state = state_of(base)
     before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
     drawn = torch.get_rng_state()
-    dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], nll.objective)
+    dry_run_step(state, planned([20, 30], budget=64).step(0).micro_batches[0], chunked.NLL)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())
@@ -236,7 +236,7 @@ def test_a_dry_run_that_does_not_fit_leaves_nothing_behind(base: Base) -> None:
     assert all(parameter.grad is None for parameter in state.causal_lm.model.parameters())
 
 
-class _Objective(NLL):
+class _Objective(Chunked):
     """The objective with another loss."""
 
     def __init__(self, loss: Callable[..., torch.Tensor]) -> None:

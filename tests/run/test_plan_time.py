@@ -29,7 +29,7 @@ from deft.plan import loader
 from deft.plan.loader import Loader
 from deft.plan.order import Batching
 from deft.run import config, plan_time
-from deft.training.loss.nll import objective
+from deft.training.chunked import NLL
 from deft.training.state import TrainState
 
 
@@ -63,7 +63,7 @@ class Clock:
         monkeypatch.setattr(plan_time, "_Flop", flop)
 
     def on_backward(self, state: TrainState, batch: MicroBatch, objective: Any) -> None:
-        self.backward(state, batch, objective)
+        self.backward(state, batch, NLL)
         self.sizes.append(len(batch.tokens))
         self.now += 2.0 + 0.01 * len(batch.tokens)
 
@@ -79,7 +79,7 @@ def test_all_steps_are_priced_by_those_that_were_run(
 ) -> None:
     monkeypatch.setattr(plan_time, "SECONDS", 25.0)
     plan, clock = planned([5, 12, 40, 33, 21, 8, 16, 27] * 3, budget, per_step), Clock(monkeypatch)
-    found = plan_time.measure(state, plan, objective, clip=1.0)
+    found = plan_time.measure(state, plan, NLL, clip=1.0)
     works = [plan.step(step) for step in range(plan.steps)]
     batches = [batch for work in works for batch in work.micro_batches]
     seconds = 2.0 * len(batches) + 0.01 * sum(len(batch.tokens) for batch in batches) + 0.5 * len(works)
@@ -96,13 +96,13 @@ def test_gradients_are_summed_as_in_the_steps_of_the_plan(state: TrainState, mon
         with monkeypatch.context() as patch:
             patch.setattr(plan_time, "SECONDS", 0.0)
             clock = Clock(patch)
-            plan_time.measure(state, planned([20] * 8, budget=20, per_step=per_step), objective, clip=1.0)
+            plan_time.measure(state, planned([20] * 8, budget=20, per_step=per_step), NLL, clip=1.0)
             assert (len(clock.sizes), clock.updates) == (2 + 4, updates)
 
 
 def test_no_weight_changes(state: TrainState) -> None:
     before = {name: weight.clone() for name, weight in state.causal_lm.model.state_dict().items()}
-    found = plan_time.measure(state, planned([20, 30, 11] * 4, budget=64, per_step=6), objective, clip=None)
+    found = plan_time.measure(state, planned([20, 30, 11] * 4, budget=64, per_step=6), NLL, clip=None)
     assert 0.0 < found.seconds < math.inf
     assert int(state.optimizer.state()["steps"]) > 1
     assert all(torch.equal(weight, before[name]) for name, weight in state.causal_lm.model.state_dict().items())

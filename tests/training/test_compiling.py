@@ -26,8 +26,7 @@ from deft.plan.order import Batching
 from deft.run import config
 from deft.run.reading import Session
 from deft.run.train import train as run_config
-from deft.training import compiling
-from deft.training.loss import nll
+from deft.training import chunked, compiling
 
 ROWS = [{"prompt": f"What is {'1 + ' * (n % 5)} {n}?", "completion": f" It is {n + n % 5}."} for n in range(24)]
 
@@ -128,7 +127,7 @@ def test_memory_that_does_not_suffice_is_no_reason_to_go_on() -> None:
 
     state = state_of()
     with pytest.raises(torch.OutOfMemoryError):
-        compiling.compile_for(state, (64,), nll.objective, print, greedy)
+        compiling.compile_for(state, (64,), chunked.NLL, print, greedy)
     assert state.causal_lm.compiled is None
 
 
@@ -148,7 +147,7 @@ def test_nothing_is_compiled_on_a_cpu_or_for_a_short_run(monkeypatch: pytest.Mon
     state, said = state_of(), list[str]()
     assert not compiling.is_sound(state.causal_lm)
     monkeypatch.setattr(compiling, "is_sound", lambda causal_lm: True)
-    compiling.begin(state, planned([50] * 40), nll.objective, said.append)
+    compiling.begin(state, planned([50] * 40), chunked.NLL, said.append)
     assert state.causal_lm.compiled is None
     assert not said
 

@@ -14,8 +14,7 @@ from deft.core.types import StepBatch
 from deft.model import attention
 from deft.model.causal_lm import CausalLM
 from deft.model.compiled_layers import CompiledLayers
-from deft.training import step
-from deft.training.loss import nll
+from deft.training import chunked, step
 from deft.training.optim import adamw as optimizer
 from deft.training.state import TrainState
 from deft.training.step import StepNumbers
@@ -64,11 +63,11 @@ def test_a_step_reads_its_loss_and_norm_together_and_nothing_else(
         own: dict[nn.Module, Any] = {layer: layer.forward for layer in causal_lm.model.base_model.layers}
         causal_lm.compiled = CompiledLayers(own, (64, 72))
     for _ in range(2):
-        step.optimizer_step(state, work(), nll.objective, clip=1.0, lr=1e-5)
+        step.optimizer_step(state, work(), chunked.NLL, clip=1.0, lr=1e-5)
     assert state.step == 2
     assert [(each.device.type, each.dtype, each.shape) for each in reads] == [("meta", torch.float64, (3,))] * 2
 
 
 def test_without_it_the_read_is_found(state: TrainState) -> None:
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        step.optimizer_step(state, work(), nll.objective, clip=1.0, lr=1e-5)
+        step.optimizer_step(state, work(), chunked.NLL, clip=1.0, lr=1e-5)

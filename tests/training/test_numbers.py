@@ -22,8 +22,7 @@ from deft.model import load
 from deft.run import config
 from deft.run.build import build, pretrained
 from deft.run.train import Run
-from deft.training import badstep
-from deft.training.loss import nll
+from deft.training import badstep, chunked
 from deft.training.optim.adamw import AdamW
 
 ROWS = [{"prompt": f"What is {n} + 2?", "completion": f" It is {n + 2}."} for n in range(24)]
@@ -45,7 +44,7 @@ class _Spoilt(torch.autograd.Function):
 
 def spoil(monkeypatch: pytest.MonkeyPatch, tilde: int, what: str) -> None:
     """Loss or gradient of what holds the `~` is not a number."""
-    plain = nll.loss
+    plain = chunked.loss
 
     def loss(hidden: Tensor, head: Any, targets: Tensor, weights: Tensor) -> Tensor:
         total = plain(hidden, head, targets, weights)
@@ -53,7 +52,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, tilde: int, what: str) -> None:
             return total
         return total * float("nan") if what == "loss" else _Spoilt.apply(total)
 
-    monkeypatch.setattr(nll, "loss", loss)
+    monkeypatch.setattr(chunked, "loss", loss)
 
 
 @pytest.fixture

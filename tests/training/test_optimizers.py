@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from deft.core import registry
-from deft.training import optim
+from deft.core.errors import InputError
+from deft.training import optim, optimizers
+from deft.training.config import OptimizerConfig
 from deft.training.masters import Masters
 from deft.training.state import Optimizer
 
 LR = 1e-2
 
 
-@pytest.fixture(params=registry.names(optim))
+FOREIGN = ("torch.optim:NAdam", "torch.optim:RMSprop", "torch.optim:Adagrad")
+"""Rules that keep tensors, numbers, and state before their first step."""
+
+
+@pytest.fixture(params=[*registry.names(optim), *FOREIGN])
 def make(request: pytest.FixtureRequest) -> Any:
-    return registry.load(optim, request.param, "optimizer.name").make
+    return lambda masters: optimizers.make(OptimizerConfig(name=request.param), masters)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -116,3 +122,70 @@ def test_what_does_not_fit_changes_nothing(make: Any, masters: Masters, damage: 
     with pytest.raises(ValueError, match=r"unknown" if damage == "unknown" else last):
         optimizer.restore(saved)
     assert_same(optimizer.state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("sgd", lambda each: torch.optim.SGD(each, momentum=0.9)),
+        ("adafactor", torch.optim.Adafactor),
+        ("adamw", lambda each: torch.optim.AdamW(each, betas=(0.9, 0.95), weight_decay=0.0)),
+        ("torch.optim:NAdam", lambda each: torch.optim.NAdam(each, betas=(0.9, 0.95))),
+    ],
+)
+def test_in_fp32_it_is_what_torch_does(name: str, rule: Any) -> None:
+    ours, theirs = masters_of(torch.float32), masters_of(torch.float32)
+    optimizer, torchs = optimizers.make(OptimizerConfig(name=name), ours), rule([*theirs.parameters.values()])
+    torchs.param_groups[0]["lr"] = LR
+    for seed in range(5):
+        step(ours, optimizer, seed)
+        put_gradients(theirs, seed)
+        torchs.step()
+        torchs.zero_grad()
+    for parameter in ours.parameters:
+        assert torch.allclose(ours[parameter], theirs[parameter], rtol=1e-6, atol=1e-8)
+
+
+def test_lion_is_its_algorithm() -> None:
+    masters = masters_of(torch.float32)
+    optimizer = optimizers.make(OptimizerConfig(name="lion", betas=(0.9, 0.99), weight_decay=0.1), masters)
+    w, m = masters["0.weight"].clone(), torch.zeros(5, 6)
+    for seed in range(3):
+        put_gradients(masters, seed)
+        g = masters.parameters["0.weight"].grad
+        assert g is not None
+        w = w - LR * ((0.9 * m + 0.1 * g).sign() + 0.1 * w)
+        m = 0.99 * m + 0.01 * g
+        optimizer.step(LR)
+    assert torch.allclose(masters["0.weight"], w, rtol=1e-5)
+
+
+def test_muon_takes_matrices_of_layers_alone() -> None:
+    net = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 3), "proj": nn.Linear(3, 3)})
+    masters = Masters(net.named_parameters(), torch.float32)
+    optimizer = optimizers.make(OptimizerConfig(name="muon"), masters)
+    step(masters, optimizer, seed=1)
+    assert set(optimizer.state()) == {
+        "begun",
+        "momentum_buffer.proj.weight",
+        *(
+            f"{key}.{name}"
+            for name in ("embed_tokens.weight", "proj.bias")
+            for key in ("exp_avg", "exp_avg_sq", "step")
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "adam"}, "did you mean 'adamw'"),
+        ({"name": "sgd", "betas": (0.5, 0.5)}, r"optimizer.betas: sgd has no such setting; it has .*momentum"),
+        ({"name": "lion", "options": {"momentum": 1}}, r"lion has no option momentum; it has betas"),
+        ({"name": "adamw", "options": {"betas": (0.1, 0.2)}}, r"say optimizer.betas"),
+        ({"name": "torch.optim:Nonsense"}, "Nonsense"),
+    ],
+)
+def test_what_a_rule_does_not_have_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        optimizers.check(OptimizerConfig(**settings))

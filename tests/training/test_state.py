@@ -10,7 +10,7 @@ import torch
 from tiny_training import dropout_state, planned
 
 from deft.training import randomness
-from deft.training.loss.nll import objective
+from deft.training.chunked import NLL
 from deft.training.step import optimizer_step
 
 
@@ -31,9 +31,9 @@ def test_buffers_are_restored_like_weights_and_moments() -> None:
     """As of a model that counts or averages while it is trained."""
     state, plan = dropout_state(), planned()
     state.causal_lm.model.register_buffer("seen", torch.tensor([1.0, 2.0]))
-    optimizer_step(state, plan.step(0), objective, clip=1.0, lr=1e-2)
+    optimizer_step(state, plan.step(0), NLL, clip=1.0, lr=1e-2)
     saved = state.tensors()
-    optimizer_step(state, plan.step(1), objective, clip=1.0, lr=1e-2)
+    optimizer_step(state, plan.step(1), NLL, clip=1.0, lr=1e-2)
     state.causal_lm.model.seen.mul_(3.0)
     assert any(not torch.equal(each, saved["model"][name]) for name, each in state.tensors()["model"].items())
     state.restore(saved, 1)

@@ -11,7 +11,7 @@ from tiny_training import dropout_state, planned
 
 from deft.core.types import StepBatch, Tally
 from deft.training import badstep
-from deft.training.loss.nll import NLL, objective
+from deft.training.chunked import NLL, Chunked
 from deft.training.state import TrainState
 from deft.training.step import dry_run_step, optimizer_step
 
@@ -31,14 +31,14 @@ def interrupted(state: TrainState, step_batch: StepBatch) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        optimizer_step(state, step_batch, objective, clip=1.0, lr=LR, poll=poll)
+        optimizer_step(state, step_batch, NLL, clip=1.0, lr=LR, poll=poll)
 
 
 def not_finite(state: TrainState, step_batch: StepBatch) -> None:
     """The loss of the last micro-batch is not a number."""
     left = iter(range(len(step_batch.micro_batches), 0, -1))
 
-    class Spoiled(NLL):
+    class Spoiled(Chunked):
         def __call__(self, *given: Any) -> Tally:
             tally = super().__call__(*given)
             return Tally(tally.nll_sum * (float("nan") if next(left) == 1 else 1.0), tally.weight_sum)
@@ -48,11 +48,11 @@ def not_finite(state: TrainState, step_batch: StepBatch) -> None:
 
 
 def tried(state: TrainState, step_batch: StepBatch) -> None:
-    dry_run_step(state, step_batch.micro_batches[0], objective)
+    dry_run_step(state, step_batch.micro_batches[0], NLL)
 
 
 def examined(state: TrainState, step_batch: StepBatch) -> None:
-    badstep.examine(state.causal_lm, step_batch, objective)
+    badstep.examine(state.causal_lm, step_batch, NLL)
 
 
 def steps_after(before: Callable[[TrainState, StepBatch], None] | None) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -62,7 +62,7 @@ def steps_after(before: Callable[[TrainState, StepBatch], None] | None) -> tuple
     assert len(plan.step(0).micro_batches) > 1
     if before is not None:
         before(state, plan.step(0))
-    numbers: list[Any] = [optimizer_step(state, plan.step(step), objective, clip=1.0, lr=LR) for step in range(2)]
+    numbers: list[Any] = [optimizer_step(state, plan.step(step), NLL, clip=1.0, lr=LR) for step in range(2)]
     return numbers, state.masters.state() | state.optimizer.state()
 
 
@@ -86,7 +86,7 @@ def change(factor: float) -> torch.Tensor:
     state = dropout_state()
     before = [each.detach().clone() for each in state.causal_lm.model.parameters()]
     torch.manual_seed(7)
-    optimizer_step(state, planned().step(0), objective, clip=None, lr=factor * LR)
+    optimizer_step(state, planned().step(0), NLL, clip=None, lr=factor * LR)
     after = state.causal_lm.model.parameters()
     return torch.cat([(now - then).flatten() for now, then in zip(after, before, strict=True)]).detach()
 
@@ -100,7 +100,7 @@ def moments(clip: float | None) -> tuple[float, torch.Tensor]:
     """The gradient's norm as it is told, and the first moments after a first step: a tenth of the gradient."""
     state = dropout_state()
     torch.manual_seed(7)
-    numbers = optimizer_step(state, planned().step(0), objective, clip=clip, lr=LR)
+    numbers = optimizer_step(state, planned().step(0), NLL, clip=clip, lr=LR)
     found = state.optimizer.state()
     return numbers.grad_norm, torch.cat([found[name].flatten() for name in found if name.startswith("exp_avg.")])
 

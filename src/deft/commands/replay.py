@@ -29,7 +29,7 @@ def run(path: str) -> None:
     state = build(config, lambda: pretrained(models.inspect(config.model), machine), machine, World())
     badstep.put_weights(folder, state.causal_lm.model)
     randomness.restore(random)
-    objective = losses.load(config.loss.name)
+    objective = losses.load(config.loss.name, config.loss.options)
     diagnosis = badstep.examine(state.causal_lm, step_batch, objective)
     console = Console()
     for line in _described(step_batch, diagnosis):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from deft.core import hardware, registry
+from deft.core import hardware
 from deft.core.hardware import Machine
 from deft.distributed.world import World
 from deft.model import adapters, selftest
@@ -19,7 +19,7 @@ from deft.run import forecast
 from deft.run.config import Config
 from deft.run.forecast import Fit
 from deft.run.reading import Checked
-from deft.training import compiling, optim
+from deft.training import compiling, optimizers
 from deft.training.masters import Masters
 from deft.training.state import TrainState
 
@@ -35,11 +35,7 @@ def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Ma
     Trainable(config.adapter, config.freeze).apply(model)
     causal_lm = selftest.choose(model)
     masters = Masters(model.named_parameters(), machine.dtype)
-    settings = config.optimizer
-    make_optimizer = registry.load(optim, settings.name, "optimizer.name").make
-    optimizer = make_optimizer(
-        masters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, rates=settings.rates
-    )
+    optimizer = optimizers.make(config.optimizer, masters)
     model.train(config.dropout == "config")
     adapters.train_dropout(model)
     return TrainState(causal_lm, masters, optimizer, world)

@@ -166,7 +166,7 @@ def plan(
     kept_in = Cache(cache.root(), session.say)
     digests = data.train.digests()
     return forecast.kept_fit(
-        kept_in, planned, digests, machine, make, model, config.loss.name, str(is_auto), repr(checked.trainable)
+        kept_in, planned, digests, machine, make, model, repr(config.loss), str(is_auto), repr(checked.trainable)
     )
 
 

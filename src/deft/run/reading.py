@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from deft.core import hardware, registry
+from deft.core import hardware
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.hardware import Machine
 from deft.core.signals import Signals
@@ -39,7 +39,7 @@ from deft.run.config import Config
 from deft.run.folder import output_folder
 from deft.tracking import console as display
 from deft.training import objectives as losses
-from deft.training import optim
+from deft.training import optimizers
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
     (base, tokenizer), objective, _, machine, asked, _, folder, *rows = collect(
         [
             lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
-            lambda: losses.load(config.loss.name),
-            lambda: registry.load(optim, config.optimizer.name, "optimizer.name"),
+            lambda: losses.load(config.loss.name, config.loss.options),
+            lambda: optimizers.check(config.optimizer),
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),

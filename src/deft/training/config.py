@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,8 +10,9 @@ from deft.core.config import Pattern, Section
 
 
 class OptimizerConfig(Section):
-    """The update rule.
+    """The update rule: a name of training/optim/, or the import path of a torch optimizer, as torch.optim:NAdam.
 
+    options  numbers that the rule of that name takes beside these, as {momentum: 0.9}
     rates  regular expression -> multiple of lr, for the parameters in whose names it is found; the first counts.
            {lora_B: 16} is LoRA+ (arXiv 2402.12354)
     """
@@ -22,11 +23,15 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0)
+    options: dict[str, Any] = Field({})
     rates: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({})
 
 
 class LossConfig(Section):
+    """What is minimised. options: numbers that the loss of that name takes, as {epsilon: 0.1}."""
+
     name: str = "nll"
+    options: dict[str, float] = Field({})
     normalize: Literal["tokens", "examples"] = "tokens"
 
 

@@ -136,6 +136,10 @@ class Masters(Mapping[str, Tensor]):
             yield master_B, gradient_B if scale is None else gradient_B.mul_(scale), *state_B
             if low_B is not None:
                 decompose(master_B, weight_B, low_B)
+        self.drop_gradient(name)
+
+    def drop_gradient(self, name: str) -> None:
+        """The gradient of a parameter and its sum are gone."""
         self.parameters[name].grad = None
         self._sums.pop(name, None)
 

@@ -6,8 +6,9 @@ Shape suffixes: K targets, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,16 +24,30 @@ from deft.training import loss
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def load(name: str) -> Objective:
-    """The objective of that name.
+def load(name: str, options: Mapping[str, float] | None = None) -> Objective:
+    """The objective of that name, made with its options.
 
-    Raises InputError for a name that is not there, and for a user's function that is not linear in its weights.
+    Raises InputError for a name or an option that is not there, and for a user's function that is not linear in its
+    weights.
+
+    >>> load("label_smoothing", {"eps": 0.1})
+    Traceback (most recent call last):
+    deft.core.errors.InputError: loss.options: label_smoothing has no eps; it has epsilon
     """
+    options = options or {}
     if registry.is_own(name):
+        if options:
+            raise InputError(f"loss.options: {name} is your own function and takes none; give it defaults")
         own = OwnObjective(name, registry.own(name, "loss.name"))
         _check_linear(own)
         return own
-    found: Objective = registry.load(loss, name, "loss.name").objective
+    make = registry.load(loss, name, "loss.name").make
+    known = signature(make).parameters
+    for option in options:
+        if option not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise InputError(f"loss.options: {name} has no {option}; {there}")
+    found: Objective = make(**options)
     return found
 
 
