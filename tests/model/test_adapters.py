@@ -246,3 +246,30 @@ def test_rates_by_pattern() -> None:
         AdamW(masters, rates={"lora_C": 2.0})
     with pytest.raises(Problems, match="no regular expression"):
         config.load(None, ["model=a", "data=b", "optimizer.rates={'(': 2}"])
+
+
+def test_an_adapter_folder_is_gone_on_from(folder: Path) -> None:
+    first = adapted_run(folder, "first", adapter={"name": "rslora", "r": 4}, epochs=1)
+    given = settings(folder, "second", epochs=1, steps=1) | {"model": str(first.folder / "adapter")}
+    made = config.make(given)
+    assert made.adapter is not None
+    assert (made.model, made.adapter.name, made.adapter.r) == (str(folder / "model"), "rslora", 4)
+    assert config.make({key: each for key, each in given.items() if key != "optimizer"}).optimizer.lr == 2e-4
+    second = train(made)
+    before, after = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (first, second))
+    moved = [float((after[name] - before[name]).norm() / before[name].norm()) for name in before if "lora_A" in name]
+    assert 0.0 < max(moved) < 0.5  # a new A would be as far away as it is long
+    with pytest.raises(InputError, match="is an adapter itself"):
+        config.make(given | {"adapter": "lora"})
+
+
+def test_an_adapter_of_another_base_or_kind_is_refused(folder: Path) -> None:
+    first = adapted_run(folder, "first", adapter={"r": 4}, epochs=1, steps=1)
+    described = first.folder / "adapter" / "adapter_config.json"
+    values = json.loads(described.read_text())
+    described.write_text(json.dumps(values | {"modules_to_save": ["lm_head"]}))
+    with pytest.raises(InputError, match=r"modules_to_save.*merge_and_unload"):
+        config.make(settings(folder, "second") | {"model": str(described.parent)})
+    described.write_text(json.dumps(values | {"target_modules": ["q_proj"]}))
+    with pytest.raises(InputError, match="is not what this base model"):
+        train(config.make(settings(folder, "second") | {"model": str(described.parent)}))

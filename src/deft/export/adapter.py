@@ -21,8 +21,6 @@ from deft.model.config import AdapterConfig
 from deft.training.checkpoint import serialised
 from deft.training.masters import Masters
 
-_PEFT_PREFIX = "base_model.model."
-
 
 @dataclass(frozen=True, slots=True)
 class Merge:
@@ -62,19 +60,10 @@ def write(folder: Path, model: Any, masters: Masters, settings: AdapterConfig, b
     if settings.target == "all-linear":  # as names, which servers know how to read
         described.target_modules = {name.rpartition(".")[2] for name in adapters.layers(model)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
-    tensors = {_peft_name(name): masters[name].cpu() for name in masters.parameters}
+    tensors = {adapters.peft_name(name): masters[name].cpu() for name in masters.parameters}
     with files.staged(folder) as staging:
         staging.write_json("adapter_config.json", json.loads(json.dumps(values, default=str)))
         staging.write("adapter_model.safetensors", serialised(tensors))
-
-
-def _peft_name(name: str) -> str:
-    """
-    >>> _peft_name("model.layers.0.mlp.up_proj.lora_A.default.weight")
-    'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
-    """
-    name = name.replace(f".lora_magnitude_vector.{adapters.NAME}.weight", ".lora_magnitude_vector")
-    return _PEFT_PREFIX + name.replace(f".{adapters.NAME}", "")
 
 
 def merge(model: Any, masters: Masters, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Merge:

@@ -11,8 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,6 +56,38 @@ def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
     if not layers(model):
         raise InputError(f"adapter.target: no layer of this model is {settings.target!r}; leave it out for all of them")
     train_dropout(model)
+
+
+def fill(model: nn.Module, folder: Path) -> None:
+    """Gives the adapters of a model the values of those in a folder of peft's form.
+
+    Raises InputError where they are not for these layers, or pickled.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        fix = "save it with peft's save_pretrained, which writes safetensors"
+        raise InputError(f"{folder}: has no adapter_model.safetensors; {fix}")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy it again") from error
+    own = {peft_name(name): each for name, each in model.named_parameters() if "lora_" in name}
+    odd = sorted(own.keys() ^ stored.keys()) or [name for name in own if own[name].shape != stored[name].shape]
+    if odd:
+        raise InputError(f"{path}: {odd[0]} is not what this base model and adapter_config.json ask for")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
+
+def peft_name(name: str) -> str:
+    """What peft's files call a parameter of an adapter.
+
+    >>> peft_name("model.layers.0.mlp.up_proj.lora_A.default.weight")
+    'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    name = name.replace(f".lora_magnitude_vector.{NAME}.weight", ".lora_magnitude_vector")
+    return "base_model.model." + name.replace(f".{NAME}", "")
 
 
 def peft_config(model: PreTrainedModel, settings: AdapterConfig) -> LoraConfig:

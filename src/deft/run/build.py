@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ def build(config: Config, make_model: Callable[[], PreTrainedModel], machine: Ma
     torch.manual_seed(config.seed)
     model = make_model()
     Trainable(config.adapter, config.freeze).apply(model)
+    if config.adapter is not None and config.adapter.start is not None:
+        adapters.fill(model, Path(config.adapter.start))
     causal_lm = selftest.choose(model)
     masters = Masters(model.named_parameters(), machine.dtype)
     optimizer = optimizers.make(config.optimizer, masters)

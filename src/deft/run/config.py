@@ -17,7 +17,7 @@ from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.rows import Overflow
 from deft.evaluation.config import EvaluateConfig
-from deft.model.config import AdapterConfig, FreezeConfig
+from deft.model.config import AdapterConfig, FreezeConfig, of_folder
 from deft.plan.config import BatchConfig, ScheduleConfig
 from deft.run.other_names import OTHER_NAMES
 from deft.training.config import CheckpointConfig, LossConfig, OptimizerConfig
@@ -110,13 +110,29 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def make(values: Mapping[str, Any], where: str = "deft.train") -> Config:
-    """A nested mapping -> the configuration; every problem in one error."""
+    """A nested mapping -> the configuration; every problem in one error.
+
+    A model that is the folder of an adapter stands for its base, and the adapter to go on from.
+    """
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_with_base(values))
     except ValidationError as error:
         raise Problems(
             f"{where}: the configuration is not valid", [_problem(each) for each in error.errors()]
         ) from error
+
+
+def _with_base(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = values.get("model")
+    folder = Path(str(model)).expanduser()
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
+    if model is None or not is_adapter:
+        return values
+    if values.get("adapter"):
+        fix = "leave adapter out to go on with it; for a new one name a model it is merged into, as a run's final/"
+        raise InputError(f"model: {folder} is an adapter itself; {fix}")
+    base, settings = of_folder(folder)
+    return {**values, "model": base, "adapter": settings}
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -175,7 +176,7 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
     hf = checked.tokenizer.hf
     return Inputs(
         config=redacted_json(config.model_dump(mode="json")),
-        model=resume.fingerprint(models.folder(checked.base)),
+        model=_of_model(config, checked),
         tokenizer=resume.digest(hf.backend_tokenizer.to_str(), *map(str, sorted(hf.special_tokens_map.items()))),
         template=resume.digest(checked.chosen.source) if checked.is_chat else "",
         held_out=resume.digest(*map(str, RowDigests.of(data.held_out).digest.tolist())),
@@ -184,6 +185,13 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
         versions=versions.installed(),
         processes=1,
     )
+
+
+def _of_model(config: Config, checked: Checked) -> str:
+    """What the run begins with: the base, and the adapter that it goes on from."""
+    base = resume.fingerprint(models.folder(checked.base))
+    start = config.adapter and config.adapter.start
+    return resume.digest(base, resume.fingerprint(Path(start), "adapter_config.json")) if start else base
 
 
 def _resolved(config: Config, checked: Checked) -> Config:

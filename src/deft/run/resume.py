@@ -167,13 +167,13 @@ def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return {**config, **{key: before[key] for key in asks_nothing if key in before}}
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a model's folder: config.json, and of each weight file its size, header and 64 places.
+def fingerprint(folder: Path, described: str = "config.json") -> str:
+    """A digest of a model's folder: the file that describes it, and of each weight file its size, header and 64 places.
 
     Two models differ in nearly all of their weights, so a look at some of them tells them apart.
     """
     found = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / described, *folder.glob("*.safetensors")]):
         size = path.stat().st_size
         found.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
