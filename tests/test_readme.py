@@ -52,8 +52,8 @@ def test_every_key_exists() -> None:
     ]
     assert len(named) >= 4
     assert set(named) <= keys
-    (example,) = blocks("yaml")
-    config.make(yaml.safe_load(example))
+    for example in blocks("yaml"):
+        config.make({"model": "a model", "data": "rows.jsonl"} | yaml.safe_load(example))
 
 
 def test_its_python_is_python_and_its_shapes_are_all_there_are() -> None:
