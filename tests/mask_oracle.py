@@ -382,8 +382,7 @@ def shaped(message: Mapping[str, Any], call: Call) -> dict[str, Any]:
     changed = dict(message)
     if call.inline and message.get("reasoning_content"):
         opening, closing = call.inline
-        break_ = "" if opening.endswith("\n") else "\n"
-        changed["content"] = f"{opening}{break_}{message['reasoning_content']}\n{closing}\n\n{message['content']}"
+        changed["content"] = f"{opening}{message['reasoning_content']}{closing}{message['content']}"
         del changed["reasoning_content"], changed["reasoning"]
     if "parts" in call.shape and isinstance(changed["content"], str):
         changed["content"] = [{"type": "text", "text": changed["content"]}]

@@ -33,9 +33,9 @@ def test_every_room_has_its_line_with_where_to_begin() -> None:
 
 def test_the_first_change_is_a_format_that_works(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)
-    path = tmp_path / "query_response.py"
+    path = tmp_path / "riddle_guess.py"
     path.write_text(code)
-    spec = importlib.util.spec_from_file_location("query_response", path)
+    spec = importlib.util.spec_from_file_location("riddle_guess", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +44,7 @@ def test_the_first_change_is_a_format_that_works(tmp_path: Path) -> None:
     assert (tried.failed, tried.attempted) == (0, 3)
     (keys,) = module.KEYS
     readers = [each.name for each in formats.reading(frozenset(keys))]
-    assert readers in ([], ["query_response"]), "another format reads the example's rows: take another example"
+    assert readers in ([], ["riddle_guess"]), "another format reads the example's rows: take another example"
     checked = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--config", DOCS.parent / "pyproject.toml", path], capture_output=True
     )

@@ -39,9 +39,9 @@ def modules() -> Iterator[tuple[str, str]]:
         yield path.relative_to(SOURCE).as_posix(), path.read_text(encoding="utf-8")
 
 
-def test_the_package_has_thirteen_rooms_and_two_files() -> None:
+def test_the_package_has_thirteen_rooms_and_two_files_and_says_that_it_is_typed() -> None:
     there = {path.name for path in SOURCE.iterdir() if path.name != "__pycache__"}
-    assert there == ROOMS | {"__init__.py", "__main__.py"}
+    assert there == ROOMS | {"__init__.py", "__main__.py", "py.typed"}
 
 
 def test_init_files_of_rooms_are_empty() -> None:

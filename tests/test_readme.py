@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
+from tiny_models import write_llama
 
 from deft.commands.cli import app
 from deft.data import shapes
@@ -61,6 +65,19 @@ def test_its_python_is_python_and_its_shapes_are_all_there_are() -> None:
         ast.parse(block)
     rows = re.findall(r"^\| (\w+)(?: \(trlx\))? \|", README, re.MULTILINE)
     assert sorted(set(rows) & set(shapes.names())) == shapes.names()
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llama(tmp_path / "model")
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(8)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (example,) = (block for block in blocks("python") if "deft.train" in block)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example.replace("Qwen/Qwen2.5-0.5B", "./model"), found)
+    assert (tmp_path / "runs" / "gsm8k" / "final" / "config.json").is_file()
+    assert len(found["batch"]) == 64
+    assert found["loss"].item() > 0
 
 
 def test_the_files_it_names_are_there() -> None:

@@ -55,6 +55,20 @@ def sentencepiece(puts_bos: bool = True) -> PreTrainedTokenizerFast:
     return _wrapped(_without_added(tokenizer, byte_tokens), True, puts_bos, True)
 
 
+def letters(normalizer: normalizers.Normalizer | None = None, unknown: str | None = None) -> PreTrainedTokenizerFast:
+    """BPE over the words of TEXT that has tokens for their characters alone: others are dropped, or are `unknown`."""
+    tokenizer = Tokenizer(models.BPE(unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = [*([unknown] if unknown else []), *SPECIALS]
+    tokenizer.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    return _wrapped(tokenizer, True, False, True)
+
+
 def _without_added(tokenizer: Tokenizer, texts: list[str]) -> Tokenizer:
     """The same vocabulary, with `texts` no longer special: the trainer makes all that it is given special."""
     state = json.loads(tokenizer.to_str())

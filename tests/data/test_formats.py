@@ -23,7 +23,12 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
 
 GOOD: dict[str, list[Any]] = {
     "text": ["Once upon a time", {"text": "Once upon a time"}],
-    "prompt_completion": [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "4"}],
+    "prompt_completion": [
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "", "completion": "4"},
+        {"input": "2+2=", "output": "4"},
+        {"inputs": "2+2=", "targets": "4"},
+    ],
     "dialogue": [["p", "o"], ["p", "o", "q", ""]],
     "messages": [{"messages": [USER, ANSWER]}, {"messages": [ANSWER], "id": 7}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
@@ -34,7 +39,10 @@ GOOD: dict[str, list[Any]] = {
         {"instruction": "And 3?", "output": "3", "system": "Be brief.", "history": [["2+2?", "4"]]},
     ],
     "instances": [{"instruction": "Add.", "instances": [{"input": "2 and 2", "output": "4"}]}],
-    "input_output": [{"input": "2+2=", "output": "4"}],
+    "gemini": [
+        {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]},
+    ],
+    "function_calls": [{"query": "Hi", "answers": [{"name": "f", "arguments": {}}], "tools": [{"name": "f"}]}],
     "trajectory": [{"traj": [USER, ANSWER], "reward": 1.0}],
     "halos": [
         {"type": "sample", "prompt": [USER], "output": "Hello", "prompt_id": 0, "sample_id": 0},
@@ -51,6 +59,8 @@ GOOD: dict[str, list[Any]] = {
         {"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"},
         {"instruction": "Add.", "input": "2 and 2", "chosen": "4", "rejected": "5"},
         {"chosen": "Human: Hi\n\nAssistant: Hello", "rejected": "Human: Hi\n\nAssistant: Bye"},
+        {"input": "2+2=", "chosen": "4", "rejected": "5"},
+        {"query": "2+2?", "response": "4", "label": 1},
     ],
     "oasst": [
         {
@@ -69,10 +79,16 @@ BAD: list[tuple[str, Any, str]] = [
     ("text", {"text": " "}, "no words"),
     ("prompt_completion", {"prompt": "a"}, "completion: missing"),
     ("prompt_completion", {"prompt": "a", "completion": ""}, "completion: empty"),
-    ("prompt_completion", {"prompt": ["a"], "completion": "b"}, r"prompt\[0\]: text, not a message"),
+    ("prompt_completion", {"prompt": ["a"], "completion": "b"}, "prompt: a list of texts, not text or messages"),
     ("prompt_completion", {"prompt": 1, "completion": "b"}, "prompt: a number, not text"),
     ("prompt_completion", {"prompt": [USER], "completion": [USER]}, "completion: no assistant message"),
-    ("prompt_completion", {"prompt": "a", "response": "b"}, "columns: {completion: response}"),
+    ("prompt_completion", {"prompt": "a", "told": "b"}, "columns: {prompt: prompt, completion: told}"),
+    ("prompt_completion", {"prompt": "a", "response": "b", "output": "c"}, "response: says something else than output"),
+    ("prompt_completion", {"input": "a", "output": ""}, "output: empty"),
+    ("gemini", {"contents": [{"role": "user", "text": "a"}]}, r"contents\[0\].parts: missing"),
+    ("gemini", {"contents": [{"role": "user", "parts": [{"inlineData": {}}]}]}, "'inlineData' is not text"),
+    ("function_calls", {"query": "a", "answers": "[]", "tools": "[]"}, "answers: no call"),
+    ("function_calls", {"query": "a", "answers": "b", "tools": "[]"}, "answers: not valid JSON"),
     ("dialogue", ["a", "b", "c"], "3 messages"),
     ("dialogue", ["a", 2], r"\[1\]: a number, not text"),
     ("messages", {"messages": []}, "the list is empty"),
@@ -107,7 +123,6 @@ BAD: list[tuple[str, Any, str]] = [
     ("alpaca", {"instruction": "a", "output": "x", "history": [["q"]]}, r"history\[0\]: not a question and its answer"),
     ("instances", {"instruction": "a", "instances": []}, "instances: the list is empty"),
     ("instances", {"instruction": "a", "instances": [{"input": "b"}]}, r"instances\[0\].output: missing"),
-    ("input_output", {"input": "a", "output": ""}, "output: empty"),
     ("trajectory", {"traj": [USER]}, "traj: no assistant message"),
     ("halos", {"type": "binary", "prompt": [USER], "output": "a"}, "'binary' is not a type of HALOs'"),
     ("halos", {"type": "binary_feedback", "prompt": [USER], "output": "a"}, "label: missing"),
@@ -116,7 +131,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("preference", {"prompt": "a", "rejected": "b"}, "chosen: missing"),
     ("preference", {"prompt": "a", "chosen": None}, "chosen: missing"),
     ("preference", {"messages": [USER, ANSWER], "label": "good"}, "label: 'good' is neither true nor false"),
-    ("preference", {"chosen": "abc", "rejected": "xyz"}, "begins unlike rejected"),
+    ("preference", {"chosen": "abc", "rejected": "xyz"}, "no `Assistant:`"),
+    ("preference", {"prompt": "a", "question": "b", "chosen": "c"}, "prompt: says something else than question"),
     ("oasst", {"message_id": "m", "parent_id": None, "role": "prompter", "text": "Hi"}, "not a tree"),
     ("oasst", {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "Hi"}}, "no assistant message"),
 ]
@@ -162,9 +178,8 @@ def test_weights_and_system_prompts_are_read() -> None:
 
 
 def test_the_refused_are_named_in_the_order_of_their_rows() -> None:
-    known = understand(
-        [{"prompt": "waits"}, *GOOD["prompt_completion"], {"prompt": 1, "completion": "b"}, {"prompt": "x"}]
-    )
+    good = GOOD["prompt_completion"][:2]
+    known = understand([{"prompt": "waits"}, *good, {"prompt": 1, "completion": "b"}, {"prompt": "x"}])
     assert [problem.where for problem in known.refused] == ["rows:1", "rows:4", "rows:5"]
 
 
@@ -426,7 +441,7 @@ PAIR = {"prompt": "q", "completion": "a"}
 
 
 def test_a_split_that_was_named_needs_rows_that_have_splits() -> None:
-    said = "split has no meaning for rows of shape prompt_completion; only for halos, data sets of the Hub"
+    said = "split 'test' has no meaning for rows of shape prompt_completion; only for halos, data sets of the Hub"
     with pytest.raises(Problems, match=said):
         understand([PAIR], split="test", names_split=True)
     assert understand([PAIR], split="test").shape == "prompt_completion", "the default asks for nothing"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import sys
 import tracemalloc
 import types
@@ -20,6 +22,7 @@ from deft.core.errors import InputError, Problem
 from deft.core.types import Row
 from deft.data import shapes, sources
 from deft.data.format import Choices
+from deft.data.sources import Part
 
 
 def read(tmp_path: Path, name: str, text: str | bytes) -> list[Row | Problem]:
@@ -60,7 +63,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         (b"{'a': 1}", "this looks like Python's repr"),
         (b'{"a": 1,}', "not valid JSON"),
         (b'{"a": 1} {"a": 2}', "one row a line"),
-        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": nan}', "not valid JSON"),
         (b'{"a": "\xff"}', "byte 8 is not UTF-8"),
         (b'{"a": "\\ud800"}', "lone surrogate"),
         (b'{"a": 1, "a": 2}', "stands twice"),
@@ -76,12 +79,48 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes
     assert lines(found) == [1, 2, 4]
 
 
+BROKEN = {
+    "a value missing": (b'[{"a": 1},\n {"a": }]', 2),
+    "a comma missing": (b'[{"a": 1}\n {"a": 2}]', 2),
+    "a comma too many": (b"[1,\n]", 1),
+    "a comma too many in an object": (b'[{"a": 1},\n {"a": 1,},\n {"a": 2}]', 2),
+    "an array that ends early": (b'[{"a": 1},\n {"a": 2},', 2),
+    "text after the end": (b'[\n{"a": 1}\n]\nand more', 4),
+    "two arrays": (b'[\n{"a": 1}\n]\n[\n{"a": 2}\n]', 4),
+    "two documents": (b'{\n "a": 1\n}\n{\n "a": 2\n}', 4),
+    "a byte that is not UTF-8": (b'[{"a": 1},\n {"a": "\xff"}]', 2),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_document_that_breaks_is_refused_whole_as_its_rest_cannot_be_counted(tmp_path: Path, case: str) -> None:
+    content, line = BROKEN[case]
+    with pytest.raises(InputError) as error:
+        read(tmp_path, "a.json", content)
+    assert str(error.value).startswith(f"{tmp_path / 'a.json'}:{line}: ")
+
+
 @pytest.mark.parametrize(
-    ("text", "line"), [('[{"a": 1},\n {"a": }]', 2), ('[{"a": 1}\n {"a": 2}]', 2), ("[1,\n]", 1), ('{"a": 1}\n\n]', 3)]
+    ("element", "what"),
+    [
+        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b'{"a": "\\ud800"}', "lone surrogate"),
+    ],
 )
-def test_a_broken_document_is_named_by_its_line(tmp_path: Path, text: str, line: int) -> None:
-    problems = [row for row in read(tmp_path, "a.json", text) if isinstance(row, Problem)]
-    assert [problem.where.rpartition(":")[2] for problem in problems] == [str(line)]
+def test_an_element_that_is_json_but_no_sound_row_is_one_row_and_the_others_are_read(
+    tmp_path: Path, element: bytes, what: str
+) -> None:
+    found = read(tmp_path, "a.json", b'[{"a": 1},\n' + element + b',\n{"a": 3}]')
+    (problem,) = [row for row in found if isinstance(row, Problem)]
+    assert str(problem).startswith(f"{tmp_path / 'a.json'}:2: ")
+    assert what in str(problem)
+    assert lines(found) == [1, 3]
+
+
+@pytest.mark.parametrize("record", [b'"open,b\nc,d\ne,f', b'"open,b\nc,"d\n'])
+def test_a_quote_that_takes_other_records_with_it_is_no_single_bad_row(tmp_path: Path, record: bytes) -> None:
+    with pytest.raises(InputError, match=r"a\.csv:3: not valid CSV.*; the record reaches to line [45]"):
+        read(tmp_path, "a.csv", b"prompt,completion\np,q\n" + record)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +152,8 @@ def written(path: Path, content: bytes) -> str:
     return str(path)
 
 
-def values(path: str, **more: Any) -> list[Any]:
-    return [row.value for row in sources.read(path, **more) if isinstance(row, Row)]
+def values(path: str, **part: Any) -> list[Any]:
+    return [row.value for row in sources.read(path, Part(**part)) if isinstance(row, Row)]
 
 
 ROWS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": 'Größe\n"m", ok', "completion": "5"}]
@@ -157,6 +196,11 @@ KINDS = {
     "a.feather": as_arrow(pa.ipc.new_file),
     "a.jsonl.gz": gzip.compress(JSONL),
     "a.csv.gz": gzip.compress(as_csv()),
+    "a.jsonl.bz2": bz2.compress(JSONL),
+    "a.jsonl.xz": lzma.compress(JSONL),
+    "members.bz2": bz2.compress(JSONL[:20]) + bz2.compress(JSONL[20:]),
+    "members.xz": lzma.compress(JSONL[:20]) + b"\0" * 8 + lzma.compress(JSONL[20:]),
+    "xz.jsonl": lzma.compress(JSONL),
     "gzip.jsonl": gzip.compress(JSONL),
     "a.jsonl.zst": pa.compress(JSONL, "zstd", asbytes=True),
     "frames.zst": pa.compress(JSONL[:20], "zstd", asbytes=True) + pa.compress(JSONL[20:], "zstd", asbytes=True),
@@ -183,14 +227,6 @@ def test_rows_on_one_line_of_an_array_are_told_apart(tmp_path: Path) -> None:
         "1 (row 2)",
         "2",
     ]
-
-
-def test_nulls_that_a_table_had_to_put_into_structs_are_taken_out(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    table = pa.Table.from_pylist([{"messages": [{"role": "user", "content": "Hi"}, call], "tools": None}])
-    pq.write_table(table, tmp_path / "a.parquet")
-    (row,) = values(str(tmp_path / "a.parquet"))
-    assert row == {"messages": [{"role": "user", "content": "Hi"}, {k: v for k, v in call.items() if v}], "tools": None}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +258,13 @@ def test_a_bad_record_of_a_csv_is_named_and_the_others_are_read(tmp_path: Path, 
         ("a.parquet", JSONL, "not a whole Parquet file"),
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], "cut short"),
         ("a.jsonl.zst", pa.compress(JSONL, "zstd", asbytes=True)[:-4], "cut short"),
+        ("a.jsonl.bz2", bz2.compress(JSONL)[:-4], "cut short"),
+        ("a.jsonl.xz", lzma.compress(JSONL)[:-4], "cut short"),
+        ("tail.jsonl.gz", gzip.compress(JSONL, mtime=0) + JSONL, "damaged"),
+        ("tail.jsonl.zst", pa.compress(JSONL, "zstd", asbytes=True) + JSONL, "damaged"),
+        ("tail.jsonl.bz2", bz2.compress(JSONL) + JSONL, "damaged"),
+        ("tail.jsonl.xz", lzma.compress(JSONL) + JSONL, "damaged"),
+        ("two.arrow", as_arrow(pa.ipc.new_stream) * 2, "more follows after its end"),
         ("a.gz", gzip.compress(as_parquet(), mtime=0), "a table inside a compressed file"),
         ("a.gz", gzip.compress(b"words", mtime=0), "unknown kind of file"),
         ("a.jsonl", b"PK\x03\x04", "zip archive"),
@@ -248,6 +291,59 @@ def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no data in this folder"):
         values(str(tmp_path / "empty"))
+
+
+def test_what_a_folder_holds_is_read_or_named(tmp_path: Path) -> None:
+    place, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    written(elsewhere / "deep" / "b.jsonl", JSONL)
+    read_there = ("a.jsonl", "c.jsonl.bz2", "d.jsonl.xz", "f.jsonl.1", "linked/deep/b.jsonl", "sub/e.jsonl")
+    named = ("_held.jsonl", "README.txt", "f.jsonl.bak", "gone.jsonl", "g.zip")
+    unspoken = ("README.md", "LICENSE", "_SUCCESS", ".x.jsonl", ".git/a.jsonl", "dataset_info.json", "a.jsonl.lock")
+    for name in {*read_there, *named, *unspoken} - {"linked/deep/b.jsonl", "gone.jsonl"}:
+        written(place / name, KINDS.get(name, JSONL))
+    (place / "linked").symlink_to(elsewhere)
+    (place / "gone.jsonl").symlink_to(place / "nowhere")
+    (place / "again").symlink_to(place / "sub")
+    (elsewhere / "round").symlink_to(place)
+    found = sources.listing(str(place))
+    assert [str(Path(name).relative_to(place)) for name in found.files] == [*read_there]
+    assert {str(Path(name).relative_to(place)) for name in found.unread} == {*named}
+    assert values(str(place)) == ROWS * len(read_there)
+
+
+def test_a_folder_that_a_glob_meets_is_named_unless_files_of_it_fit(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", JSONL)
+    written(tmp_path / "sub" / "b.jsonl", JSONL)
+    assert sources.listing(str(tmp_path / "*")).unread == (str(tmp_path / "sub"),)
+    assert sources.listing(str(tmp_path / "**")).unread == ()
+    assert len(values(str(tmp_path / "**"))) == 2 * len(ROWS)
+
+
+TWICE = {
+    "columns": pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
+    "fields of a struct in a list": pa.table(
+        {
+            "messages": pa.ListArray.from_arrays(
+                [0, 1], pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+            )
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+@pytest.mark.parametrize("where", TWICE)
+def test_a_table_with_a_name_twice_is_refused_as_a_row_would_keep_one_of_them(
+    tmp_path: Path, where: str, kind: str
+) -> None:
+    table, sink = TWICE[where], pa.BufferOutputStream()
+    if kind == "parquet":
+        pq.write_table(table, sink)
+    else:
+        with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match=r"a\.arrow:1: two columns named '(messages\.)?text'; rename or drop one"):
+        read(tmp_path, "a.arrow", sink.getvalue().to_pybytes())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])

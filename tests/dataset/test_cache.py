@@ -502,7 +502,7 @@ def test_rows_that_cannot_be_read_stop_a_large_run_before_any_is_encoded(
     with pytest.raises(Problems, match="32 of 94 rows cannot be read, and none was encoded") as raised:
         prepare.prepare(made, Session(console=check.Console(quiet=True)))
     assert "rows.jsonl:62: messages: no assistant message" in str(raised.value)
-    assert "... and 12 more" in str(raised.value)
+    assert "(and 29 more: " in str(raised.value)
     monkeypatch.setattr(build, "encode_sources", encode)
     allowed = made.model_copy(update={"data": made.data.model_copy(update={"allow_refused": 32})})
     assert prepare.prepare(allowed, Session(console=check.Console(quiet=True))).data.ledgers[0].fates["refused"] == 32
@@ -512,7 +512,7 @@ def test_more_bad_rows_than_are_kept_are_counted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shapes, "NAMED", 5)
     ((_, found),) = understand([SourceSpec("a", rows=(ROWS[0], *[{"messages": []}] * 9))])
     assert (len(found.refused), found.refused_rows, found.rows) == (5, 9, 10)
-    mixed = ({"question": "a", "answer": "b", "messages": []},) * 9
+    mixed = ({"question": "a", "answer": "b", "messages": ROWS[0]["messages"]},) * 9
     with pytest.raises(Problems) as raised:
         understand([SourceSpec("a", rows=mixed)])
     assert len(raised.value.problems) + raised.value.more == 10

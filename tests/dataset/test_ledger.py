@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from encoders import chat, row_encoder, source
 from readers import understand
-from tiny_tokenizers import CHATML, byte_level
+from tiny_tokenizers import CHATML, byte_level, letters
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from deft.core.types import Fate
@@ -20,8 +21,9 @@ from deft.dataset.data_warnings import WARNINGS
 from deft.dataset.ledger import SourceLedger
 from deft.encoding.rows import RowEncoder
 
-WITHOUT_SYSTEM = CHATML.replace(
-    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+WITHOUT_EARLIER = CHATML.replace(
+    "{% for message in messages %}",
+    "{% for message in messages if message['role'] != 'assistant' or message == messages[-1] %}",
 )
 WITH_REASONING = CHATML.replace(
     "message['content'] +",
@@ -106,6 +108,22 @@ CASES: dict[str, tuple[tuple[RowEncoder, Any], tuple[RowEncoder, Any]]] = {
         (row_encoder(), chat("What is </s>?", "A mark")),
         (row_encoder(), chat("What is it?", "A mark")),
     ),
+    "rendered_as_text": (
+        (row_encoder(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"),
+        (row_encoder(), "What is <|im_start|>?"),
+    ),
+    "begins_otherwise": (
+        (row_encoder(render="rendered"), "<|im_start|>judge\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"),
+        (row_encoder(render="rendered"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"),
+    ),
+    "lost_characters": (
+        (row_encoder(tokenizer=letters()), ["hi", "hello 日"]),
+        (row_encoder(tokenizer=letters()), ["hi", "hello"]),
+    ),
+    "changed_characters": (
+        (row_encoder(tokenizer=letters(normalizers.Lowercase())), ["hi", "Hello"]),
+        (row_encoder(tokenizer=letters(normalizers.Lowercase())), ["Hi", "hello"]),
+    ),
     "encoded_apart": (
         (
             row_encoder("{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"),
@@ -115,10 +133,10 @@ CASES: dict[str, tuple[tuple[RowEncoder, Any], tuple[RowEncoder, Any]]] = {
     ),
     "dropped_content": (
         (
-            row_encoder(WITHOUT_SYSTEM),
-            {"messages": [{"role": "system", "content": "Rhyme."}, *chat("Hi", "Hello")["messages"]]},
+            row_encoder(WITHOUT_EARLIER),
+            {"messages": [*chat("a", "earlier", weight=0)["messages"], *chat("c", "d")["messages"]]},
         ),
-        (row_encoder(), {"messages": [{"role": "system", "content": "Rhyme."}, *chat("Hi", "Hello")["messages"]]}),
+        (row_encoder(), {"messages": [*chat("a", "earlier", weight=0)["messages"], *chat("c", "d")["messages"]]}),
     ),
     "dropped_reasoning": (
         (
@@ -133,6 +151,20 @@ CASES: dict[str, tuple[tuple[RowEncoder, Any], tuple[RowEncoder, Any]]] = {
     "dropped_tools": (
         (row_encoder(), {**chat("Hi", "Hello"), "tools": [TOOL]}),
         (row_encoder(WITH_TOOLS), {**chat("Hi", "Hello"), "tools": [TOOL]}),
+    ),
+    "dropped_kwargs": (
+        (row_encoder(), {**chat("Hi", "Hello"), "template_kwargs": {"mood": "calm"}}),
+        (row_encoder("{{ mood }}" + CHATML), {**chat("Hi", "Hello"), "template_kwargs": {"mood": "calm"}}),
+    ),
+    "dropped_weight": (
+        (
+            row_encoder(),
+            {"messages": [{"role": "user", "content": "Hi", "weight": 1}, *chat("", "Hello")["messages"][1:]]},
+        ),
+        (
+            row_encoder(),
+            {"messages": [{"role": "user", "content": "Hi", "weight": 0}, *chat("", "Hello")["messages"][1:]]},
+        ),
     ),
     "dropped_name": (
         (
@@ -180,6 +212,7 @@ def test_tool_calls_that_the_template_drops_in_history_are_seen() -> None:
 
 def test_every_warning_is_told_and_has_a_case() -> None:
     elsewhere = {"dropped_tool_calls", "duplicate", "in_evaluation"}
+    elsewhere |= {"empty_reasoning", "thinking_off", "moved_reasoning", "empty_block", "reasoning_as_text"}
     assert set(CASES) | elsewhere == set(WARNINGS)
 
 
@@ -197,10 +230,10 @@ def test_repeated_rows_are_seen_and_so_are_rows_of_the_evaluation_data() -> None
 def test_rows_are_decoded_until_fifty_of_their_kind_are_whole_and_to_the_end_where_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with_system = {"messages": [{"role": "system", "content": "Rhyme."}, *chat("Hi", "Hello")["messages"]]}
-    dropping, keeping = row_encoder(WITHOUT_SYSTEM), row_encoder()
-    assert account(dropping, *[with_system] * 60).count("dropped_content") == 60
-    known = understand(sources.from_values([with_system] * 60), "rows")
+    longer = {"messages": [*chat("a", "earlier", weight=0)["messages"], *chat("c", "d")["messages"]]}
+    dropping, keeping = row_encoder(WITHOUT_EARLIER), row_encoder()
+    assert account(dropping, *[longer] * 60).count("dropped_content") == 60
+    known = understand(sources.from_values([longer] * 60), "rows")
     decoded: list[Any] = []
     dropped = data_warnings._dropped
     monkeypatch.setattr(data_warnings, "_dropped", lambda *each: decoded.append(each) or dropped(*each))

@@ -229,3 +229,45 @@ def test_encode_takes_rows_of_several_conversations_and_names_what_is_left_out()
     rated = deft.encode([{**chat, "label": label} for label in (True, False)], tokenizer, template="chatml")
     assert len(rated) == 1
     assert rated.refused == ((Origin("rows", 2), "label: false, a bad answer"),)
+
+
+# Weights in fp32
+
+
+def test_a_row_whose_weight_is_0_in_fp32_is_refused(row_encoder: RowEncoder) -> None:
+    rows = ({**pairs(1)[0], "loss_weight": 1e-50}, *pairs(2, "q"))
+    data = encoded(row_encoder, SourceSpec("a", rows=rows))
+    assert [fate for _, fate, _ in data.ledgers[0].lost] == ["refused"]
+    assert "1e-50 of the row times 1 of a message is not 0, and no number of fp32" in data.ledgers[0].lost[0][2]
+    assert len(data.train) == 2
+
+
+@pytest.mark.parametrize("name", ["train", "held_out"])
+def test_the_weights_of_source_row_and_message_multiply_in_fp32(row_encoder: RowEncoder, name: str) -> None:
+    def chat(weight: float, row: float) -> dict[str, Any]:
+        learnt = {"role": "assistant", "content": "b", "weight": weight}
+        return {"messages": [{"role": "user", "content": f"{weight} {row}"}, learnt], "loss_weight": row}
+
+    kept = [chat(1e-10, 1.0), chat(1e-10, 1e-10), chat(1e6, 1e6), chat(1, 0), chat(0, 1)]
+    lost = [chat(1e-10, 1e-20), chat(1e-30, 1.0), chat(1.0, 1e-30)]
+    spec = SourceSpec("a", rows=(*kept, *lost), loss_weight=1e-15)
+    of = understand([spec])
+    data = build.encode_sources(of if name == "train" else [], row_encoder, held_out=of if name == "held_out" else ())
+    (found,) = data.ledgers
+    assert (found.fates["refused"], found.fates["no_target"]) == (3, 2)
+    assert "1e-15 of its source times its own weights" in found.lost[-1][2]
+    for (part,) in (*data.train, *data.held_out):
+        assert part.weights.max() >= np.finfo(np.float32).tiny
+
+
+def test_one_small_weight_of_several_refuses_its_row(row_encoder: RowEncoder) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1e-30}]
+    row = {"messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    found = [encoded(row_encoder, SourceSpec("a", rows=(row,), loss_weight=weight)) for weight in (1.0, 1e-9)]
+    assert [data.ledgers[0].fates["refused"] for data in found] == [0, 1]
+
+
+def test_weights_of_a_user_s_format_are_finite_and_not_negative(row_encoder: RowEncoder) -> None:
+    for weight in (1e39, float("inf"), float("nan"), -1.0):
+        row = row_encoder.encode(Conversation(Origin("a", 1), "text", (Message("output", "Hi"),), weight=weight))
+        assert row.reason.startswith("loss_weight:"), weight

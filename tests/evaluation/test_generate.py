@@ -324,16 +324,16 @@ def folder(tmp_path: Path) -> Path:
 
 def test_generate_writes_what_it_returns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"max_new_tokens": 5}
-    answers = talking.run_generate(folder, ["The cat", "A\n\nB"], raw=True, generate=settings)
+    answers = talking.run_generate(folder, ["The cat", "A\n\nB"], is_chat=False, generate=settings)
     assert capsys.readouterr().out == f"--- The cat\n{answers[0]}\n--- A\n{answers[1]}\n"
-    (one,) = talking.run_generate(folder, ["The cat"], raw=True, generate=settings)
+    (one,) = talking.run_generate(folder, ["The cat"], is_chat=False, generate=settings)
     assert capsys.readouterr().out == one + "\n"
     assert one == answers[0]
 
 
 def test_a_prompt_goes_through_the_template_where_there_is_one(folder: Path) -> None:
     settings = {"max_new_tokens": 9}
-    chat, raw = (talking.run_generate(folder, ["The cat"], raw=raw, generate=settings) for raw in (False, True))
+    chat, raw = (talking.run_generate(folder, ["The cat"], is_chat=each, generate=settings) for each in (None, False))
     model, tokenizer = generation.load(folder)
     messages = [{"role": "user", "content": "The cat"}]
     assert chat == generation.complete(model, tokenizer, [messages], generate=settings) != raw

@@ -159,7 +159,7 @@ def test_no_reasoning_follows_a_prompt_that_has_closed_it() -> None:
     template = LOOP + "[{{ m.role }}]{{ '</think>' if m.role == 'assistant' }}{{ m.content }}</s>" + END
     prompt = opens("[assistant]{{ '<think>' if thinking else '</think>' }}")
     (one,) = render(template + prompt, [USER, Message("assistant", "4.", reasoning="2 + 2")])
-    assert one.text == "[user]Hi?</s>[assistant]<think>2 + 2\n</think>\n\n4.</s>"
+    assert one.text == "[user]Hi?</s>[assistant]<think>2 + 2</think>4.</s>"
     with pytest.raises(Refusal, match=r"drops words.*reasoning"):
         render(template + opens("[assistant]</think>"), [USER, Message("assistant", "4.", reasoning="2 + 2")])
 

@@ -248,6 +248,16 @@ def test_rates_by_pattern() -> None:
         config.load(None, ["model=a", "data=b", "optimizer.rates={'(': 2}"])
 
 
+def test_a_run_that_is_trained_on_leaves_the_later_adapter(folder: Path) -> None:
+    first = adapted_run(folder, "run", adapter={"r": 4}, epochs=1)
+    early = load_file(first.folder / "adapter" / "adapter_model.safetensors")
+    (first.folder / "final").rename(first.folder / "final-5")
+    later = load_file(
+        adapted_run(folder, "run", adapter={"r": 4}, epochs=2).folder / "adapter/adapter_model.safetensors"
+    )
+    assert not any(torch.equal(early[name], later[name]) for name in early)
+
+
 def test_an_adapter_folder_is_gone_on_from(folder: Path) -> None:
     first = adapted_run(folder, "first", adapter={"name": "rslora", "r": 4}, epochs=1)
     given = settings(folder, "second", epochs=1, steps=1) | {"model": str(first.folder / "adapter")}

@@ -28,6 +28,7 @@ from deft.model import attention, fused_layers
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
 from deft.model.load import Base, inspect
+from deft.model.trainable import ALL
 from deft.plan import loader
 from deft.plan.loader import Loader
 from deft.plan.order import Batching
@@ -115,7 +116,7 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     batch = planned([length] * 3, budget=4000).step(0).micro_batches[0]
     deep = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 9, "layer_types": ["full_attention"] * 9})
     whole, extended = (
-        forecast._trace(deep, batch, chunked.NLL, FP32, True, "none"),
+        forecast._trace(deep, batch, chunked.NLL, FP32, True, "none", ALL),
         trace(deep, batch, chunked.NLL, FP32, True),
     )
     assert asdict(extended) == pytest.approx(asdict(whole), rel=0.01)
@@ -127,8 +128,8 @@ def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Ch
     batch = loader.build([(np.arange(1000) % 50, learnt)])
     wide = {"intermediate_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     deep, machine = LlamaConfig(**{**LLAMA.to_dict(), **wide}), replace(FP32, dtype=torch.bfloat16)
-    whole = forecast._trace(deep, batch, chunked.NLL, machine, True, mode)
-    extended = trace(deep, batch, chunked.NLL, machine, True, mode)
+    whole = forecast._trace(deep, batch, chunked.NLL, machine, True, mode, ALL)
+    extended = trace(deep, batch, chunked.NLL, machine, True, mode, ALL)
     assert extended.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.04)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,44 @@ from rich.console import Console
 
 from deft.core.errors import InputError
 from deft.encoding import tokenizer as tokenizers
-from deft.encoding.tokenizer import Tokenizer
-from deft.evaluation.generate import Messages, check_stops, load, resolve
+from deft.evaluation import prompt_form
+from deft.evaluation.generate import check_stops, load, resolve
+from deft.evaluation.prompt_form import PromptForm
 from deft.evaluation.streaming import stream
+from deft.tracking.console import lasting
 
 
 def run_generate(
     model_path: str | Path,
     prompts: Sequence[str],
     *,
-    raw: bool = False,
+    is_chat: bool | None = None,
     generate: Mapping[str, Any] | None = None,
     stop_sequences: Sequence[str] = (),
 ) -> list[str]:
     """`deft generate`: writes the answers to standard output as they come and returns them.
 
-    Where the tokenizer has a chat template and not `raw`, each prompt is the user's message in it. Several answers
-    stand under a line with their prompt.
+    is_chat  whether each prompt is the user's message in the chat template; None asks the model as it was trained
+
+    A line on standard error says which. Several answers stand under a line with their prompt.
     """
     settings = resolve(generate or {})
     check_stops(stop_sequences)
     model, tokenizer = load(model_path)
+    form, line = prompt_form.chosen(model_path, tokenizer, is_chat)
+    _note(line)
     answers = []
     for prompt in prompts:
         if len(prompts) > 1:
             _write(f"--- {prompt.strip().partition(chr(10))[0] or '(empty)'}\n")
-        shown = prompt if raw or tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
-        pieces = stream(model, tokenizer, shown, generate=settings, stop_sequences=stop_sequences)
+        pieces = stream(
+            model,
+            tokenizer,
+            form.shown(prompt),
+            generate=settings,
+            stop_sequences=stop_sequences,
+            template_kwargs=form.template_kwargs,
+        )
         answers.append(_written(pieces, _write))
     return answers
 
@@ -46,7 +58,13 @@ def run_chat(model_path: str | Path, system: str | None = None, generate: Mappin
     """`deft chat`: a prompt on a terminal, plain lines from a pipe; the end of the input ends it."""
     settings = resolve(generate or {})
     model, tokenizer = load(model_path)
-    chat(model, tokenizer, _typed_lines(), _write, system=system, generate=settings)
+    trained = prompt_form.recorded(model_path)
+    if trained and not trained.is_chat:
+        _note("warning: this model was trained on raw text, not on chats: `deft generate` asks it as it was trained")
+    given = trained.template_kwargs if trained else {}
+    if tokenizer.chat_template is not None:
+        _note(str(PromptForm(True, given)))
+    chat(model, tokenizer, _typed_lines(), _write, system=system, generate=settings, template_kwargs=given)
 
 
 def chat(
@@ -57,6 +75,7 @@ def chat(
     *,
     system: str | None = None,
     generate: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """A conversation: each line is the user's next message, each answer is written piece by piece.
 
@@ -77,17 +96,16 @@ def chat(
             history = start
         elif text:
             history = [*history, {"role": "user", "content": text}]
-            answer = _answer(model, held, history, write, generate)
+            pieces = partial(stream, model, held, history, generate=generate, template_kwargs=template_kwargs)
+            answer = _answer(pieces, write)
             history = history[:-1] if answer is None else [*history, {"role": "assistant", "content": answer}]
 
 
-def _answer(
-    model: Any, held: Tokenizer, history: Messages, write: Callable[[str], None], generate: Mapping[str, Any]
-) -> str | None:
-    """The answer to a conversation, written piece by piece; None where it does not fit, or Ctrl-C stops it."""
+def _answer(begin: Callable[[], Iterator[str]], write: Callable[[str], None]) -> str | None:
+    """An answer, written piece by piece; None where its conversation does not fit, or Ctrl-C stops it."""
     try:
         # Templates put their own white space around an answer; the one that the model wrote is not repeated.
-        return _written(stream(model, held, history, generate=generate), write, is_stripped=True).rstrip()
+        return _written(begin(), write, is_stripped=True).rstrip()
     except InputError as error:
         write(f"[{error}; /reset starts anew]\n")
     except KeyboardInterrupt:
@@ -109,6 +127,10 @@ def _written(pieces: Iterator[str], write: Callable[[str], None], is_stripped: b
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _note(line: str) -> None:
+    print(line, file=lasting(sys.stderr), flush=True)
 
 
 def _typed_lines() -> Iterator[str]:

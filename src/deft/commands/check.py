@@ -17,12 +17,13 @@ from deft.dataset import ledger
 from deft.dataset.build import Dataset
 from deft.dataset.data_warnings import Finding
 from deft.dataset.ledger import SourceLedger
+from deft.dataset.survey import not_read
 from deft.distributed.world import World
 from deft.encoding.tokenizer import Tokenizer
 from deft.model.load import ModelSummary, summarise
 from deft.plan import summary
 from deft.plan.summary import PlanSummary
-from deft.run import plan_time, prepare, reading
+from deft.run import plan_time, prepare, reading, requests
 from deft.run.build import load
 from deft.run.config import Config
 from deft.run.forecast import Fit, Forecast, forecast
@@ -85,7 +86,7 @@ def run(
         model=summarise(checked.base, checked.trainable),
         plan=_summary(fit, data) if fit else None,
         expected=forecast(fit, checked.machine) if fit else None,
-        findings=tuple(_findings(config, checked, data)),
+        findings=tuple(_findings(config, checked, data, fit)),
     )
     _print(session, config, checked, found)
     _write(report, found)
@@ -129,9 +130,10 @@ def _summary(fit: Fit, data: Dataset) -> PlanSummary:
     return summary.summarise(plan.epochs, plan.steps, examples.lengths, examples.targets, plan.microbatch_tokens)
 
 
-def _findings(config: Config, checked: Checked, data: Dataset) -> Iterator[Finding]:
-    """What a user should know, the gravest kinds first: rows, then tokens that stop the model, then the folder."""
+def _findings(config: Config, checked: Checked, data: Dataset, fit: Fit | None) -> Iterator[Finding]:
+    """What a user should know, the gravest kinds first: rows, requests, tokens that stop the model, the folder."""
     yield from ledger.findings(data.ledgers)
+    yield from requests.unmet(config, checked, data, fit.planned if fit else None)
     yield from _too_long(checked, data.ledgers)
     if config.data.train_on == "all" and checked.is_chat:
         what = "data.train_on is all: what users and tools say is learnt as well"
@@ -189,11 +191,11 @@ def stop_findings(tokenizer: Tokenizer, stop_ids: Sequence[int], marks: frozense
 
 def _print(session: Session, config: Config, checked: Checked, found: Checkup) -> None:
     session.console.print(_table(found.ledgers))
-    for line in chain.from_iterable(map(_source_lines, found.ledgers)):
+    for line in chain(not_read(checked.train + checked.held_out), *map(_source_lines, found.ledgers)):
         session.say(line)
     session.say("")
-    if checked.is_chat:
-        session.say(f"template  {checked.chosen.where}")
+    for text in checked.texts():
+        session.say(f"template  {text}")
     for line in [*_model_lines(config, checked, found), *_plan_lines(found.plan), ""]:
         session.say(line)
     for finding in found.findings:

@@ -29,7 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Supervised fine-tuning of language models.",
 )
 
 Arguments = Annotated[
@@ -42,7 +41,26 @@ Settings = Annotated[
 ]
 
 
-@app.command()
+KEYS = {"ignore_unknown_options": True}
+"""Options that a command does not know come as arguments, so that `_config` can say how settings are written."""
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"deft {versions.own()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say deft's version and leave")
+    ] = False,
+) -> None:
+    """Supervised fine-tuning of language models."""
+
+
+@app.command(context_settings=KEYS)
 def train(arguments: Arguments = None) -> None:
     """Fine-tune a model on demonstrations: deft train data.jsonl model=... output=..."""
     with signals.handled() as handled:
@@ -54,7 +72,7 @@ def train(arguments: Arguments = None) -> None:
         run(config, Session(signals=handled, began=BEGAN, owns_process=True))
 
 
-@app.command()
+@app.command(context_settings=KEYS)
 def check(
     arguments: Arguments = None,
     report: Annotated[
@@ -72,7 +90,7 @@ def check(
     run(config, report, is_timed=is_timed)
 
 
-@app.command()
+@app.command(context_settings=KEYS)
 def show(
     arguments: Arguments = None,
     rows: Annotated[int | None, typer.Option(metavar="N", help="how many rows (10; 500 on a page)", min=1)] = None,
@@ -93,7 +111,10 @@ def show(
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts; standard input is one prompt if none")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="do not use the chat template")] = False,
+    is_chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="prompts in the chat template, or as they are; without it as in training"),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="text at which an answer is cut")] = None,
     settings: Settings = None,
 ) -> None:
@@ -102,7 +123,7 @@ def generate(
         from deft.commands.chat import run_generate
 
     texts = prompts or [sys.stdin.read().removesuffix("\n")]
-    run_generate(model, texts, raw=raw, generate=_generation(settings), stop_sequences=stop or ())
+    run_generate(model, texts, is_chat=is_chat, generate=_generation(settings), stop_sequences=stop or ())
 
 
 @app.command()
@@ -202,13 +223,30 @@ def _config(arguments: list[str] | None) -> Config:
     with _imports():
         from deft.run import config
 
+    for number, each in enumerate(arguments or [], 1):
+        if each.startswith("-") and each != "-":
+            raise InputError(f"{each}: no such option; {_as_setting(each, (arguments or [])[number:])}")
     files = [each for each in arguments or [] if "=" not in each]
     overrides = [each for each in arguments or [] if "=" in each]
     settings = [file for file in files if file.endswith((".yaml", ".yml", ".toml"))]
     if len(settings) > 1 or (settings and len(files) > 1):
         raise InputError(f"{files[1]}: one configuration file, or data files; other arguments are key=value")
     data = [] if settings or not files else [f"data.train={json.dumps(files)}"]
-    return config.load(settings[0] if settings else None, [*data, *overrides])
+    return config.load(settings[0] if settings else None, [*data, *overrides], _warn)
+
+
+def _warn(line: str) -> None:
+    print(f"deft: {redacted(line)}", file=sys.stderr)
+
+
+def _as_setting(option: str, following: list[str]) -> str:
+    """How to write what another trainer's command line takes as an option."""
+    from deft.run import config
+
+    name, equals, value = option.lstrip("-").partition("=")
+    value = value if equals else next((each for each in following[:1] if not each.startswith("-")), "true")
+    key, known = name.replace("-", "_"), config.keys()
+    return f"write {key}={value}" if key in known else f"settings are written key=value; {config.suggestion(key)}"
 
 
 def _generation(settings: list[str] | None) -> dict[str, object]:

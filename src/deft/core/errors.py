@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -102,23 +103,59 @@ class MemoryShort(DeftError):
 class Problem:
     """One thing wrong in the input: where it stands, what it is, what to do about it.
 
+    others  how many places have it beside this one, of which `also` are the first
+
     >>> str(Problem("train.jsonl:4", "messages[1].role: 'asistant' is not a role", "did you mean 'assistant'?"))
     "train.jsonl:4: messages[1].role: 'asistant' is not a role; did you mean 'assistant'?"
+    >>> str(Problem("a.jsonl:4", "no answer", "add one", others=3, also=("a.jsonl:7",)))
+    'a.jsonl:4: no answer; add one (and 3 more: a.jsonl:7, ...)'
     """
 
     where: str
     what: str
     fix: str = ""
+    others: int = 0
+    also: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
+        places = ", ".join(self.also + (("...",) if self.others > len(self.also) else ()))
+        more = f" (and {self.others} more: {places})" if self.others else ""
+        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "") + more
 
 
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS, SHOWN_PLACES = 20, 4
+_ROW = re.compile(r":\d+( \(row \d+\))?$")
+_PARTICULAR = re.compile(r"\d+|'[^']*[^\w'][^']*'|\"[^\"]*[^\w\"][^\"]*\"")
+
+
+def kind_of_problem(text: str) -> str:
+    """What is said of many rows alike: numbers and quoted text, but for single words, are of each row alone.
+
+    >>> kind_of_problem("messages[3]: 'Hi there' is dropped") == kind_of_problem("messages[1]: 'So, what' is dropped")
+    True
+    """
+    return _PARTICULAR.sub("#", text)
+
+
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems of rows that are of one kind as one: the first of them, with the places of the others.
+
+    >>> [str(each) for each in grouped([Problem("a:1", "no"), Problem("a:2", "bad"), Problem("a:3", "no")])]
+    ['a:1: no (and 1 more: a:3)', 'a:2: bad']
+    """
+    found: dict[str, Problem] = {}
+    for each in problems:
+        place = "" if _ROW.search(each.where) else each.where
+        key = f"{place}: {kind_of_problem(f'{each.what}; {each.fix}')}"
+        first = found.setdefault(key, each)
+        if first is not each:
+            also = (*first.also, each.where, *each.also)[: SHOWN_PLACES - 1]
+            found[key] = replace(first, others=first.others + 1 + each.others, also=also)
+    return [*found.values()]
 
 
 class Problems(InputError):
-    """Several problems at once: the first twenty are written out, the rest counted.
+    """Several problems at once: those of one kind in a line, the first twenty lines written out, the rest counted.
 
     more  how many there are beyond `problems`
     """
@@ -127,8 +164,9 @@ class Problems(InputError):
         self.heading = heading
         self.problems = tuple(problems)
         self.more = more
-        hidden = len(self.problems) + more - SHOWN_PROBLEMS
-        lines = [heading, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        shown = grouped(problems)
+        hidden = sum(1 + each.others for each in shown[SHOWN_PROBLEMS:]) + more
+        lines = [heading, *(f"  {problem}" for problem in shown[:SHOWN_PROBLEMS])]
         super().__init__("\n".join(lines + ([f"  ... and {hidden} more"] if hidden > 0 else [])))
 
     def __reduce__(self) -> tuple[Any, ...]:

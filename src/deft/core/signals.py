@@ -1,12 +1,13 @@
 """SIGTERM, SIGINT, SIGUSR1 and SIGHUP end a run in good order: at once where nothing can be lost, else when it is safe.
 
-Only the command line installs handlers; from Python, Ctrl-C stays Python's own KeyboardInterrupt.
+The command line handles all four. From Python it is Ctrl-C alone, which stays Python's own KeyboardInterrupt.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,18 +50,24 @@ class Signals:
         """The handler. A second Ctrl-C leaves at once: whatever is being written is written beside its place."""
         if self.arrived is not None:
             if number == signal.SIGINT:
-                os._exit(128 + number)
+                self._leave(number)
             return
         self.arrived = number
         if not self.is_deferred:
-            raise Preempted(number)
+            raise self._ending(number)
         if number == signal.SIGINT:
-            os.write(2, b"\nSIGINT: the run is saved and ends; Ctrl-C again leaves without saving\n")
+            os.write(2, b"\nSIGINT: the run is saved and ends; Ctrl-C again leaves at once, saved or not\n")
 
     def check(self) -> None:
         """Raises Preempted where a signal has come."""
         if self.arrived is not None:
-            raise Preempted(self.arrived)
+            raise self._ending(self.arrived)
+
+    def _ending(self, number: int) -> BaseException:
+        return Preempted(number)
+
+    def _leave(self, number: int) -> None:
+        os._exit(128 + number)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -83,6 +90,50 @@ class Signals:
             yield
         finally:
             self.is_deferred = before
+
+
+@dataclass
+class Interrupts(Signals):
+    """Ctrl-C as Python has it: KeyboardInterrupt, the first when it is safe, each further one at once.
+
+    >>> ctrl_c = Interrupts()
+    >>> try:
+    ...     with ctrl_c.deferred():
+    ...         ctrl_c.arrive(signal.SIGINT)
+    ...         print("the step is finished")
+    ... except KeyboardInterrupt:
+    ...     print("and saved")
+    the step is finished
+    and saved
+    """
+
+    def _ending(self, number: int) -> BaseException:
+        return KeyboardInterrupt()
+
+    def _leave(self, number: int) -> None:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts() -> Iterator[Signals]:
+    """Handles Ctrl-C while the body runs, where nobody else does: a caller's own handler is left in its place.
+
+    In a thread that is not the main one there is nothing to handle: Ctrl-C never reaches it.
+    """
+    if not is_reached_by_interrupts() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield Signals()
+        return
+    found = Interrupts()
+    signal.signal(signal.SIGINT, found.arrive)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_reached_by_interrupts() -> bool:
+    """Whether Ctrl-C ends what this thread does: it does so in the main thread alone."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager

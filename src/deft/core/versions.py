@@ -23,6 +23,11 @@ def installed() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _found(name) or "not installed" for name in PACKAGES}}
 
 
+def own() -> str:
+    """deft's own version."""
+    return _found("deft-sft") or "unknown: not installed"
+
+
 def check_min_versions() -> None:
     """Raises InputError, in one line, where a package is missing or too old. Imports none of them."""
     wrong = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,8 @@ from deft.core.registry import closest
 from deft.data import json_text
 
 LARGEST_WEIGHT = 1e6
+LONGEST_REPR = 1_000_000
+"""Characters of Python's repr of a value that are read: its parser is slow, and takes much memory."""
 
 
 class RowError(Exception):
@@ -25,12 +29,32 @@ class LeftOut(Exception):
     """A sound row that is not trained on purpose; the text says why."""
 
 
+def is_nan(value: Any) -> bool:
+    """Whether a value is NaN or infinite: what writers of tables put where there is none, and no JSON.
+
+    >>> is_nan(float("nan")), is_nan(0.5), is_nan("NaN")
+    (True, False, False)
+    """
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def refuse_nan(value: Any, field: str) -> None:
+    """RowError where a value that is learnt or shown to the model is NaN, or holds it."""
+    if is_nan(value):
+        raise RowError(field, f"{value} is not JSON", "write null, or leave it out")
+    if isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            refuse_nan(each, field)
+
+
 def kind_of(value: Any) -> str:
     """The JSON name of a value's type.
 
     >>> kind_of(None), kind_of([1]), kind_of("a")
     ('null', 'a list', 'text')
     """
+    if is_nan(value):
+        return "NaN"
     names = {str: "text", list: "a list", tuple: "a list", dict: "an object", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
@@ -49,6 +73,38 @@ def described(value: Any) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """At most `length` characters of a text, for an error."""
     return text if len(text) <= length else text[:length] + "..."
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a field says nothing.
+
+    >>> [is_absent(value) for value in (None, " ", [], {}, float("nan"), 0, False)]
+    [True, True, True, True, True, False, False]
+    """
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, float):
+        return value != value
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
+
+
+def unusable(field: str, what: str) -> RowError:
+    """The refusal of a row because of a field, with the way out."""
+    key = field.rpartition(".")[2]
+    return RowError(field, what, f"mend or remove it, or say ignore: [{key}] of the source to do without it")
+
+
+def one_of(value: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """Which of the names of one field a row has; RowError where two of them say different things.
+
+    >>> one_of({"output": None, "response": "4"}, ("output", "response"))
+    'response'
+    """
+    said = [key for key in keys if not is_absent(value.get(key))]
+    for key in said[1:]:
+        if value[key] != value[said[0]]:
+            raise unusable(key, f"says other than {said[0]}, and is another name for it")
+    return next(iter(said), None) or next((key for key in keys if value.get(key) is not None), None)
 
 
 def text_of(value: Any, field: str) -> str:
@@ -74,14 +130,32 @@ def json_of(value: Any, field: str) -> Any:
         raise RowError(field, error.what, "write it with json.dumps") from error
 
 
+def value_of(value: Any, field: str) -> Any:
+    """`json_of`, for text that may be Python's repr of the value as well, as tables written from lists hold it.
+
+    >>> value_of("[{'name': 'f', 'strict': True}]", "tools")
+    [{'name': 'f', 'strict': True}]
+    """
+    try:
+        return json_of(value, field)
+    except RowError:
+        if not value.lstrip().startswith(("[", "{")) or len(value) > LONGEST_REPR:
+            raise
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            pass
+        raise
+
+
 def list_of(value: Any, field: str) -> list[Any]:
-    """`value` as a list that is not empty, from JSON text too (as tables hold it); RowError otherwise.
+    """`value` as a list that is not empty, from its text too (as tables hold it); RowError otherwise.
 
     >>> list_of('[{"role": "user"}]', "messages")
     [{'role': 'user'}]
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json_of(value, field)
+        value = value_of(value, field)
     if not isinstance(value, list | tuple):
         raise RowError(field, f"{kind_of(value)}, not a list", "give a list of messages")
     if not value:
@@ -124,16 +198,6 @@ def role_of(value: Any, field: str, roles: Mapping[str, str], meant: Mapping[str
     near = f"did you mean {meant[lower]!r}?" if meant and lower in meant else closest(lower, roles)
     what = f"{shortened(value)!r} is not a role ({', '.join(roles)})"
     raise RowError(field, what, near or "name one of these roles")
-
-
-def weight_of(value: Any, field: str) -> float | None:
-    """How much something is learnt, None where the row does not say; RowError unless a number from 0 to a million."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
-        shown = "a huge number" if isinstance(value, int) and abs(value) > LARGEST_WEIGHT else shortened(repr(value))
-        raise RowError(field, f"{shown} is not a weight", "give a number of 0 or more, 1 is usual")
-    return float(value)
 
 
 def label_of(value: Any, field: str) -> bool:

@@ -1,14 +1,17 @@
 """What a format is, what a source chooses for it, and which format reads a row; the folder `formats` is the registry.
 
 A format is a module with `KEYS`, the sets of fields that make a row its own, and `convert`, from a row to its
-conversations. It may have `left_out`, for rows that others make needless, with `compared`, which gives what `left_out`
-needs of a row; and `OPTIONS`, the choices of a source that it knows. A user's own format is a function named
-`pkg.mod:fn`: from a row to a row in a shape deft reads, or None.
+conversations. It may have `READS`, the fields of a row that `convert` reads where these are more than KEYS, and `reads`
+where they depend on which a row has; `PARTS`, the fields of the objects in them, where these are not messages;
+`left_out`, for rows that others make needless, with `compared`, which gives what `left_out` needs of a row; and
+`OPTIONS`, the choices of a source that it knows. What belongs to rows of every format, `row_fields` reads. A user's own
+format is a function named `pkg.mod:fn`: from a row to a row in a shape deft reads, or None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -16,8 +19,9 @@ from typing import Any, Literal
 from deft.core import registry
 from deft.core.errors import UserCodeError, user_code
 from deft.core.types import Conversation, Row
-from deft.data import formats
-from deft.data.fields import LeftOut, RowError, described, shortened, weight_of
+from deft.data import formats, messages, row_fields
+from deft.data import names as field_names
+from deft.data.fields import LeftOut, RowError, described, is_absent, shortened
 
 Answers = Literal["best", "all"]
 
@@ -37,11 +41,12 @@ class Control:
 class Choices:
     """The choices of one source that its format needs to know.
 
-    columns         what a format calls a field -> what the rows call it; no other field is read then
+    columns         what a format calls a field -> what the rows call it
     answers         of several answers to one prompt: the best one, or all good ones; None is the format's own default
     control         text before good and bad answers
     split           rows that name another split are left out; None reads all
     names_split     whether the user named the split: then the source must have splits
+    ignore          fields of rows and messages that are neither read nor told of
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +54,7 @@ class Choices:
     control: Control | None = None
     split: str | None = None
     names_split: bool = False
+    ignore: tuple[str, ...] = ()
 
     def options(self) -> set[str]:
         """The choices that only some formats know, as far as they were made.
@@ -65,12 +71,15 @@ class Choices:
         return self.control is not None and self.control.bad is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Format:
     """One module of the folder `formats`, or a user's function.
 
     keys      fields that make a row this format's, any of these sets; strings and lists have names in angle brackets
     convert   a row -> its conversations; raises RowError and LeftOut
+    reads     which fields it reads of a row with some fields
+    parts     the fields that it reads of the objects in them
+    written   a row of a user's function -> the row that it gives
     left_out  which sound rows of a source are not learnt because of others, and why
     compared  what `left_out` needs of a row, as a row
     options   the choices of a source that have a meaning here
@@ -79,6 +88,9 @@ class Format:
     name: str
     keys: tuple[frozenset[str], ...]
     convert: Callable[[Row, Choices], Sequence[Conversation]]
+    reads: Callable[[frozenset[str]], Iterable[str]]
+    parts: frozenset[str] = messages.READS
+    written: Callable[[Row, Choices], tuple[Format, Row]] | None = None
     left_out: Callable[[Sequence[Row], Choices], Mapping[int, str]] | None = None
     compared: Callable[[Row], Row] | None = None
     options: frozenset[str] = frozenset()
@@ -87,15 +99,44 @@ class Format:
         """The fields of a row that this format reads it by; none where it does not."""
         return frozenset().union(*(known for known in self.keys if known <= keys))
 
-    def read(self, row: Row, choices: Choices) -> tuple[Conversation, ...]:
-        """The conversations of a row with the row's own weight; raises RowError and LeftOut."""
-        if not _is_near(self, keys_of(row.value)):
-            raise RowError("", f"has {described(row.value)}, not {self.name}", "mend or remove the row")
-        found = tuple(self.convert(row, choices))
-        if not isinstance(row.value, dict) or row.value.get("loss_weight") is None:
-            return found
-        weight = weight_of(row.value["loss_weight"], "loss_weight") or 0.0
-        return tuple(replace(each, weight=weight) for each in found)
+    @property
+    def usual(self) -> frozenset[str]:
+        """The fields of its objects of which there is nothing more to know than that they are read."""
+        return _usual(self.parts)
+
+    def read(self, row: Row, choices: Choices) -> tuple[tuple[Conversation, ...], frozenset[str]]:
+        """The conversations of a row with all that it says beside its format, and the names of what nothing reads.
+
+        Raises RowError and LeftOut.
+        """
+        if self.written is not None:
+            form, row = self.written(row, choices)
+            return form.read(row, choices)
+        value = row.value
+        keys = keys_of(value)
+        own = own_fields(self, keys)
+        if not own and not _is_near(self, _fields(value)):
+            raise RowError("", f"has {described(value)}, not {self.name}", "mend or remove the row")
+        if isinstance(value, dict) and not row_fields.LEARNT.isdisjoint(value):
+            row = replace(row, value=row_fields.spread(value, own))
+        odd = row_fields.odd_ones(value, own, self.usual)
+        found = row_fields.applied(self.convert(row, choices), row.value, own, odd)
+        return found, row_fields.unread(value, keys, own, odd, self.parts)
+
+
+@cache
+def _usual(parts: frozenset[str]) -> frozenset[str]:
+    return parts.difference(row_fields.TOOLS)
+
+
+@lru_cache(maxsize=10_000)
+def own_fields(form: Format, keys: frozenset[str]) -> frozenset[str]:
+    """The fields that a format itself reads of a row with `keys`.
+
+    >>> sorted(own_fields(load("messages"), frozenset({"messages", "tools", "id"})))
+    ['messages']
+    """
+    return keys.intersection(form.reads(keys))
 
 
 def names() -> list[str]:
@@ -115,7 +156,9 @@ def load(name: str) -> Format:
     module = registry.load(formats, name, "data.format")
     more = {key: getattr(module, key) for key in ("left_out", "compared") if hasattr(module, key)}
     keys, options = tuple(map(frozenset, module.KEYS)), frozenset(getattr(module, "OPTIONS", ()))
-    return Format(name, keys, module.convert, options=options, **more)
+    table = frozenset(getattr(module, "READS", frozenset().union(*keys)))
+    reads, parts = getattr(module, "reads", lambda keys: table), getattr(module, "PARTS", messages.READS)
+    return Format(name, keys, module.convert, reads, parts, options=options, **more)
 
 
 @lru_cache(maxsize=10_000)
@@ -131,12 +174,109 @@ def reading(keys: frozenset[str]) -> tuple[Format, ...]:
     return tuple(form for form, claim in claims.items() if not any(claim < other for other in claims.values()))
 
 
+def the_one(row: Row, forms: Sequence[Format], choices: Choices) -> Format:
+    """Of formats that all read a row by its fields, the most structured, where the others read the same words.
+
+    A format that cannot convert the row does not read it. RowError where two read different words.
+
+    >>> from deft.core.types import Origin
+    >>> text = "Below is an instruction. Name a fruit. ### Response: Apple."
+    >>> row = Row(Origin("a", 1), {"instruction": "Name a fruit.", "output": "Apple.", "text": text})
+    >>> the_one(row, reading(keys_of(row.value)), Choices()).name
+    'alpaca'
+    """
+    if len(forms) == 1:
+        return forms[0]
+    found: dict[str, Sequence[Conversation]] = {}
+    for form in forms:
+        with suppress(RowError):
+            found[form.name] = _converted(form, row, choices)
+    order = sorted(found, key=lambda name: (_structure(found[name]), _is_listed(row, load(name))), reverse=True)
+    if not order or found[order[0]][0].kind == "text":
+        return next(form for form in forms if form.name != "text")
+    best, *others = order
+    for other in others if found[best][0].messages else ():
+        if not _say_the_same(found[best], found[other]):
+            fix = f"keep one of them, or say data.format: {best} (or {other})"
+            raise RowError("", f"reads as {best} and as {other}, which say different things", fix)
+    return load(best)
+
+
+def _converted(form: Format, row: Row, choices: Choices) -> Sequence[Conversation]:
+    try:
+        return form.convert(row, choices)
+    except LeftOut:
+        return [Conversation(row.origin, "chat", ())]
+
+
+def _structure(found: Sequence[Conversation]) -> tuple[int, int]:
+    return ("text", "dialogue", "chat").index(found[0].kind), sum(len(each.messages) for each in found)
+
+
+def _is_listed(row: Row, form: Format) -> bool:
+    """Whether the format reads turns in a list, not fields."""
+    return any(isinstance(row.value[key], list | tuple) for key in form.claim(keys_of(row.value)))
+
+
+def _say_the_same(best: Sequence[Conversation], other: Sequence[Conversation]) -> bool:
+    """Whether all words of `other` stand in `best`, or it is a rendering of `best`: one text that holds its words.
+
+    Of a text without roles the answers are enough: it may tell the rest in other words, as Alpaca's does.
+    """
+    structured, loose = _words(best), _words(other)
+    everything = f" {' '.join(structured)} "
+    held = _words(best, "assistant", "output") if other[0].kind == "text" else structured
+    return bool(held) and (
+        all(f" {words} " in everything for words in loose)
+        or any(all(words in text for words in held) for text in loose)
+    )
+
+
+def _words(conversations: Sequence[Conversation], *roles: str) -> list[str]:
+    """What the messages of some roles say, of all but system prompts if none is named, whatever the white space."""
+    every = (message for each in conversations for message in each.messages)
+    messages = (each for each in every if (each.role in roles if roles else each.role != "system"))
+    return [words for message in messages if (words := " ".join(message.content.split()))]
+
+
+def plainly_named(value: Any) -> Mapping[str, str]:
+    """The fields of a row whose names are those of a format but for the case of letters: name -> the row's own.
+
+    >>> plainly_named({"Question": "2+2?", "Response": "4", "ID": 7})
+    {'question': 'Question', 'response': 'Response'}
+    """
+    return _renaming(frozenset(value)) if isinstance(value, dict) else {}
+
+
+@lru_cache(maxsize=10_000)
+def _renaming(keys: frozenset[Any]) -> Mapping[str, str]:
+    texts = sorted(key for key in keys if isinstance(key, str) and key.lower() != key)
+    return {key.lower(): key for key in texts if key.lower() in known_fields() and key.lower() not in keys}
+
+
+@cache
+def known_fields() -> frozenset[str]:
+    """The names of fields that formats read, but for those of lists and strings."""
+    read_by = (known for form in map(load, names()) for known in form.keys if min(known)[0] != "<")
+    return row_fields.COMMON.union(field_names.BESIDE, field_names.UNDER_INSTRUCTION, *read_by)
+
+
 def keys_of(value: Any) -> frozenset[str]:
     """The fields of a row by which its format is found; strings and lists have names of their own.
 
-    >>> sorted(keys_of({"a": 1, "b": 2})), sorted(keys_of(["p", "o"]))
+    >>> sorted(keys_of({"a": 1, "b": 2, "c": None})), sorted(keys_of(["p", "o"]))
     (['a', 'b'], ['<list of text>'])
     """
+    keys = _fields(value)
+    if isinstance(value, dict):
+        # How tables write that a row has no such field.
+        nulls = [key for key, each in value.items() if each is None or (each.__class__ is float and each != each)]
+        return keys.difference(nulls) if nulls else keys
+    return keys
+
+
+def _fields(value: Any) -> frozenset[str]:
+    """The fields of a row, empty or not."""
     if isinstance(value, dict):
         return frozenset(value)
     if isinstance(value, str):
@@ -144,6 +284,33 @@ def keys_of(value: Any) -> frozenset[str]:
     if isinstance(value, list | tuple):
         return _LISTS.get(type(value[0]), _OTHER_LIST) if value else _OTHER_LIST
     return frozenset()
+
+
+def fitting(value: Any, columns: Iterable[str] = ()) -> tuple[tuple[Format, ...], bool]:
+    """The formats that read a row, and whether another one would, if its null fields said something.
+
+    Of several formats, those that read all `columns`, else those that read what is not empty.
+
+    >>> formats, _ = fitting({"instruction": "a", "output": "b", "conversations": ""})
+    >>> [form.name for form in formats], fitting({"messages": [], "label": None})[1]
+    (['alpaca'], True)
+    """
+    keys = keys_of(value)
+    found = reading(keys)
+    if len(found) > 1 and columns:
+        mapped = frozenset(columns)
+        found = tuple(form for form in found if mapped <= form.claim(keys)) or found
+    if len(found) > 1 and isinstance(value, dict):
+        found = reading(frozenset(key for key in keys if not is_absent(value[key]))) or found
+    if len(found) != 1 or not isinstance(value, dict) or len(keys) == len(value):
+        return found, False
+    others = reading(_fields(value))
+    return found, len(others) == 1 and others != found
+
+
+def is_null(value: Any) -> bool:
+    """Whether a column has no value in a row: null, or NaN where pandas wrote it."""
+    return value is None or (type(value) is float and value != value)
 
 
 _TEXT, _OTHER_LIST = frozenset({"<text>"}), frozenset({"<list>"})
@@ -161,10 +328,19 @@ def _is_near(form: Format, keys: frozenset[str]) -> bool:
 def _own(name: str) -> Format:
     """A user's function as a format."""
     function = registry.own(name, "data.format")
-    return Format(name, (), lambda row, choices: _by_user(row, choices, function, name))
+
+    def written(row: Row, choices: Choices) -> tuple[Format, Row]:
+        return _by_user(row, choices, function, name)
+
+    def convert(row: Row, choices: Choices) -> Sequence[Conversation]:
+        form, row = written(row, choices)
+        return form.convert(row, choices)
+
+    return Format(name, (), convert, lambda keys: (), written=written)
 
 
-def _by_user(row: Row, choices: Choices, function: Callable[[Any], Any], name: str) -> Sequence[Conversation]:
+def _by_user(row: Row, choices: Choices, function: Callable[[Any], Any], name: str) -> tuple[Format, Row]:
+    """The row that a user's function makes of one, and its format."""
     try:
         with user_code(name):
             value = function(row.value)
@@ -172,8 +348,9 @@ def _by_user(row: Row, choices: Choices, function: Callable[[Any], Any], name: s
         raise RowError("", shortened(error.brief, 300), "mend it") from error
     if value is None:
         raise LeftOut(f"{name} gave None")
-    found = reading(keys_of(value))
-    if len(found) != 1:
-        readings = " and as ".join(form.name for form in found) or "no shape that deft knows"
-        raise RowError("", f"{name} gave {described(value)}, which reads as {readings}", "mend it")
-    return found[0].convert(replace(row, value=value), choices)
+    value = row_fields.ignoring(value, choices.ignore) if choices.ignore else value
+    found, _ = fitting(value)
+    if not found:
+        raise RowError("", f"{name} gave {described(value)}, no shape that deft knows", "mend it")
+    row = replace(row, value=value)
+    return the_one(row, found, choices), row

@@ -1,6 +1,7 @@
 """JSON text -> its value, strictly: no key twice in one object, no NaN, no half characters.
 
-The standard library accepts all three in silence.
+The standard library accepts all three in silence. Rows may hold NaN, as pandas writes it, where nobody reads it: a
+field that is read refuses it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ class NotJson(ValueError):
         self.line = line
 
 
-def decode(text: str) -> Any:
+def decode(text: str, nan: bool = False) -> Any:
     """The one value that `text` holds; raises NotJson.
+
+    nan  NaN and Infinity are numbers
 
     >>> decode('{"a": [1, "b"]}')
     {'a': [1, 'b']}
@@ -31,7 +34,7 @@ def decode(text: str) -> Any:
     deft.data.json_text.NotJson: the key 'a' stands twice in one object
     """
     try:
-        value = _DECODER.decode(text)
+        value = (_ROWS if nan else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         what = f"not valid JSON: {error.msg} at column {error.colno}"
         raise NotJson(what, _hint(text, error), error.lineno) from error
@@ -42,15 +45,27 @@ def decode(text: str) -> Any:
 
 
 def decode_at(text: str, position: int) -> tuple[Any, int]:
-    """The value that begins at `position`, and where it ends; raises NotJson."""
+    """The value that begins at `position`, and where it ends, NaN being a number; raises NotJson."""
     try:
-        value, end = _DECODER.raw_decode(text, position)
+        value, end = _ROWS.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise NotJson(f"not valid JSON: {error.msg} at column {error.colno}", _MEND, error.lineno) from error
     except (ValueError, RecursionError) as error:
         raise _other(error, line_of(text, position)) from error
     _check_characters(value, text, position, end)
     return value, end
+
+
+def end_of(text: str, position: int) -> int | None:
+    """Where a value ends that `decode_at` refuses; None where it is no JSON at all, so that nobody can say.
+
+    >>> end_of('[{"a": 1, "a": NaN}, 2]', 1), end_of('[{"a": }, 2]', 1)
+    (19, None)
+    """
+    try:
+        return _LENIENT.raw_decode(text, position)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -67,6 +82,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+_LENIENT = json.JSONDecoder(parse_int=str)
+_ROWS = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _check_characters(value: Any, text: str, start: int, end: int) -> None:

@@ -5,29 +5,43 @@ Every format with roles reads its messages here, so that a chat means the same i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deft.core.types import Conversation, Message, Row, ToolCall
+from deft.data import blocks, row_fields
 from deft.data.fields import (
     RowError,
+    is_absent,
     json_of,
     kind_of,
     list_of,
     need,
     object_of,
+    refuse_nan,
     role_of,
     shortened,
     text_of,
-    weight_of,
+    unusable,
+    value_of,
 )
+from deft.data.row_fields import REASONING, REFUSED, TOOLS
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool", "developer")} | {"function": "tool"}
+CALL = "call"
+CALLERS = dict.fromkeys(("function_call", "tool_call", "function-call"), CALL)
+"""Roles of turns that are a call, or several, of the assistant's."""
+ROLES = {role: role for role in ("system", "user", "assistant", "tool", "developer")}
+ROLES |= {**dict.fromkeys(("function", "tool_response", "tool_result", "observation"), "tool"), **CALLERS}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
-_TEXT_PARTS = {"text", "input_text", "output_text"}
+_PLAIN = frozenset({"role", "content", "name", "tool_call_id", "tool_calls", "function_call", "from", "value"})
+_WEIGHED = _PLAIN | row_fields.LEARNT
+READS = _PLAIN.difference({"from", "value"}).union(row_fields.LEARNT, REASONING, REFUSED, TOOLS, ("channel", "refusal"))
+"""The fields of a message that are read."""
+
+_TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
+_PLAIN_PART = frozenset({"type", "text", "value"})
 _REASONING_PARTS = {"reasoning", "thinking"}
 _CALL_PARTS = {"tool_call", "tool_use", "function_call"}
 
@@ -42,22 +56,92 @@ def read(value: Any, field: str) -> Message:
     >>> message.reasoning, message.content
     ('Easy.', '4')
     """
+    if _is_analysis(value):
+        raise unusable(f"{field}.channel", "an analysis without a final message")
+    return _read(value, field)
+
+
+def _read(value: Any, field: str) -> Message:
     value = object_of(value, field, "a message")
+    if "role" not in value and "from" in value:
+        fix = "these are ShareGPT's turns: say columns: {conversations: FIELD}, by the name of the list"
+        raise RowError(f"{field}.role", "missing", fix)
     need(value, ("role",), "a message", field)
     role = role_of(value["role"], f"{field}.role", ROLES, SHAREGPT_ROLES)
-    parts = _content(value, role, field)
+    return called(value, "content", field) if role == CALL else said(value, role, "content", field)
+
+
+def called(value: Mapping[str, Any], key: str, field: str) -> Message:
+    """The message of a turn that is a call, or a list of parallel calls, mostly as JSON text under `key`.
+
+    >>> called({"value": '{"name": "f"}', "weight": 0.5}, "value", "c").tool_calls[0].name
+    'f'
+    """
+    need(value, (key,), "a call", field)
+    calls = value_of(value[key], f"{field}.{key}")
+    calls = calls if isinstance(calls, list | tuple) and calls else [calls]
+    message = said({**value, key: ""}, "assistant", key, field)
+    found = tool_calls({"tool_calls": calls}, f"{field}.{key}")
+    return replace(message, tool_calls=found + message.tool_calls)
+
+
+def said(value: Mapping[str, Any], role: str, key: str, field: str) -> Message:
+    """The message of a role whose words stand under `key`; one on the channel analysis has reasoning alone.
+
+    >>> said({"text": "4", "masked": True}, "assistant", "text", "messages[1]")
+    Message(role='assistant', content='4', weight=0.0, reasoning='', tool_calls=(), name=None, tool_call_id=None)
+    """
+    parts = _content(value, key, role, field)
     calls = parts.calls + tool_calls(value, field)
+    weight = None
+    if not _PLAIN.issuperset(value):
+        weight = row_fields.learnt(value, field)
+        parts = _with_more(parts, value, role, field)
     if role != "assistant" and (calls or parts.reasoning):
         raise RowError(field, f"the {role} makes tool calls or reasons", "only the assistant does; mend the role")
-    return Message(
-        role,
-        parts.text,
-        learnt(value, field),
-        _reasoning(value, role, field) or parts.reasoning,
-        calls,
-        _optional_text(value, "name", field),
-        _optional_text(value, "tool_call_id", field),
-    )
+    name, tool_call_id = _optional_text(value, "name", field), _optional_text(value, "tool_call_id", field)
+    return Message(role, parts.text, weight, parts.reasoning, calls, name, tool_call_id)
+
+
+def _with_more(parts: _Parts, value: Mapping[str, Any], role: str, field: str) -> _Parts:
+    """What a message says, with what few do: reasoning, a refusal, a channel. RowError for what is of no use."""
+    if _WEIGHED.issuperset(value):
+        return parts
+    row_fields.refuse(value, REFUSED, field)
+    for key in TOOLS:
+        if role not in ("system", "developer") and not is_absent(value.get(key)):
+            raise unusable(f"{field}.{key}", f"the {role} offers tools; they belong to the row")
+    reasoning = _reasoning(value, role, field) or parts.reasoning
+    if parts.reasoning.strip() not in ("", reasoning.strip()):
+        raise unusable(f"{field}.{_key_of(value)}", "the content has other reasoning")
+    parts = replace(parts, reasoning=reasoning)
+    if not is_absent(value.get("refusal")):
+        parts = _refused(parts, value, role, field)
+    return parts if is_absent(value.get("channel")) else _on_channel(parts, value, role, field)
+
+
+def _refused(parts: _Parts, value: Mapping[str, Any], role: str, field: str) -> _Parts:
+    """What the assistant says where it refuses, and says nothing else."""
+    if role != "assistant" or parts.text.strip():
+        raise unusable(f"{field}.refusal", "beside content" if role == "assistant" else f"the {role} refuses")
+    return replace(parts, text=row_fields.text(value["refusal"], f"{field}.refusal"))
+
+
+def _on_channel(parts: _Parts, value: Mapping[str, Any], role: str, field: str) -> _Parts:
+    """Harmony's channels: analysis is reasoning, final an answer."""
+    channel = value["channel"]
+    if role != "assistant" or channel not in ("analysis", "final"):
+        what = f"{shortened(repr(channel))} of the {role}; only the assistant's analysis and final channels are read"
+        raise unusable(f"{field}.channel", what)
+    if channel == "final":
+        return parts
+    if parts.calls or parts.reasoning or value.get("tool_calls"):
+        raise unusable(f"{field}.channel", "an analysis with tool calls or reasoning of its own")
+    return replace(parts, text="", reasoning=parts.text)
+
+
+def _is_analysis(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("channel") == "analysis"
 
 
 def read_all(value: Any, field: str) -> list[Message]:
@@ -66,21 +150,65 @@ def read_all(value: Any, field: str) -> list[Message]:
     >>> [m.role for m in read_all([{"role": "user", "content": "Hi"}], "messages")]
     ['user']
     """
-    return [read(each, f"{field}[{index}]") for index, each in enumerate(list_of(value, field))]
+    return listed(value, field, _read)
 
 
-def system(value: Mapping[str, Any]) -> list[Message]:
-    """The system message that a row has beside its turns, if it has one."""
-    return [Message("system", text_of(value["system"], "system"))] if value.get("system") else []
+def listed(value: Any, field: str, one: Callable[[Any, str], Message]) -> list[Message]:
+    """The messages of a list, each read by `one`; an analysis is the reasoning of the final message right after it.
+
+    >>> listed([{"role": "assistant", "content": "Hm.", "channel": "analysis"}], "messages", _read)
+    Traceback (most recent call last):
+    deft.data.fields.RowError: messages[0].channel: an analysis without a final message after it
+    """
+    places = ((f"{field}[{index}]", each) for index, each in enumerate(list_of(value, field)))
+    turns = [(name, turn) for name, each in places for turn in blocks.unfolded(each)]
+    found = [_Listed(name, turn, one(turn, name)) for name, turn in turns]
+    whole: list[Message] = []
+    for turn in _with_analysis(found) if any(_is_analysis(each.value) for each in found) else found:
+        _add(whole, turn)
+    return whole
 
 
-def learnt(value: Mapping[str, Any], field: str) -> float | None:
-    """How much a message is learnt, by its `weight` or `loss_weight`."""
-    weight = value.get("weight") if value.get("weight") is not None else value.get("loss_weight")
-    return weight_of(weight, f"{field}.weight")
+class _Listed(NamedTuple):
+    """A turn of a list: where it stands, what it is, and the message that it became."""
+
+    field: str
+    value: Any
+    message: Message
 
 
-def chat(row: Row, messages: Sequence[Message], field: str, tools_value: Any = None) -> Conversation:
+def _add(whole: list[Message], turn: _Listed) -> None:
+    """Puts a message after the others; a call right after the assistant's words or calls belongs to their message."""
+    message, before = turn.message, whole[-1] if whole else turn.message
+    is_call = turn.value.get("role", turn.value.get("from")) in CALLERS
+    if is_call and whole and before.role == "assistant" and before.weight == message.weight:
+        whole[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+    else:
+        whole.append(message)
+
+
+def _with_analysis(turns: Sequence[_Listed]) -> list[_Listed]:
+    whole: list[_Listed] = []
+    thought: _Listed | None = None
+    for turn in turns:
+        if thought is None:
+            thought = turn if _is_analysis(turn.value) else None
+            whole += [] if thought else [turn]
+        elif _is_analysis(turn.value) or turn.message.role != "assistant":
+            raise unusable(f"{thought.field}.channel", "an analysis without a final message after it")
+        else:
+            if thought.message.weight not in (None, turn.message.weight):
+                raise unusable(f"{thought.field}.weight", "the analysis weighs other than its answer")
+            if turn.message.reasoning.strip() not in ("", thought.message.reasoning.strip()):
+                raise unusable(f"{turn.field}.{REASONING[0]}", "the analysis before it says otherwise")
+            whole.append(turn._replace(message=replace(turn.message, reasoning=thought.message.reasoning)))
+            thought = None
+    if thought:
+        raise unusable(f"{thought.field}.channel", "an analysis without a final message after it")
+    return whole
+
+
+def chat(row: Row, messages: Sequence[Message], field: str) -> Conversation:
     """The conversation of a chat that has something to learn.
 
     RowError where no assistant speaks, or where an assistant message has neither words, reasoning nor tool calls.
@@ -94,7 +222,7 @@ def chat(row: Row, messages: Sequence[Message], field: str, tools_value: Any = N
                 raise RowError(f"{field}[{index}]", what, "fill it in or remove the row")
     if not is_answered:
         raise RowError(field, "no assistant message: nothing to learn", "add the answer or remove the row")
-    return Conversation(row.origin, "chat", tuple(messages), tools(tools_value) if tools_value else ())
+    return Conversation(row.origin, "chat", tuple(messages))
 
 
 def is_silent(message: Message) -> bool:
@@ -111,21 +239,6 @@ def context(messages: Sequence[Message]) -> list[Message]:
     0.0
     """
     return [replace(m, weight=0.0) if m.role == "assistant" and m.weight is None else m for m in messages]
-
-
-def tools(value: Any, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """Tools as a list or its JSON text -> OpenAI's form; bare schemas with a name are wrapped.
-
-    >>> tools('[{"name": "add", "parameters": {}}]')
-    ({'type': 'function', 'function': {'name': 'add', 'parameters': {}}},)
-    """
-    if isinstance(value, str):
-        value = json_of(value, field) if value.strip() else []
-    if value is None:
-        return ()
-    if not isinstance(value, list | tuple):
-        raise RowError(field, f"{kind_of(value)}, not a list", "give a list of tools, or its JSON text")
-    return tuple(_tool(each, f"{field}[{index}]") for index, each in enumerate(value))
 
 
 def tool_calls(value: Mapping[str, Any], field: str) -> tuple[ToolCall, ...]:
@@ -147,8 +260,9 @@ def tool_call(value: Any, field: str) -> ToolCall:
     >>> tool_call('{"name": "add", "arguments": {"a": 1}}', "value")
     ToolCall(name='add', arguments={'a': 1}, id=None)
     """
-    value = object_of(json_of(value, field), field, "a tool call")
-    inner = object_of(value.get("function", value), f"{field}.function", "a function with a name")
+    value = object_of(value_of(value, field), field, "a tool call")
+    inner = value if value.get("function") is None else value["function"]
+    inner = object_of(inner, f"{field}.function", "a function with a name")
     name = inner.get("name")
     if not isinstance(name, str) or not name.strip():
         raise RowError(f"{field}.name", "missing or not text", "a tool call needs the name of its tool")
@@ -160,16 +274,8 @@ def _arguments(value: Any, field: str) -> Any:
     """Arguments as the row has them, an object or its JSON text; RowError where the text is no object."""
     if isinstance(value, str) and not value.strip():
         return {}
-    object_of(json_of(value, field), field, "an object of arguments")
+    refuse_nan(object_of(json_of(value, field), field, "an object of arguments"), field)
     return value
-
-
-def _tool(value: Any, field: str) -> Mapping[str, Any]:
-    value = object_of(json_of(value, field), field, "a tool")
-    inner = value.get("function", value)
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
-        raise RowError(f"{field}.name", "missing or not text", "a tool needs a name")
-    return value if "function" in value else {"type": "function", "function": value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,20 +287,20 @@ class _Parts:
     calls: tuple[ToolCall, ...] = ()
 
 
-def _content(value: Mapping[str, Any], role: str, field: str) -> _Parts:
-    content = value.get("content")
+def _content(value: Mapping[str, Any], key: str, role: str, field: str) -> _Parts:
+    content = value.get(key)
     if isinstance(content, str):
-        return _Parts(text_of(content, f"{field}.content"))
+        return _Parts(text_of(content, f"{field}.{key}"))
     if isinstance(content, list | tuple):
-        return _parts(content, f"{field}.content")
+        return _parts(content, f"{field}.{key}")
     if content is None and role == "assistant" and _speaks_otherwise(value):
         return _Parts("")
-    need(value, ("content",), "a message", field)
-    return _Parts(text_of(content, f"{field}.content"))
+    need(value, (key,), "a message", field)
+    return _Parts(text_of(content, f"{field}.{key}"))
 
 
 def _speaks_otherwise(value: Mapping[str, Any]) -> bool:
-    return any(value.get(key) for key in ("tool_calls", "function_call", *REASONING_KEYS))
+    return any(value.get(key) for key in ("tool_calls", "function_call", "refusal", *REASONING))
 
 
 def _parts(content: Sequence[Any], field: str) -> _Parts:
@@ -205,13 +311,18 @@ def _parts(content: Sequence[Any], field: str) -> _Parts:
     for index, part in enumerate(content):
         name = f"{field}[{index}]"
         part = {"type": "text", "text": part} if isinstance(part, str) else object_of(part, name, "a content part")
+        part = blocks.typed(part)
         kind = part["type"] if isinstance(part.get("type"), str) else ""
+        if not _PLAIN_PART.issuperset(part) and (kind in _TEXT_PARTS or kind in _REASONING_PARTS):
+            row_fields.refuse(part, _PART_REFUSED, name)
         if kind in _CALL_PARTS:
             calls.append(tool_call(part.get("value", part), name))
         elif ((calls or texts) and kind in _REASONING_PARTS) or (calls and kind in _TEXT_PARTS):
             fix = "split the message: its order is reasoning, text, tool calls"
             raise RowError(name, f"{kind} after {'a tool call' if calls else 'text'}", fix)
         elif kind in _TEXT_PARTS:
+            if kind == "refusal" and len(content) > 1:
+                raise unusable(f"{name}.refusal", "beside other parts")
             texts.append(_part_text(part, kind, name))
         elif kind in _REASONING_PARTS:
             thoughts.append(_part_text(part, kind, name))
@@ -221,19 +332,30 @@ def _parts(content: Sequence[Any], field: str) -> _Parts:
     return _Parts("".join(texts), "".join(thoughts), tuple(calls))
 
 
+_PART_REFUSED = {**REFUSED, **dict.fromkeys(row_fields.LEARNT, "parts of a message cannot be weighed apart")}
+
+
 def _part_text(part: Mapping[str, Any], kind: str, field: str) -> str:
     key = next((key for key in ("text", "value", kind) if part.get(key) is not None), "text")
     return text_of(part.get(key), f"{field}.{key}")
 
 
 def _reasoning(value: Mapping[str, Any], role: str, field: str) -> str:
-    key = next((key for key in REASONING_KEYS if value.get(key)), None)
-    if key is None:
+    key = _key_of(value)
+    if not key:
         return ""
     if role != "assistant":
         raise RowError(f"{field}.{key}", f"the {role} reasons", "only the assistant does; mend the role")
-    return text_of(value[key], f"{field}.{key}")
+    found = [row_fields.text(value[each], f"{field}.{each}") for each in REASONING if value.get(each)]
+    if any(text != found[0] for text in found):
+        raise unusable(f"{field}.{key}", "two fields of reasoning that differ")
+    return found[0]
+
+
+def _key_of(value: Mapping[str, Any]) -> str:
+    """The field that has a message's reasoning, if one has."""
+    return next((key for key in REASONING if value.get(key)), "")
 
 
 def _optional_text(value: Mapping[str, Any], key: str, field: str) -> str | None:
-    return None if value.get(key) is None else text_of(value[key], f"{field}.{key}")
+    return None if is_absent(value.get(key)) else text_of(value[key], f"{field}.{key}")

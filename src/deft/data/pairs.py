@@ -22,7 +22,10 @@ def side(value: Any, field: str) -> Side:
     '4'
     """
     if isinstance(value, dict):
-        return [messages.read(value, field)]
+        return messages.read_all([value], field)
+    if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        fix = "where it is a column of rows, write a row a line; where it holds answers, choose one"
+        raise RowError(field, "a list of texts, not text or messages", fix)
     if isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith('[{"')):
         return messages.read_all(value, field)
     return text_of(value, field)
@@ -35,17 +38,17 @@ def strings(row: Row, prompt: str, answer: str, field: str) -> Conversation:
     return Conversation(row.origin, "dialogue", (Message("prompt", prompt), Message("output", answer)))
 
 
-def joined(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools: Any = None) -> Conversation:
+def joined(row: Row, prompt: Side, answer: Side, fields: tuple[str, str]) -> Conversation:
     """Two strings are a dialogue; where one of the two is messages, a chat, a string then being one turn of it.
 
     fields  what the row calls prompt and answer
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return strings(row, prompt, answer, fields[1])
-    return as_chat(row, prompt, answer, fields, tools)
+    return as_chat(row, prompt, answer, fields)
 
 
-def as_chat(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools: Any = None) -> Conversation:
+def as_chat(row: Row, prompt: Side, answer: Side, fields: tuple[str, str]) -> Conversation:
     """A chat, whatever the sides are; an answer that begins with the whole prompt is not asked twice.
 
     >>> from deft.core.types import Origin
@@ -62,7 +65,7 @@ def as_chat(row: Row, prompt: Side, answer: Side, fields: tuple[str, str], tools
         raise RowError(fields[1], "a system message in the answer", f"system messages belong in {fields[0]}")
     if any(messages.is_silent(message) for message in told):
         raise RowError(fields[1], "an assistant message without words", "fill it in or remove the row")
-    return messages.chat(row, [*messages.context(asked), *told], fields[0], tools)
+    return messages.chat(row, [*messages.context(asked), *told], fields[0])
 
 
 def steered(conversation: Conversation, choices: Choices, is_good: bool = True) -> Conversation:

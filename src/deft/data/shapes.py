@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from deft.core.errors import Problem, Problems
 from deft.core.types import Conversation, Origin, Row
-from deft.data import sources
+from deft.data import row_fields, sources
 from deft.data.chunks import Chunk
-from deft.data.fields import LeftOut, RowError, described, kind_of
-from deft.data.format import Choices, Format, keys_of, load, names, reading
+from deft.data.fields import LeftOut, RowError, described, is_absent, kind_of
+from deft.data.format import Choices, Format, fitting, load, names, plainly_named, the_one
+from deft.data.hints import near
 
 T = TypeVar("T")
 
 NAMED = 1000
-"""How many rows of each kind of error are kept for the message that names them."""
+"""How many rows of each kind of error are kept for the message that names them, and how many names of fields."""
+OTHERS = "..."
+"""Stands for the names of fields beyond those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Outcome:
     """What a row became: conversations, or the reason why it is refused or left out.
 
     compared  what its format compares it with others by
+    unread    the names of what nothing reads of it
     """
 
     origin: Origin
@@ -35,6 +39,7 @@ class Outcome:
     refused: Problem | None = None
     left_out: str = ""
     compared: Row | None = None
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Survey:
     refused   the first of the rows that are refused, of `refused_rows`
     left_out  rows that others make needless, in order, and why
     content   a digest of each file by its name; empty where it is not known
+    unread    fields that nothing reads, and how many rows say something there, the most first
     is_whole  false where only the beginning was read, which `rows` and all else is true of
     """
 
@@ -56,6 +62,7 @@ class Survey:
     left_out: tuple[tuple[Origin, str], ...] = ()
     content: Mapping[str, str] = field(default_factory=dict)
     is_whole: bool = True
+    unread: Mapping[str, int] = field(default_factory=dict)
 
 
 def counter(recipe: tuple[str, str, Choices]) -> Callable[[Chunk], ShapeCount]:
@@ -81,7 +88,9 @@ def survey(counts: Iterable[ShapeCount], source: str, shape: str = "auto", choic
     count = reader.count
     reasons = form.left_out(count.compared, reader.choices) if form.left_out else {}
     left_out = tuple((count.compared[position].origin, reasons[position]) for position in sorted(reasons))
-    return Survey(form.name, count.rows, count.first, tuple(count.refused.items), count.refused.count, left_out)
+    refused = tuple(count.refused.items), count.refused.count
+    unread = dict(sorted(count.unread.items(), key=lambda each: (-each[1], each[0])))
+    return Survey(form.name, count.rows, count.first, *refused, left_out, unread=unread)
 
 
 class Reader:
@@ -109,7 +118,7 @@ class Reader:
         """What is true of rows."""
         for _ in self.each(rows):
             pass
-        form = self.given or self.count.shape()
+        form = self.given or (self.count.shape() if self.count.shapes else None)
         if form:
             self.convert_waiting(form)
         return self.count
@@ -130,10 +139,11 @@ class Reader:
         for option in sorted(self.choices.options() - form.options):
             knowing = [name for name in names() if option in load(name).options]
             if option == "split":
-                knowing.append("data sets of the Hub")
-                if sources.is_on_the_hub(self.source):
+                knowing.append("data sets of the Hub and folders with splits")
+                if sources.has_splits(self.source):
                     continue
-            what = f"{option} has no meaning for rows of shape {form.name}"
+            named = f"split {self.choices.split!r}" if option == "split" else option
+            what = f"{named} has no meaning for rows of shape {form.name}"
             raise Problems(f"{self.source}: {what}", [Problem(self.source, what, f"only for {', '.join(knowing)}")])
         return form
 
@@ -142,28 +152,42 @@ class Reader:
         if isinstance(row, Problem):
             return Outcome(Origin.at(row.where), refused=row)
         self.count.readable += 1
-        try:
-            row = _with_columns(row, self.choices.columns)
-        except RowError as error:
-            return Outcome(row.origin, refused=_problem(row, error))
         form = self.given
         if form is None:
-            formats = reading(keys_of(row.value))
-            self.count.met(row.origin, formats)
-            if len(formats) != 1:
+            try:
+                form = self._form(row)
+            except RowError as error:
+                return Outcome(row.origin, refused=_problem(row, error))
+            if form is None:
                 self.count.waiting.append(row)
                 return None
-            form = formats[0]
         return self._converted(row, form)
 
-    def _converted(self, row: Row, form: Format) -> Outcome:
+    def _form(self, row: Row) -> Format | None:
+        """The format that a row's fields say; None where they say none, or several, or where its nulls say another."""
+        named, _ = _as_read(row, self.choices)
+        formats, is_open = fitting(named.value, self.choices.columns)
+        if not formats:
+            return None
         try:
-            found = form.read(row, self.choices)
+            form = the_one(named, formats, self.choices)
         except RowError as error:
-            return Outcome(row.origin, refused=_problem(row, _as_named_there(error, self.choices.columns)))
+            self.count.ambiguous.add([_problem(row, error)], 1)
+            return None
+        shapes = self.count.by_nulls if is_open else self.count.shapes
+        shapes.setdefault(form.name, First()).add([row.origin], 1)
+        return None if is_open else form
+
+    def _converted(self, row: Row, form: Format) -> Outcome:
+        own_names: Mapping[str, str] = {}
+        try:
+            named, own_names = _as_read(row, self.choices)
+            found, unread = form.read(named, self.choices)
+        except RowError as error:
+            return Outcome(row.origin, refused=_problem(row, _as_named_there(error, own_names)))
         except LeftOut as reason:
             return Outcome(row.origin, left_out=str(reason))
-        return Outcome(row.origin, found, compared=form.compared(row) if form.compared else None)
+        return Outcome(row.origin, found, compared=form.compared(named) if form.compared else None, unread=unread)
 
 
 @dataclass
@@ -184,30 +208,27 @@ class ShapeCount:
 
     readable  rows that are sound JSON or the like
     shapes    where rows of each shape stand
-    waiting   rows that no format reads, or more than one
+    by_nulls  where those stand that would have another shape if their null fields said something
+    waiting   rows that no format reads, or more than one, or that are among `by_nulls`
     compared  what a format that compares rows needs of them
+    unread    how many rows say something that nothing reads, by its name: of NAMED names, and then of any other
     """
 
     rows: int = 0
     readable: int = 0
     shapes: dict[str, First[Origin]] = field(default_factory=dict)
+    by_nulls: dict[str, First[Origin]] = field(default_factory=dict)
     waiting: list[Row] = field(default_factory=list)
     ambiguous: First[Problem] = field(default_factory=First)
     refused: First[Problem] = field(default_factory=First)
     first: Conversation | None = None
     compared: list[Row] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def shape(self) -> Format | None:
         """The one shape that rows have, None where they have none or several."""
-        return load(next(iter(self.shapes))) if len(self.shapes) == 1 else None
-
-    def met(self, origin: Origin, formats: Sequence[Format]) -> None:
-        """Adds a row that `formats` read."""
-        if len(formats) == 1:
-            self.shapes.setdefault(formats[0].name, First()).add([origin], 1)
-        elif formats:
-            what = f"reads as {' and as '.join(form.name for form in formats)}"
-            self.ambiguous.add([Problem(str(origin), what, "keep one of them, or say data.format")], 1)
+        shapes = self.shapes or self.by_nulls
+        return load(next(iter(shapes))) if len(shapes) == 1 else None
 
     def note(self, outcome: Outcome) -> None:
         if outcome.refused:
@@ -215,30 +236,40 @@ class ShapeCount:
         self.first = self.first or next(iter(outcome.conversations), None)
         if outcome.compared:
             self.compared.append(outcome.compared)
+        for name in outcome.unread:
+            self._add_unread(name, 1)
+
+    def _add_unread(self, name: str, rows: int) -> None:
+        name = name if name in self.unread or len(self.unread) < NAMED else OTHERS
+        self.unread[name] = self.unread.get(name, 0) + rows
 
     def add(self, later: ShapeCount) -> None:
         """Adds the count of the rows that follow."""
         self.rows += later.rows
         self.readable += later.readable
-        for name, origins in later.shapes.items():
-            self.shapes.setdefault(name, First()).add(origins.items, origins.count)
+        for own, others in ((self.shapes, later.shapes), (self.by_nulls, later.by_nulls)):
+            for name, origins in others.items():
+                own.setdefault(name, First()).add(origins.items, origins.count)
         self.waiting += later.waiting
         self.ambiguous.add(later.ambiguous.items, later.ambiguous.count)
         self.refused.add(later.refused.items, later.refused.count)
         self.first = self.first or later.first
         self.compared += later.compared
+        for name, rows in later.unread.items():
+            self._add_unread(name, rows)
 
     def mixed(self, source: str) -> Problems | None:
         """What is wrong where rows have several shapes, each alone or all of them together."""
         if self.ambiguous.count:
             more = self.ambiguous.count - len(self.ambiguous.items)
             return Problems(f"{source}: rows with two meanings", self.ambiguous.items, more)
-        if len(self.shapes) < 2:
+        shapes = self.shapes or self.by_nulls
+        if len(shapes) < 2:
             return None
-        common = max(self.shapes, key=lambda name: self.shapes[name].count)
+        common = max(shapes, key=lambda name: shapes[name].count)
         problems = [
             Problem(str(origin), f"is {name}, most rows are {common}", "split the file")
-            for name, origins in self.shapes.items()
+            for name, origins in shapes.items()
             if name != common
             for origin in origins.items
         ]
@@ -249,22 +280,38 @@ class ShapeCount:
         if not self.waiting:
             more = self.refused.count - len(self.refused.items)
             return Problems(f"{source}: no row can be read", self.refused.items, more)
-        fix = "map the columns, as in columns: {prompt: question, completion: answer}, or name a format"
-        problems = [Problem(str(row.origin), f"has {described(row.value)}", fix) for row in self.waiting[:3]]
+        problems = [
+            Problem(str(row.origin), f"has {described(row.value)}", near(row.value)) for row in self.waiting[:3]
+        ]
         return Problems(f"{source}: no row has a shape that deft knows ({', '.join(names())})", problems)
 
 
-def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under the names that its format uses, and nothing else of it; RowError where it has none of them."""
-    if not columns:
-        return row
-    if not isinstance(row.value, dict):
-        raise RowError("", f"is {kind_of(row.value)}; columns are mapped in objects only", "mend the row")
-    found = {name: row.value[own] for name, own in columns.items() if own in row.value}
+def _as_read(row: Row, choices: Choices) -> tuple[Row, Mapping[str, str]]:
+    """The row under the names that formats read, without what its source ignores, and what it calls those itself.
+
+    RowError where it has none of the mapped columns, or a field beside one that gets its name.
+    """
+    value = row_fields.ignoring(row.value, choices.ignore) if choices.ignore else row.value
+    value = _mapped(value, choices.columns) if choices.columns else value
+    plain = plainly_named(value)
+    if plain:
+        names_of = {own: name for name, own in plain.items()}
+        value = {names_of.get(key, key): each for key, each in value.items()}
+    return row if value is row.value else replace(row, value=value), {**plain, **choices.columns}
+
+
+def _mapped(value: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError("", f"is {kind_of(value)}; columns are mapped in objects only", "mend the row")
+    found = {name: value[own] for name, own in columns.items() if own in value}
     if not found:
         known = " or ".join(repr(own) for own in columns.values())
-        raise RowError("", f"has {described(row.value)}, not {known}", "mend data.columns or the row")
-    return replace(row, value=found)
+        raise RowError("", f"has {described(value)}, not {known}", "mend data.columns or the row")
+    others = {name: each for name, each in value.items() if name not in columns.values()}
+    for name in found:
+        if not is_absent(others.get(name)):
+            raise RowError(name, f"stands beside {columns[name]}, which columns calls {name}", f"say ignore: [{name}]")
+    return others | found
 
 
 def _as_named_there(error: RowError, columns: Mapping[str, str]) -> RowError:

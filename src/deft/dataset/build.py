@@ -6,20 +6,24 @@ of either is kept in the cache, where the source's content has a digest.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, overload
+from typing import Any, get_args
 
 from deft.core import workers
-from deft.core.errors import InputError, user_code
+from deft.core.errors import InputError
 from deft.core.files import Staging
-from deft.core.types import Encoded, Origin
+from deft.core.registry import closest
+from deft.data import held as in_memory
 from deft.data import sources
+from deft.data.format import Choices
 from deft.data.shapes import Survey
 from deft.dataset import cache as caches
 from deft.dataset import data_warnings, examples, ledger, survey
 from deft.dataset import store as stores
+from deft.dataset.encoded_rows import EncodedRows, TrainerRow
 from deft.dataset.examples import Recipe
 from deft.dataset.ledger import SourceLedger
 from deft.dataset.source import SourceSpec, items
@@ -77,7 +81,8 @@ def encode_sources(
         Examples(tuple(each.train() for each in split)),
         Examples(tuple(each.held_out() for each in split)),
         tuple(
-            ledger.account(source.path, found.shape, rows) for (source, found), rows in zip(every, split, strict=True)
+            ledger.account(source.path, found.shape, rows, found.unread)
+            for (source, found), rows in zip(every, split, strict=True)
         ),
         marks,
     )
@@ -128,24 +133,6 @@ def _identity(row_encoder: RowEncoder) -> str:
     return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code(examples)])
 
 
-@dataclass(frozen=True)
-class EncodedRows(Sequence[Encoded]):
-    """Encoded rows in their order, and the refused: [(origin, reason), ...]."""
-
-    rows: tuple[Encoded, ...]
-    refused: tuple[tuple[Origin, str], ...]
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 def encode(
     rows: Iterable[Any],
     tokenizer: Any,
@@ -160,24 +147,67 @@ def encode(
     reasoning: Reasoning = "auto",
     learn_reasoning: bool = True,
     learn_tool_calls: bool = True,
+    format: str = "auto",  # noqa: A002  the name of the setting
+    columns: Mapping[str, str] | None = None,
 ) -> EncodedRows:
     """Rows in any shape that deft reads -> ids and weights, for any trainer.
 
-    tokenizer  a fast Hugging Face tokenizer, or the folder of one
+        batch = deft.encode([{"prompt": "2 + 2?", "completion": " 4."}], tokenizer)
+        Trainer(model, args, train_dataset=batch, data_collator=deft.collator(tokenizer))
 
-    A row that its template forces into several texts, or that holds several conversations, gives several items with one
-    origin; rows that are refused, left out, too long or without a target are in `refused` with their reason. Raises
-    Problems where the rows have no common shape.
+    rows             a list, a generator, a data set of `datasets`, a table of pandas, polars or pyarrow
+    tokenizer        a fast Hugging Face tokenizer, or the folder of one
+    format, columns  as those of a source: how rows are read, and what they call the fields
+
+    An item has `input_ids`, `attention_mask` and `labels` as a mapping has them, and `.tokens`, `.weights`, `.labels`
+    and `.origin`. A row that its template forces into several texts, or that holds several conversations, gives several
+    items with one origin; rows that are refused, left out, too long or without a target are in `refused` with their
+    reason. Warns where weights say more than labels can. Raises InputError for what is no list of rows or an unknown
+    value, Problems where the rows have no common shape.
     """
-    held = edge.load(tokenizer) if isinstance(tokenizer, str) else edge.wrap(tokenizer)
+    _stop_if_unknown(train_on=train_on, render=render, overflow=overflow, truncation_side=truncation_side)
+    _stop_if_unknown(reasoning=reasoning)
+    if not isinstance(max_length, int) or max_length < 2:
+        raise InputError(f"max_length: {max_length!r} is no length of an example; at least 2")
+    held = edge.of(tokenizer)
     chosen = choose(template, held.chat_template, held.puts_bos, held.special_tokens)
     rules = AnswerRules(reasoning, learn_reasoning, learn_tool_calls)
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
     alone = Execution(processes=1)
-    with user_code("rows"):
-        held_rows = tuple(rows)
-    ((source, found),) = survey.understand([SourceSpec("rows", rows=held_rows)], alone)
+    held_rows = in_memory.rows(rows, "rows", "read its rows first, or train on it: deft.train(model, data=...)")
+    spec = SourceSpec("rows", format, rows=held_rows, choices=Choices(columns or {}))
+    ((source, found),) = survey.understand([spec], alone)
     done = store(source, found, examples.encoder(held, chosen, policy), alone)
     every = [done.examples_of(row) for row in range(len(done))]
     refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row, found in enumerate(every) if not found)
-    return EncodedRows(tuple(part for found in every for example in found for part in example), refused)
+    kept = [TrainerRow(part.origin, part.tokens, part.weights) for found in every for each in found for part in each]
+    _warn_of_weights(kept)
+    return EncodedRows(tuple(kept), refused)
+
+
+def _warn_of_weights(rows: Sequence[TrainerRow]) -> None:
+    if weighed := [row for row in rows if not row.is_in_labels]:
+        what = f"{weighed[0].origin} has weights other than 0 and 1 (of {len(weighed)} such rows the first)"
+        warnings.warn(f"{what}, which labels cannot say: a trainer learns all its labels alike", stacklevel=3)
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "train_on": (None, *get_args(TrainOn)),
+    "render": get_args(Render),
+    "overflow": get_args(Overflow),
+    "truncation_side": get_args(Side),
+    "reasoning": get_args(Reasoning),
+}
+
+
+def _stop_if_unknown(**given: Any) -> None:
+    """InputError for a value that is none of CHOICES.
+
+    >>> _stop_if_unknown(train_on="asistant")
+    Traceback (most recent call last):
+    deft.core.errors.InputError: train_on: 'asistant' is not there; did you mean 'assistant'?
+    """
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            names = [each for each in CHOICES[name] if each]
+            raise InputError(f"{name}: {value!r} is not there; {closest(str(value), names) or f'there is {names}'}")

@@ -36,7 +36,7 @@ def root() -> Path:
     """Where it is kept: DEFT_CACHE, or deft's folder among the user's caches."""
     named = os.environ.get("DEFT_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(shared) / "deft"
+    return Path(os.path.expanduser(named)) if named else Path(shared) / "deft"
 
 
 def digest(value: Any) -> str:

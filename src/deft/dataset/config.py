@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from deft.core.config import Section
+from deft.core.config import PathText, Section, as_meant
 from deft.data.fields import LARGEST_WEIGHT
 from deft.data.format import Answers, Control
 from deft.encoding.rows import Render, TrainOn
@@ -18,17 +18,20 @@ class SourceConfig(Section):
     """Rows: a file, a folder, a glob, - or a Hub id; `format` is found by looking unless it is named.
 
     columns      what a format calls a field -> what the rows call it: {prompt: question, completion: answer}
+    ignore       fields of rows and messages that are not to be read, nor to be told of: [weight, image, id]
     answers      of several to one prompt: the best, or all good ones; each format has its default
     control      HALOs' control tokens: text before good and bad answers
-    subset       of a Hub data set; split: of a Hub data set or HALOs file, train (test for data.eval) by default
+    subset       of a data set of the Hub, or in a folder
+    split        of such a data set or of a HALOs file; train (test for data.eval) by default
     times        how often its rows are learnt in an epoch; a share of them, drawn by seed, where it is not whole
     loss_weight  multiplies the weight of every token
     max_rows     reads no further
     """
 
-    path: str
+    path: PathText
     format: str = "auto"
     columns: dict[str, str] = Field({})
+    ignore: tuple[str, ...] = ()
     answers: Answers | None = None
     control: Control | None = None
     subset: str | None = None
@@ -39,10 +42,16 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """The rows. `eval` is a share of the training rows by content hash, or sources of its own."""
+    """The rows. `eval` is a share of the training rows by content hash, or sources of its own.
+
+    format  of every source that names none
+    split   of every training source that names none
+    """
 
     train: tuple[SourceConfig, ...]
     eval: float | tuple[SourceConfig, ...] = 0.0
+    format: str = "auto"
+    split: str | None = None
     train_on: TrainOn | None = None
     learn_reasoning: bool = True
     learn_tool_calls: bool = True
@@ -58,7 +67,7 @@ class DataConfig(Section):
     @classmethod
     def _share_or_sources(cls, value: Any) -> Any:
         try:
-            return float(value)
+            return 0.0 if value is None else float(as_meant(value, float))
         except (TypeError, ValueError):
             return _as_sources(value)
 
@@ -66,7 +75,7 @@ class DataConfig(Section):
     @classmethod
     def _is_share(cls, value: Any) -> Any:
         if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError("a share is at least 0 and below 1")
+            raise ValueError("a share is at least 0 and below 1; of a number of rows it is that number by all rows")
         return value
 
 

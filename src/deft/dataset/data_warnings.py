@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deft.core.types import Conversation, Encoded, Fate, Message
+from deft.encoding.render.answer_start import EMPTY
 from deft.encoding.rows import EncodedRow, RowEncoder, message_weights
 
 DECODED_ROWS = 50
@@ -58,6 +60,52 @@ WARNINGS: Mapping[str, DataWarning] = {
     "special_tokens_as_text": DataWarning(
         "note", "{have} special tokens in a message", "they are encoded as text, never as control tokens"
     ),
+    "empty_reasoning": DataWarning(
+        "warning",
+        "learn{s} an empty block of reasoning: the prompt opens one and the answer has none",
+        "give the answers reasoning, or name a prompt without it in template_kwargs",
+    ),
+    "thinking_off": DataWarning(
+        "note",
+        "{have} an answer without reasoning, learnt after the prompt that asks for none",
+        "call the model with the same switch, or say reasoning: empty or require",
+    ),
+    "moved_reasoning": DataWarning(
+        "note",
+        "{have} reasoning between marks in an answer",
+        "the chat template gets it as reasoning and writes it in its own way",
+    ),
+    "empty_block": DataWarning(
+        "note",
+        "{have} an empty block of reasoning in an answer",
+        "the chat template gets an answer without reasoning and writes it in its own way",
+    ),
+    "reasoning_as_text": DataWarning(
+        "note",
+        "{have} marks of reasoning in an answer, and the chat template has no reasoning",
+        "they are learnt as text; choose one that has it with template= to learn them as reasoning",
+    ),
+    "rendered_as_text": DataWarning(
+        "warning",
+        "{have} turns that the chat template wrote beforehand, read as plain text",
+        "say data.render=rendered to read its marks as control tokens and learn what the assistant says; of messages, "
+        "give the words alone",
+    ),
+    "begins_otherwise": DataWarning(
+        "warning",
+        "begin{s} otherwise than the chat template begins a conversation today",
+        "see that the model is asked with the same beginning (system prompt, date), or give messages",
+    ),
+    "lost_characters": DataWarning(
+        "warning",
+        "{have} characters for which the tokenizer has no token: the model does not see them",
+        "take a tokenizer that covers them, or remove the rows",
+    ),
+    "changed_characters": DataWarning(
+        "note",
+        "{have} learnt text that the tokenizer changes (case, accents, width), so that it does not decode back",
+        "nothing to do if the model is meant to write so",
+    ),
     "encoded_apart": DataWarning(
         "note",
         "{have} prompt and answer encoded apart, as one encoding would merge their edge",
@@ -70,7 +118,7 @@ WARNINGS: Mapping[str, DataWarning] = {
         "note", "stand{s} in the evaluation data too", "it is not trained, so that both stay apart"
     ),
     "dropped_content": DataWarning(
-        "warning", "{have} a message that the chat template does not show", "choose another with template="
+        "warning", "{have} an earlier answer that the chat template does not show", "choose another with template="
     ),
     "dropped_reasoning": DataWarning(
         "warning", "{have} reasoning that the chat template does not show", "choose one that shows it with template="
@@ -85,6 +133,12 @@ WARNINGS: Mapping[str, DataWarning] = {
     ),
     "dropped_name": DataWarning(
         "note", "{have} names that the chat template does not show", "choose another with template= if they matter"
+    ),
+    "dropped_kwargs": DataWarning(
+        "warning", "{have} template_kwargs that the chat template does not read", "choose another with template="
+    ),
+    "dropped_weight": DataWarning(
+        "note", "{have} a weight on words that are not the assistant's, and are not learnt", "train_on: all learns them"
     ),
 }
 """In the order in which they are told. Names are those of ledger.json."""
@@ -151,8 +205,17 @@ def check(row_encoder: RowEncoder, rows: Iterable[EncodedRow]) -> list[RowCheck]
 
 
 def _of_row(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
-    if row.literal:
+    if row_encoder.policy.render == "rendered":
+        if not row_encoder.begins_so(row.conversation):
+            yield "begins_otherwise"
+    elif any(row_encoder.holds_answers(message) for message in row.conversation.messages):
+        yield "rendered_as_text"
+    elif row.literal:
         yield "special_tokens_as_text"
+    if row.loses_characters:
+        yield "lost_characters"
+    if row.changes_characters:
+        yield "changed_characters"
     if row.split_at_edges:
         yield "encoded_apart"
     bos = row_encoder.tokenizer.bos_id
@@ -160,6 +223,27 @@ def _of_row(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
         yield "double_bos"
     if any(_is_empty_answer(message) for message in row.conversation.messages):
         yield "empty_answer"
+    yield from _reasoning(row_encoder, row)
+
+
+_MARKED = {"reasoning": "moved_reasoning", "empty": "empty_block", "text": "reasoning_as_text"}
+_SWITCHED_OFF = re.compile(r"\b\w+=false\b")
+
+
+def _reasoning(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
+    if row_encoder.is_raw(row.conversation):
+        return
+    if any(EMPTY in note for note in row.notes):
+        yield "empty_reasoning"
+    if any(map(_SWITCHED_OFF.search, row.notes)):
+        yield "thinking_off"
+    marked = {row_encoder.renderer.marked(message) for message in row.conversation.messages}
+    yield from (_MARKED[each] for each in marked if each)
+    if not row.conversation.template_kwargs.keys() <= set(row_encoder.renderer.template.variables):
+        yield "dropped_kwargs"
+    is_all = row_encoder.train_on(row.conversation) == "all"
+    if not is_all and any(m.weight and m.role not in ("assistant", "output") for m in row.conversation.messages):
+        yield "dropped_weight"
 
 
 def _parts(row: EncodedRow) -> list[Encoded]:
@@ -190,7 +274,7 @@ def _last_learnt(row_encoder: RowEncoder, part: Encoded, always: frozenset[int])
 def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
     """The fields of a chat of which the row's texts show nothing."""
     text = "".join(_squeezed(_decode(row_encoder, part.tokens.tolist())) for part in _parts(row))
-    messages = row.conversation.messages
+    messages, _ = row_encoder.renderer.apart(row.conversation.messages)
     weights = message_weights(messages, row_encoder.train_on(row.conversation))
     last = max((index for index, weight in enumerate(weights) if weight > 0), default=-1)
     # What comes after the last learnt turn stands in no text.

@@ -150,8 +150,9 @@ def digest(conversations: Sequence[Conversation]) -> int:
         for message in conversation.messages:
             for part in _words(message):
                 found.update(len(part).to_bytes(8, "big") + part.encode("utf-8"))
-        if conversation.tools:
-            found.update(repr(conversation.tools).encode("utf-8"))
+        for more in (conversation.tools, conversation.template_kwargs):
+            if more:
+                found.update(repr(more).encode("utf-8"))
     return int.from_bytes(found.digest(), "big")
 
 
@@ -178,7 +179,7 @@ def _weighed(row: EncodedRow) -> EncodedRow:
     """The row, which has nothing to learn where its own weight is 0."""
     if row.conversation.weight or not row.examples:
         return row
-    return replace(row, fate=Fate.NO_TARGET, examples=(), reason="its loss_weight is 0")
+    return replace(row, fate=Fate.NO_TARGET, examples=(), reason="its weight is 0")
 
 
 def _as_one(rows: Sequence[EncodedRow]) -> EncodedRow:
@@ -195,6 +196,9 @@ def _as_one(rows: Sequence[EncodedRow]) -> EncodedRow:
         f"{len(lost)} of its {len(rows)} conversations are not trained: {lost[0].reason}" if lost else "",
         max(row.literal for row in rows),
         any(row.split_at_edges for row in rows),
+        tuple(dict.fromkeys(note for row in rows for note in row.notes)),
+        any(row.loses_characters for row in rows),
+        any(row.changes_characters for row in rows),
     )
 
 
@@ -216,7 +220,7 @@ def laid_out(row_encoder: RowEncoder, file: str, fated: Sequence[FatedRow]) -> E
     }
     columns = [pa.array(values, SCHEMA.field(name).type) for name, values in found.items()]
     batch = pa.RecordBatch.from_arrays([*columns, _examples(fated)], schema=SCHEMA)
-    return EncodedChunk(batch, row_encoder.renderer.stop_marks())
+    return EncodedChunk(batch, row_encoder.stop_marks())
 
 
 def _examples(fated: Sequence[FatedRow]) -> pa.ListArray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from deft.core.errors import Problem
+from deft.core.errors import Problem, kind_of_problem
 from deft.core.types import Fate
 from deft.dataset.data_warnings import BIT, WARNINGS, Finding
 from deft.dataset.splits import SplitRows
@@ -44,6 +45,8 @@ class SourceLedger:
     warnings      what may be wrong with rows that are trained
     fallbacks     other template inputs that the proof of rows needed
     lost          (row, fate, reason) of the first rows of each fate but trained
+    reasons       (kind, rows): how many are refused for each kind of reason
+    unread        fields that nothing reads, and how many rows say something there
     """
 
     source: str
@@ -58,6 +61,8 @@ class SourceLedger:
     warnings: tuple[Seen, ...]
     fallbacks: tuple[Seen, ...]
     lost: tuple[tuple[str, str, str], ...]
+    unread: Mapping[str, int] = field(default_factory=dict)
+    reasons: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert sum(self.fates.values()) == self.rows, f"{self.source}: {self.fates} are not {self.rows} rows"
@@ -84,14 +89,15 @@ class SourceLedger:
             "longest_rows": [{"row": row, "tokens": tokens} for row, tokens in self.longest_rows],
             "symptoms": {seen.name: seen.as_json() for seen in self.warnings},
             "fallbacks": {seen.name: seen.as_json() for seen in self.fallbacks},
+            "not_read": dict(self.unread),
             "lost": [{"row": row, "fate": fate, "reason": why} for row, fate, why in self.lost],
         }
 
 
-def account(source: str, shape: str, rows: SplitRows) -> SourceLedger:
+def account(source: str, shape: str, rows: SplitRows, unread: Mapping[str, int]) -> SourceLedger:
     """The ledger of a source."""
     fates = np.bincount(rows.fate, minlength=len(FATES))
-    counted = _Counted()
+    counted, reasons = _Counted(), _reasons(rows)
     for group in rows.store.groups:
         counted.add(group, rows.kept[group.rows])
     return SourceLedger(
@@ -106,7 +112,9 @@ def account(source: str, shape: str, rows: SplitRows) -> SourceLedger:
         longest_rows=tuple((str(rows.store.origin(row)), length) for length, row in counted.longest),
         warnings=_seen(rows, {name: np.flatnonzero(rows.warnings & bit) for name, bit in BIT.items()}),
         fallbacks=_seen(rows, _fallbacks(rows)),
-        lost=tuple(_lost(rows)),
+        lost=tuple(_lost(rows, reasons)),
+        unread=unread,
+        reasons=tuple((kind, count) for kind, (_, count) in reasons.items()),
     )
 
 
@@ -166,16 +174,32 @@ def _seen(rows: SplitRows, found: Mapping[str, np.ndarray]) -> tuple[Seen, ...]:
     )
 
 
-def _lost(rows: SplitRows) -> Iterator[tuple[str, str, str]]:
-    """The first rows of each fate but trained, those that were encoded before those that could not be read."""
+def _lost(rows: SplitRows, reasons: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, str, str]]:
+    """The first rows of each fate but trained, those that were encoded before those that could not be read, and of the
+    refused the first of each kind of reason before others."""
     stages = rows.store.column("stage")
+    first = np.array([row for row, _ in reasons.values()], np.int64)
     for number, fate in enumerate(FATES):
         if fate != Fate.TRAINED:
             found = np.flatnonzero(rows.fate == number)
-            found = found[np.argsort(stages[found], kind="stable")]
+            found = found[np.lexsort((stages[found], ~np.isin(found, first)))]
             yield from (
                 (str(rows.store.origin(row)), fate.value, rows.reason(row)) for row in found[:NAMED_ROWS].tolist()
             )
+
+
+def _reasons(rows: SplitRows) -> dict[str, tuple[int, int]]:
+    """The kinds of reasons for which rows are refused: the first row of each, and how many there are."""
+    found: dict[str, tuple[int, int]] = {}
+    for group in rows.store.groups:
+        places = np.flatnonzero(rows.fate[group.rows] == FATES.index(Fate.REFUSED))
+        texts = group.batch.column("reason").take(places).dictionary_encode()
+        codes, index, counts = np.unique(texts.indices.to_numpy(), return_index=True, return_counts=True)
+        for code, place, count in zip(codes.tolist(), places[index].tolist(), counts.tolist(), strict=True):
+            kind = kind_of_problem(texts.dictionary[code].as_py())
+            first, so_far = found.get(kind, (group.rows.start + place, 0))
+            found[kind] = first, so_far + count
+    return found
 
 
 def histogram(bits: np.ndarray) -> tuple[tuple[str, int], ...]:
@@ -219,8 +243,16 @@ def _first(seen: Seen) -> tuple[str, ...]:
 
 
 def named(ledgers: Iterable[SourceLedger], fate: Fate) -> list[Problem]:
-    """The first rows of all sources that met a fate, with the reason."""
-    return [Problem(row, reason) for ledger in ledgers for row, met, reason in ledger.lost if met == fate.value]
+    """The first rows of all sources that met a fate, with the reason, and how many have the same beyond them."""
+    return [problem for ledger in ledgers for problem in _named(ledger, fate)]
+
+
+def _named(ledger: SourceLedger, fate: Fate) -> Iterator[Problem]:
+    problems = [Problem(row, reason) for row, met, reason in ledger.lost if met == fate.value]
+    unnamed = Counter(dict(ledger.reasons if fate == Fate.REFUSED else ()))
+    unnamed.subtract(kind_of_problem(problem.what) for problem in problems)
+    for problem in problems:
+        yield replace(problem, others=max(0, unnamed.pop(kind_of_problem(problem.what), 0)))
 
 
 def met(ledgers: Iterable[SourceLedger], fate: Fate) -> int:

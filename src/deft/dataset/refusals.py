@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
-from deft.core.errors import Problem, Problems
+from deft.core.errors import Problem, Problems, grouped
 from deft.core.types import Fate
 from deft.data.shapes import Survey
 from deft.dataset import ledger
 from deft.dataset.build import Dataset
 from deft.encoding.tokenizer import Tokenizer
 
+WayOut = Callable[[str], str]
+TRIED = 3
+"""For the first row of this number of kinds of problems other settings are tried."""
 SOON_ENCODED = 20_000
 """Up to this many rows are encoded before those that cannot be read stop the run: all problems come in one error."""
 
@@ -25,17 +29,27 @@ def stop_if_unreadable(surveys: Sequence[Survey], allowed: int) -> None:
         raise Problems(heading, named, refused - len(named))
 
 
-def stop_if_lost(data: Dataset, allowed: int, *, may_be_too_long: bool) -> None:
-    """Raises Problems where more rows are refused than is allowed, one is too long and may not be, or none is left."""
+def stop_if_lost(
+    data: Dataset, allowed: int, *, may_be_too_long: bool, share: float = 0.0, way_out: WayOut = lambda row: ""
+) -> None:
+    """Raises Problems where more rows are refused than is allowed, one is too long and may not be, or none is left.
+
+    share    of the rows that is held out
+    way_out  what lets a row pass, in words
+    """
     refused = ledger.met(data.ledgers, Fate.REFUSED)
     if refused > allowed:
-        _stop(data, Fate.REFUSED, f"{refused} rows are refused (data.allow_refused={refused} trains without them):")
+        heading = f"{refused} rows are refused (data.allow_refused={refused} trains without them):"
+        _stop(data, Fate.REFUSED, heading, way_out)
     too_long = ledger.met(data.ledgers, Fate.TOO_LONG)
     if too_long and not may_be_too_long:
-        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):")
+        _stop(data, Fate.TOO_LONG, f"{too_long} rows are too long (overflow: error):", way_out)
     if not data.train:
-        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate)]
-        raise Problems("no row is left to train on:", lost or [Problem("data.train", "no rows")])
+        held = ledger.met(data.ledgers, Fate.HELD_OUT)
+        why = f" data.eval={share} holds out all {held} rows; a smaller share does not" if share and held else ""
+        lost = [problem for fate in Fate for problem in ledger.named(data.ledgers, fate) if problem.what]
+        nothing = [] if why else [Problem("data.train", "no rows")]
+        raise Problems(f"no row is left to train on:{why}", _with_ways(lost, way_out) or nothing)
 
 
 def stop_if_out_of_vocabulary(data: Dataset, tokenizer: Tokenizer, size: int) -> None:
@@ -50,6 +64,14 @@ def stop_if_out_of_vocabulary(data: Dataset, tokenizer: Tokenizer, size: int) ->
         raise Problems(f"{len(largest)} rows have tokens that the model does not know:", problems)
 
 
-def _stop(data: Dataset, fate: Fate, heading: str) -> NoReturn:
+def _stop(data: Dataset, fate: Fate, heading: str, way_out: WayOut) -> NoReturn:
     named = ledger.named(data.ledgers, fate)
-    raise Problems(heading, named, ledger.met(data.ledgers, fate) - len(named))
+    more = ledger.met(data.ledgers, fate) - sum(1 + problem.others for problem in named)
+    raise Problems(heading, _with_ways(named, way_out), more)
+
+
+def _with_ways(problems: Sequence[Problem], way_out: WayOut) -> list[Problem]:
+    """One problem of each kind; the first of them say what lets their row pass."""
+    found = grouped(problems)
+    tried = [replace(each, fix=way) if (way := way_out(each.where)) else each for each in found[:TRIED]]
+    return tried + found[TRIED:]

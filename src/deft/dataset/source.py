@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deft.core.types import Origin
-from deft.data import chunks, sources
+from deft.data import chunks, sources, trees
 from deft.data.chunks import Chunk
 from deft.data.format import Choices
+from deft.data.sources import Part
+
+NAMED_FILES = 10
+"""How many of the files that are not read are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,35 @@ class SourceSpec:
     def files(self) -> list[str]:
         """The files it consists of."""
         is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
-        return sources.files(self.path) if is_here else []
+        return sources.files(self.path, self.part) if is_here else []
+
+    @property
+    def part(self) -> Part:
+        """The part of a data set that is read."""
+        return Part(self.subset, self.choices.split, self.choices.names_split)
+
+    def split_read(self) -> str:
+        """Which split of a folder is read, and what else there is; nothing where there is no choice."""
+        found = sources.splits(self.path, self.subset) if self.is_by_name else {}
+        if len(found) < 2 or self.choices.split not in found:
+            return ""
+        others = ", ".join(name for name in found if name != self.choices.split)
+        return f"{self.path}: reads split {self.choices.split} of it; there is {others} too (split: chooses)"
+
+    def unread(self) -> str:
+        """What lies in its folder, or fits its pattern, and is not read; nothing where that is all.
+
+        >>> SourceSpec("a", rows=("x",)).unread()
+        ''
+        """
+        is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
+        names = sources.listing(self.path, self.part).unread if is_here else ()
+        if not names:
+            return ""
+        shown = ", ".join(name.removeprefix(f"{self.path}/") for name in names[:NAMED_FILES])
+        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+        fix = f"deft reads {', '.join(sources.SUFFIXES)}, also as {', '.join(sources.COMPRESSED)}: rename what is data"
+        return f"{self.path}: {len(names)} of what lies there is not read: {shown}{more}; {fix}"
 
     def chunks(self) -> Iterator[Chunk]:
         """Its rows in order. Raises InputError where they cannot be read."""
@@ -52,7 +84,9 @@ class SourceSpec:
         elif self.piped:
             found = iter(self.piped)
         else:
-            found = sources.chunks(self.path, subset=self.subset, split=self.choices.split)
+            found = sources.chunks(self.path, self.part)
+        if self.format in ("auto", "oasst") and not self.choices.columns:
+            found = trees.gathered(found)
         return found if self.max_rows is None else chunks.limited(found, self.max_rows)
 
 

@@ -12,6 +12,7 @@ from deft.core.types import Fate, Origin
 from deft.dataset.data_warnings import BIT
 from deft.dataset.source import SourceSpec
 from deft.dataset.store import FATES, RowGroup, Selection, Stage, Store
+from deft.encoding.rows import OUT_OF_FP32, is_fp32
 
 _NUMBER = {fate: place for place, fate in enumerate(FATES)}
 
@@ -103,7 +104,7 @@ class SplitRows:
     fate      uint8 [rows]: an index of FATES
     passes    uint16 [rows]: how often each is learnt in an epoch
     kept      bool [rows]: it has examples that are trained or evaluated
-    warnings  uint16 [rows]: a bit for each name of WARNINGS
+    warnings  uint32 [rows]: a bit for each name of WARNINGS
     """
 
     store: Store
@@ -117,6 +118,8 @@ class SplitRows:
     def reason(self, row: int) -> str:
         """Why a row is not trained whole."""
         fate = FATES[self.fate[row]]
+        if fate == Fate.REFUSED and self.store.value(row, "fate") != self.fate[row]:
+            return f"loss_weight: {self.rule.loss_weight:g} of its source times its own weights is {OUT_OF_FP32}"
         if fate == Fate.HELD_OUT and not self.kept[row]:
             return f"stands in the evaluation data too: {self.evaluated.origin(self.store.value(row, 'digest'))}"
         if fate == Fate.LEFT_OUT and self.store.value(row, "stage") == Stage.ENCODED:
@@ -158,7 +161,9 @@ def assign_splits(store: Store, rule: SplitRule, evaluated: ContentIndex, repeat
     for group in store.groups:
         rows, digest = group.rows, group.arrays["digest"]
         is_evaluated[rows] = _is_encoded(group) & evaluated.has(digest)
-        kept[rows] = (group.counts("examples") > 0) & ~is_evaluated[rows]
+        is_weighed = _is_weighed(group, rule.loss_weight)
+        fate[rows][~is_weighed] = _NUMBER[Fate.REFUSED]
+        kept[rows] = (group.counts("examples") > 0) & is_weighed & ~is_evaluated[rows]
         trained[rows] = kept[rows] & ~(rule.is_eval | held_out(digest, rule.share))
         stops[rows] = _stops(group, rule.stop_ids)
     fate[is_evaluated | (kept & ~trained)] = _NUMBER[Fate.HELD_OUT]
@@ -199,6 +204,19 @@ def passes_of(rows: int, times: float, seed: int, source: int) -> np.ndarray:
     if times > whole:
         order = np.random.Generator(np.random.Philox(key=[seed, source])).permutation(rows)
         found[order[: round((times - whole) * rows)]] += 1
+    return found
+
+
+def _is_weighed(group: RowGroup, loss_weight: float) -> np.ndarray:
+    """bool [rows]: every weight of the row that is not 0 is still none under the `loss_weight` of its source."""
+    found = np.ones(len(group.counts("examples")), bool)
+    if loss_weight == 1.0:
+        return found  # weights of rows were looked at when they were encoded
+    of_part = np.repeat(np.arange(len(group.counts("parts"))), group.counts("parts"))
+    of_run = np.repeat(of_part, group.counts("runs"))
+    weight, scale = group.arrays["weight"].astype(np.float64), group.arrays["scale"][of_run] * loss_weight
+    lost = of_run[~is_fp32(weight, scale)]
+    found[np.searchsorted(group.arrays["examples_offsets"], lost, side="right") - 1] = False
     return found
 
 

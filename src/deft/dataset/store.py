@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         ("fate", pa.uint8()),
         ("reason", pa.string()),
         ("digest", pa.uint64()),
-        ("warnings", pa.uint16()),
+        ("warnings", pa.uint32()),
         ("fallbacks", pa.dictionary(pa.int32(), pa.string())),
         ("tails", pa.list_(_TAIL)),
         ("examples", pa.list_(_EXAMPLE)),

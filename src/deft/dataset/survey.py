@@ -41,6 +41,8 @@ class Execution:
 
 
 FILE = "survey.json"
+NAMED_FIELDS = 20
+"""How many fields that nothing reads are named in a line; ledger.json names all."""
 
 NOT_KEPT = Execution()
 """By as many processes as there are cores, and kept nowhere."""
@@ -54,6 +56,25 @@ def understand(specs: Iterable[SourceSpec], execution: Execution = NOT_KEPT) -> 
 def glance(specs: Iterable[SourceSpec], execution: Execution = NOT_KEPT) -> list[tuple[SourceSpec, Survey]]:
     """`understand`, where the beginning of a source is enough to know its shape: soon done, however large it is."""
     return _each(specs, lambda source: _glanced(source, execution))
+
+
+def not_read(surveyed: Iterable[tuple[SourceSpec, Survey]]) -> list[str]:
+    """A line for each source whose rows have fields that nothing reads.
+
+    >>> found = Survey("text", 2000, None, (), 0, unread={"id": 2000, "messages[].id": 1})
+    >>> not_read([(SourceSpec("a.jsonl"), found)])
+    ['a.jsonl: not read: id (2,000 rows), messages[].id (1)']
+    """
+    return [_not_read(source.path, found) for source, found in surveyed if found.unread]
+
+
+def _not_read(source: str, found: Survey) -> str:
+    (first, rows), *others = found.unread.items()
+    named = [f"{first} ({rows:,} row{'s' if rows > 1 else ''})"]
+    named += [f"{name} ({rows:,})" for name, rows in others[: NAMED_FIELDS - 1]]
+    more = len(found.unread) - len(named)
+    where = "" if found.is_whole else f" of the first {found.rows:,} rows"
+    return f"{source}: not read{where}: {', '.join(named)}{f' and {more} more' if more else ''}"
 
 
 def _each(specs: Iterable[SourceSpec], survey: Callable[[SourceSpec], Survey]) -> list[tuple[SourceSpec, Survey]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from deft.core.types import (
     Conversation,
@@ -16,14 +20,16 @@ from deft.core.types import (
     Rendered,
 )
 from deft.encoding import raw
+from deft.encoding.coverage import Coverage, Kept
 from deft.encoding.edges import Coded, Coder
 from deft.encoding.render.chat import DEFAULT_RULES, AnswerRules, ChatRenderer
+from deft.encoding.render.rendered import RenderedTexts, has_mark, header_of
 from deft.encoding.render.template import Refusal
 from deft.encoding.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
 Overflow = Literal["turns", "cut", "drop", "error"]
-Render = Literal["auto", "raw", "chat"]
+Render = Literal["auto", "raw", "chat", "rendered"]
 
 Example = tuple[Encoded, ...]
 """What the batch counts as one: the parts of one row, trained in the same step. Windows of a text are examples each."""
@@ -31,6 +37,8 @@ Example = tuple[Encoded, ...]
 
 TRAIN_ON: dict[Kind, TrainOn] = {"text": "all", "dialogue": "completion", "chat": "assistant"}
 """What is learnt where `train_on` is not said."""
+
+NO_TOKENS = "{}: the tokenizer has no token for any of its characters; remove the row, or take another tokenizer"
 
 _LEARNT_ROLES = {"assistant", "output"}
 
@@ -60,6 +68,7 @@ class EncodedRow:
     literal         special tokens in its messages, encoded as text
     split_at_edges  an edge where one encoding of the whole text would have merged prompt and answer
     notes           the fallbacks that its masks needed
+    loses_characters, changes_characters  its tokenizer has no token for some; it makes others of some that are learnt
     """
 
     conversation: Conversation
@@ -69,6 +78,8 @@ class EncodedRow:
     literal: int = 0
     split_at_edges: bool = False
     notes: tuple[str, ...] = ()
+    loses_characters: bool = False
+    changes_characters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +119,107 @@ class RowEncoder:
     def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedRow]:
         """The rows in order. All chats are rendered before the first is encoded: a processor's caches like that."""
         begun = [self._begun(conversation) for conversation in conversations]
-        return [self._finished_chat(row) if isinstance(row, _Chat) else row for row in begun]
+        rows = [self._finished_chat(row) if isinstance(row, _Chat) else row for row in begun]
+        coverage = self.tokenizer.coverage
+        return [self._covered(row, coverage) for row in rows] if coverage else rows
+
+    def _covered(self, row: EncodedRow, coverage: Coverage) -> EncodedRow:
+        """The row with what its tokenizer does not keep of its texts; refused where that is all of an answer."""
+        conversation = row.conversation
+        texts = ["".join(said(message)) for message in conversation.messages]
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in conversation.tools]
+        kept = coverage.kept("\n".join([*texts, *tools]))
+        if kept == Kept.WHOLE or not row.examples:
+            return row
+        weights = message_weights(conversation.messages, self.train_on(conversation))
+        learnt = [index for index, weight in enumerate(weights) if weight > 0]
+        gone = next((index for index in learnt if coverage.keeps_nothing(texts[index])), None)
+        if gone is not None:
+            reason = NO_TOKENS.format(f"messages[{gone}], which is learnt")
+            return EncodedRow(conversation, Fate.REFUSED, reason=reason)
+        is_changed = any(coverage.kept(texts[index]) == Kept.CHANGED for index in learnt)
+        return replace(row, loses_characters=kept == Kept.LOST, changes_characters=is_changed)
 
     def _begun(self, conversation: Conversation) -> EncodedRow | _Chat:
+        weights = message_weights(conversation.messages, self.train_on(conversation))
+        lost = next((weight for weight in weights if not is_fp32(weight, conversation.weight)), None)
+        if lost is not None:
+            what = f"loss_weight: {conversation.weight:g} of the row times {lost:g} of a message is {OUT_OF_FP32}"
+            return EncodedRow(conversation, Fate.REFUSED, reason=what)
+        if self.policy.render == "rendered":
+            return self._rendered_before(conversation, weights)
         if conversation.kind != "text" and not self.is_raw(conversation):
             return self._chat(conversation)
-        weights = message_weights(conversation.messages, self.train_on(conversation))
         return (self._text if conversation.kind == "text" else self._dialogue)(conversation, weights)
 
     def is_raw(self, conversation: Conversation) -> bool:
         """Strings without roles are never put in a template, messages with roles always; `render` overrides."""
         if self.policy.render != "auto":
-            return self.policy.render == "raw"
+            return self.policy.render != "chat"
         return conversation.kind != "chat"
 
     def train_on(self, conversation: Conversation) -> TrainOn:
-        return self.policy.train_on or TRAIN_ON[conversation.kind]
+        kind: Kind = "chat" if self.policy.render == "rendered" else conversation.kind
+        return self.policy.train_on or TRAIN_ON[kind]
+
+    def stop_marks(self) -> frozenset[str]:
+        """The marks that ended the turns seen so far; of texts rendered beforehand, those of their template."""
+        if self.policy.render != "rendered":
+            return self.renderer.stop_marks()
+        return frozenset(self.texts.stops) if isinstance(self.texts, RenderedTexts) else frozenset()
+
+    @cached_property
+    def texts(self) -> RenderedTexts | Refusal:
+        """What finds the answers in texts that the template wrote; why nothing does."""
+        try:
+            return RenderedTexts.of(self.renderer)
+        except Refusal as refusal:
+            return refusal
+
+    @cached_property
+    def _answer_header(self) -> str:
+        """What the template writes before an answer, if there is a mark in it: no other text has that by chance."""
+        header = header_of(self.renderer.template)
+        return header if self.tokenizer.find_special(header) or has_mark(header) else ""
+
+    def holds_answers(self, message: Message) -> bool:
+        """Whether a message's words are turns that the template wrote beforehand."""
+        return bool(self._answer_header) and self._answer_header in message.content
+
+    def begins_so(self, conversation: Conversation) -> bool:
+        """Whether a text that the template wrote beforehand begins exactly as the template begins one today."""
+        text = "".join(message.content for message in conversation.messages)
+        return isinstance(self.texts, RenderedTexts) and self.texts.begins_so(text)
+
+    def _rendered_before(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
+        """A text that the template wrote beforehand: its marks are control tokens, its answers are learnt."""
+        try:
+            rendered = self._proven(conversation, weights)
+        except Refusal as refusal:
+            return EncodedRow(conversation, Fate.REFUSED, reason=f"render: rendered: {refusal}")
+        part = _EncodedText(self.coder.encode(rendered), (), rendered.notes)
+        if _tokens(part) <= self.policy.max_length:
+            return self._row_of(conversation, [part], Fate.TRAINED)
+        if self.policy.overflow != "cut":
+            return self._too_long(conversation, _tokens(part))
+        shorter = replace(part, coded=_cut(part.coded, self.policy.max_length, self.policy.truncation_side))
+        return self._row_of(conversation, [shorter], Fate.CUT)
+
+    def _proven(self, conversation: Conversation, weights: Sequence[float]) -> Rendered:
+        if conversation.kind == "chat":
+            raise Refusal("it reads texts that a template wrote, and this row has messages; leave data.render out")
+        if self.policy.rules != DEFAULT_RULES:
+            raise Refusal("answers are learnt whole; reasoning, learn_reasoning and learn_tool_calls need messages")
+        if isinstance(self.texts, Refusal):
+            raise self.texts
+        train_on = self.train_on(conversation)
+        if train_on == "all":
+            return self.texts.whole(conversation.messages, weights)
+        rendered = self.texts.prove(conversation.messages, weights, train_on == "last_assistant")
+        coverage = self.tokenizer.coverage
+        if coverage and any(map(coverage.keeps_nothing, self.texts.answers(rendered))):
+            raise Refusal(NO_TOKENS.format("an answer"))
+        return rendered
 
     def _text(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
         parts, literal = raw.pieces(conversation.messages, weights, self.tokenizer)
@@ -133,8 +229,8 @@ class RowEncoder:
         return _finished(conversation, examples, Fate.TRAINED, literal)
 
     def _dialogue(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
-        if any(message.reasoning or message.tool_calls for message in conversation.messages):
-            reason = "render: raw has no place for reasoning and tool calls; render it as a chat"
+        if chat_only := _chat_only(conversation):
+            reason = f"strings that are not put in a template have no place for {chat_only}; say data.render: chat"
             return EncodedRow(conversation, Fate.REFUSED, reason=reason)
         messages = as_raw(conversation.messages)
         parts, literal = raw.pieces(messages, weights, self.tokenizer)
@@ -169,9 +265,10 @@ class RowEncoder:
     def _rendered(
         self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation
     ) -> Sequence[Rendered]:
+        renderer = self.renderer.of(conversation.template_kwargs)
         if self.train_on(conversation) == "all":
-            return [self.renderer.whole(messages, 1.0, conversation.tools)]
-        return self.renderer.render(messages, weights, conversation.tools)
+            return [renderer.whole(messages, 1.0, conversation.tools)]
+        return renderer.render(messages, weights, conversation.tools)
 
     def _parts(self, rendered: Sequence[Rendered]) -> list[_EncodedText]:
         return [_EncodedText(self.coder.encode(text), text.turns, text.notes) for text in rendered]
@@ -252,6 +349,18 @@ def _finished(
     return EncodedRow(conversation, fate, kept, "", literal, split_at_edges, notes)
 
 
+def _chat_only(conversation: Conversation) -> str:
+    """What of a row only a chat template can show: nothing, or what it is called."""
+    has = {
+        "reasoning": any(message.reasoning for message in conversation.messages),
+        "tool calls": any(message.tool_calls for message in conversation.messages),
+        "tools": bool(conversation.tools),
+        "template variables": bool(conversation.template_kwargs),
+        "a system prompt": conversation.kind == "dialogue" and conversation.messages[0].role == "system",
+    }
+    return ", ".join(name for name, is_there in has.items() if is_there)
+
+
 def _has_target(part: Encoded) -> bool:
     """The first token of a document is predicted from nothing, so it is no target."""
     return bool(part.weights[1:].any())
@@ -277,6 +386,20 @@ def _cut(part: Coded, max_length: int, side: raw.Side) -> Coded:
     return Coded(part.tokens[kept], part.weights[kept], part.literal, part.split_at_edges)
 
 
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+OUT_OF_FP32 = "not 0, and no number of fp32 (1.2e-38 to 3.4e+38); say 0, or scale the weights"
+
+
+def is_fp32(weight: Any, scale: Any) -> Any:
+    """Whether weights times their scales are 0 because one of them is, or normal numbers of fp32; arrays as well.
+
+    >>> is_fp32(1e-30, 1.0), is_fp32(1e-30, 1e-30), is_fp32(0.0, 1e-30), is_fp32(1e30, 1e30)
+    (True, False, True, False)
+    """
+    product = weight * scale
+    return (weight == 0) | (scale == 0) | ((product >= _SMALLEST) & (product <= _LARGEST))
+
+
 def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
     """How much each message is learnt: its own weight, or 1 or 0 by the policy.
 
@@ -294,6 +417,16 @@ def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[floa
         (1.0 if message.weight is None else message.weight) if is_learnt else 0.0
         for message, is_learnt in zip(messages, learnt, strict=True)
     ]
+
+
+def said(message: Message) -> Iterator[str]:
+    """All the words of a message."""
+    yield message.content
+    if message.reasoning:
+        yield message.reasoning
+    for call in message.tool_calls:
+        yield call.name
+        yield call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
 
 
 def as_raw(messages: Sequence[Message]) -> list[Message]:

@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from deft.core.errors import InputError
 from deft.encoding.ascii_words import AsciiWords
+from deft.encoding.coverage import Coverage, keeps_all, steps
 from deft.encoding.render.stop import Marks
 
 if TYPE_CHECKING:
@@ -138,11 +139,11 @@ class Tokenizer:
         model = self._backend.model
         if not isinstance(model, models.BPE) or any(self._backend.token_to_id(byte) is None for byte in _BYTES):
             return False
-        steps = _steps(self._backend.pre_tokenizer, "pretokenizers")
-        changes = any(step.get("behavior") == "Removed" or step.get("add_prefix_space") for step in steps)
+        cuts = steps(self._backend.pre_tokenizer, "pretokenizers")
+        changes = any(step.get("behavior") == "Removed" or step.get("add_prefix_space") for step in cuts)
         changes = changes or any((model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix))
-        kinds = {step["type"] for step in steps}
-        is_normal = all(step["type"] == "NFC" for step in _steps(self._backend.normalizer, "normalizers"))
+        kinds = {step["type"] for step in cuts}
+        is_normal = all(step["type"] == "NFC" for step in steps(self._backend.normalizer, "normalizers"))
         return {"ByteLevel"} <= kinds <= {"ByteLevel", "Digits", "Split"} and is_normal and not changes
 
     @cached_property
@@ -156,6 +157,11 @@ class Tokenizer:
         special, others = [token for token in added if token.special], [token.content for token in added]
         takes = any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in special)
         return self.spells_bytes and not takes and not _overlap([token.content for token in special], others)
+
+    @cached_property
+    def coverage(self) -> Coverage | None:
+        """What it keeps of texts; None where it keeps every text whole."""
+        return None if keeps_all(self._backend) else Coverage(self._continuing_literal)
 
     @cached_property
     def _words(self) -> AsciiWords | None:
@@ -237,6 +243,11 @@ def load(path: str) -> Tokenizer:
     if tokenizer.remade and tokenizer.remade.loses_text:
         raise InputError(f"{path}: {tokenizer.remade}; use a tokenizer that belongs to this architecture")
     return tokenizer
+
+
+def of(tokenizer: Any) -> Tokenizer:
+    """A tokenizer that the caller holds, or the one of a folder or hub id."""
+    return load(str(tokenizer)) if isinstance(tokenizer, str | Path) else wrap(tokenizer)
 
 
 PROBES = ("Hello, world! It's 12345 o'clock.\n\n\tdef f(x): return x**2", "Grüße aus Köln: 日本語, 한국어, हिन्दी 😀")
@@ -324,19 +335,6 @@ def _overlap(tokens: Sequence[str], others: Sequence[str]) -> bool:
 
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
-
-
-def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
-    """What a normalizer or pre-tokenizer does, step by step.
-
-    >>> _steps(pre_tokenizers.Sequence([pre_tokenizers.Whitespace()]), "pretokenizers")
-    [{'type': 'Whitespace'}]
-    """
-    return [] if part is None else _flat(json.loads(part.__getstate__()), inner)
-
-
-def _flat(step: dict[str, Any], inner: str) -> list[dict[str, Any]]:
-    return [each for part in step[inner] for each in _flat(part, inner)] if step["type"] == "Sequence" else [step]
 
 
 def _without_prefix(part: Any) -> Any:

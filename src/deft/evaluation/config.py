@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from deft.core.config import Section
+from deft.core.config import OrOff, PathText, Section
 
 
 class EvaluateConfig(Section):
     """Every `every` steps and at the end: held-out loss, and answers to `prompts`, a list or the name of a file."""
 
-    every: int | None = Field(None, ge=1)
-    prompts: str | tuple[Any, ...] = ()
+    every: Annotated[int | None, Field(ge=1), OrOff] = None
+    prompts: PathText | tuple[Any, ...] = ()
     generate: dict[str, Any] = Field({})
     stop_sequences: tuple[str, ...] = ()
 
     @field_validator("prompts", mode="before")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path | list | tuple | None):
+        if value and not isinstance(value, str | Path | list | tuple):
             raise ValueError("name a file, or give a list of prompts")
-        return str(value) if isinstance(value, Path) else value or ()
+        return value or ()
 
     def is_due(self, step: int, total: int) -> bool:
         """Whether to evaluate after a step of a run of `total`."""

@@ -13,6 +13,7 @@ from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import samples
 from deft.evaluation.config import EvaluateConfig
 from deft.evaluation.heldout import held_out_loss
+from deft.evaluation.prompt_form import RAW, PromptForm
 from deft.evaluation.prompts import Prompt
 from deft.evaluation.samples import MetricFn, Sample
 from deft.training import randomness
@@ -31,6 +32,7 @@ class Evaluator:
     prompts: Sequence[Prompt]
     settings: EvaluateConfig
     metric_fn: MetricFn | None = None
+    form: PromptForm = RAW
 
     def __call__(self, state: TrainState, write: Callable[[str, Mapping[str, Any]], None]) -> float | None:
         """Writes an "eval" record if anything was measured, and a "sample" for each answer; returns the held-out loss.
@@ -62,5 +64,6 @@ class Evaluator:
             self.settings.generate,
             self.settings.stop_sequences,
             self.metric_fn,
+            self.form,
         )
         return {**found, **answers.means}, answers.rows

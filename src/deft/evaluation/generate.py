@@ -66,6 +66,7 @@ def complete(
     *,
     generate: Mapping[str, Any],
     stop_sequences: Sequence[str] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One answer per prompt, in order; `model` and `tokenizer` are left as they were found.
 
@@ -77,7 +78,7 @@ def complete(
     """
     if isinstance(prompts, str):
         raise InputError("prompts: a string is one prompt; give a list of them")
-    request = Request.of(model, tokenizer, generate, stop_sequences)
+    request = Request.of(model, tokenizer, generate, stop_sequences, template_kwargs)
     rows = [request.prompt_ids(prompt) for prompt in prompts]
     lengths = [request.answer_length(row) for row in rows]
     answers = [""] * len(rows)
@@ -122,8 +123,10 @@ def own_stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return models.stop_ids(model.generation_config, model.config.get_text_config(), tokenizers.wrap(tokenizer).hf)
 
 
-def prompt_text(tokenizer: Any, prompt: str | Messages) -> str:
+def prompt_text(tokenizer: Any, prompt: str | Messages, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """What the model is shown for a prompt, as text: the string itself, or the rendered messages.
+
+    template_kwargs  variables that the chat template gets
 
     Raises InputError where there is no chat template, or where it refuses the messages.
     """
@@ -135,8 +138,8 @@ def prompt_text(tokenizer: Any, prompt: str | Messages) -> str:
             "a prompt made of messages needs a chat template, and this tokenizer has none; give it as text"
         )
     try:
-        messages = [dict(message) for message in prompt]
-        return str(held.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        messages, given = [dict(message) for message in prompt], dict(template_kwargs or {})
+        return str(held.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given))
     except TemplateError as error:
         raise InputError(f"the chat template refuses this prompt: {error}; prompt: {prompt!r}") from error
 
@@ -165,16 +168,28 @@ def cut(text: str, stop_sequences: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call's model and checked settings. settings: what `generate` of transformers takes, without the length."""
+    """One call's model and checked settings.
+
+    settings         what `generate` of transformers takes, without the length
+    template_kwargs  variables that the chat template gets
+    """
 
     model: Any
     held: Tokenizer
     settings: Mapping[str, Any]
     new_tokens: int
     stops: tuple[str, ...]
+    template_kwargs: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, generate: Mapping[str, Any], stop_sequences: Sequence[str]) -> Request:
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        generate: Mapping[str, Any],
+        stop_sequences: Sequence[str],
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Request:
         held = tokenizers.wrap(tokenizer)
         chosen = resolve(generate)
         new_tokens = chosen.pop("max_new_tokens")
@@ -182,7 +197,7 @@ class Request:
         stop_ids = models.stop_ids(given) or own_stop_ids(model, held)
         pad = next(index for index in (held.hf.pad_token_id, held.hf.eos_token_id, *stop_ids, 0) if index is not None)
         settings = {"use_cache": True, **chosen, "eos_token_id": list(stop_ids) or None, "pad_token_id": pad}
-        return cls(model, held, settings, new_tokens, check_stops(stop_sequences))
+        return cls(model, held, settings, new_tokens, check_stops(stop_sequences), dict(template_kwargs or {}))
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """The ids of a prompt. Raises InputError where it is empty and the tokenizer has no token to start from."""
@@ -190,7 +205,7 @@ class Request:
         if isinstance(prompt, str):
             ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
         else:
-            ids = held.ids(prompt_text(held, prompt))
+            ids = held.ids(prompt_text(held, prompt, self.template_kwargs))
         if ids or held.start_ids:
             return ids or held.start_ids
         raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")

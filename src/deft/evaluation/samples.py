@@ -15,6 +15,7 @@ import torch
 from deft.core.errors import InputError, user_code
 from deft.encoding import tokenizer as tokenizers
 from deft.evaluation import generate as generation
+from deft.evaluation.prompt_form import RAW, PromptForm
 from deft.evaluation.prompts import Prompt
 
 MetricFn: TypeAlias = Callable[..., Mapping[str, Sequence[float]]]
@@ -92,8 +93,11 @@ def sample(
     generate: Mapping[str, Any],
     stop_sequences: Sequence[str] = (),
     metric_fn: MetricFn | None = None,
+    form: PromptForm = RAW,
 ) -> Samples:
     """Answers to all prompts under each setting, and the metrics of each answer.
+
+    form  how texts are put to the model
 
     Random numbers are drawn from a copy of torch's state, so that sampling does not change training. Raises
     UserCodeError where `metric_fn` raises, InputError where its result is not one number per sample and name.
@@ -101,7 +105,8 @@ def sample(
     if not prompts:
         return Samples((), {})
     held = tokenizers.wrap(tokenizer)
-    texts = [generation.prompt_text(held, each.prompt) for each in prompts]
+    shown = [form.shown(each.prompt) for each in prompts]
+    texts = [generation.prompt_text(held, each, form.template_kwargs) for each in shown]
     rows: list[Sample] = []
     means: dict[str, float] = {}
     for setting in settings(generate):
@@ -109,9 +114,10 @@ def sample(
             outputs = generation.complete(
                 model,
                 held,
-                [each.prompt for each in prompts],
+                shown,
                 generate=setting.generate,
                 stop_sequences=stop_sequences,
+                template_kwargs=form.template_kwargs,
             )
         metrics = _measure(metric_fn, texts, outputs, prompts) if metric_fn else {}
         for index, (text, output) in enumerate(zip(texts, outputs, strict=True)):

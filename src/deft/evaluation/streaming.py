@@ -25,13 +25,14 @@ def stream(
     *,
     generate: Mapping[str, Any],
     stop_sequences: Sequence[str] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """The pieces of one answer as they come; joined, they are what `complete` gives for the prompt.
 
     Errors of `complete` are raised at once; an error of the running model is raised from the iterator. Closing the
     iterator stops the model.
     """
-    request = Request.of(model, tokenizer, generate, stop_sequences)
+    request = Request.of(model, tokenizer, generate, stop_sequences, template_kwargs)
     if request.settings.get("num_beams", 1) != 1:
         raise InputError("generate.num_beams: beams cannot be streamed; leave it out, or do not stream")
     row = request.prompt_ids(prompt)

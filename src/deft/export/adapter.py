@@ -49,12 +49,12 @@ class Merge:
 
 
 def write(folder: Path, model: Any, masters: Masters, settings: AdapterConfig, base: str) -> None:
-    """The adapter as peft writes it, whole or not at all; nothing where the folder exists.
+    """The adapter as peft writes it, whole or not at all, in place of one that an earlier end of the run has left.
 
     base  the base model's hub id or folder, which adapter_config.json names
     """
     if folder.exists():
-        return
+        files.remove(folder)
     described: Any = adapters.peft_config(model, settings)
     described.base_model_name_or_path, described.inference_mode = base, True
     if settings.target == "all-linear":  # as names, which servers know how to read

@@ -34,7 +34,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     name             the model's name
     base_model       hub id or folder
     data             [{"path": ..., "rows": ...}, ...]
-    tokens, target_tokens     integers, over one epoch
+    tokens, target_tokens     integers, over one epoch; prompts: how the model is asked
     hyperparameters  {name: value}
     versions         {package: version}
 
@@ -75,7 +75,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         *_section("Data", _data_text(facts)),
         *_section("Hyperparameters", _table(("name", "value"), facts.get("hyperparameters", {}).items())),
         *_section("Versions", _table(("package", "version"), facts.get("versions", {}).items())),
-        *_section("Load", _load_text(name)),
+        *_section("Load", _load_text(name, facts.get("prompts"))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -101,7 +101,8 @@ def _data_text(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, [table, share]))
 
 
-def _load_text(name: str) -> str:
+def _load_text(name: str, prompts: str | None) -> str:
+    asked = f"As in its training, {prompts}.\n\n" if prompts else ""
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,5 +111,5 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-An ordinary Hugging Face folder. It can be served as it is, and is both the starting policy and the reference model for
-DPO, KTO, GRPO or PPO."""
+{asked}An ordinary Hugging Face folder. It can be served as it is, and is both the starting policy and the
+reference model for DPO, KTO, GRPO or PPO."""

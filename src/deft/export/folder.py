@@ -1,6 +1,6 @@
 """The hand-off: an ordinary Hugging Face folder, written whole or not at all, reloaded by plain transformers, compared.
 
-final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md  manifest.json
+final/  config.json  generation_config.json  model*.safetensors  tokenizer files  README.md  deft.json  manifest.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from deft.distributed.world import World
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.rows import Example, as_chat
 from deft.encoding.tokenizer import Tokenizer
+from deft.evaluation import prompt_form
 from deft.evaluation.generate import SAMPLING, own_stop_ids
+from deft.evaluation.prompt_form import PromptForm
 from deft.model import multimodal
 from deft.model.causal_lm import evaluating
 from deft.model.load import Base
@@ -88,7 +90,9 @@ def export(
     chat_template: str | None,
     card: str,
     weights: Mapping[str, Tensor] | None,
+    form: PromptForm | None = None,
     processor: Sequence[Path] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
 
@@ -96,17 +100,21 @@ def export(
     stop_ids       what ends an answer beside the model's own stop ids, for generation_config.json
     chat_template  stands in for the tokenizer's own where given
     card           README.md
+    form           how it is asked, for deft.json
     processor      files of the base's processor, copied where the tokenizer has not written its own
+    about          what manifest.json says of it
 
     Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
     staging folder beside it, which `files.sweep` removes.
     """
-    with _complaining(folder), files.staged(folder) as staging:
+    with _complaining(folder), files.staged(folder, about) as staging:
         _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
         for file in processor:
             staging.write(file.name, [file.read_bytes()])
         _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging.path)
         staging.write_text("README.md", card)
+        if form is not None:
+            staging.write_text(prompt_form.FILE, form.as_json())
 
 
 def hand_over(
@@ -118,16 +126,20 @@ def hand_over(
     weights: Mapping[str, Tensor] | None,
     marks: Collection[str],
     card: str,
+    form: PromptForm,
     examples: Sequence[Example],
     chat: Conversation | None,
     world: World,
+    about: Mapping[str, Any] | None = None,
 ) -> ExportCheck:
     """Export a trained model unless an earlier start has, and compare it; it is removed where it differs.
 
     base      whose dtype and processor files it gets
     marks     what ends the learnt turns of chats
+    form      how it is asked
     examples  trained ones, the first `EXPORT_ROWS` of which are compared
     chat      the conversation that templates are compared on
+    about     what its manifest.json says of it
     """
     stops = _learnt_stop_ids(tokenizer, marks)
     if not folder.exists():
@@ -139,8 +151,10 @@ def hand_over(
             stop_ids=stops,
             chat_template=None,
             card=card,
+            form=form,
             weights=weights,
             processor=multimodal.processor_files(base.path),
+            about=about,
         )
     world.wait()
     rows = [example[0].tokens.tolist() for example in examples[:EXPORT_ROWS]]

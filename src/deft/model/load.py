@@ -205,6 +205,10 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
         raise _refusal(str(folder), "there is no such folder", fix)
     if (folder / "final" / "config.json").is_file():
         raise _refusal(str(folder), "this is a run", f"its model is {folder / 'final'}")
+    if (folder / "cursor.json").is_file() and folder.parent.name == "checkpoints":
+        again = f"resume={folder.name} steps={int(folder.name.rpartition('-')[2])}"
+        fix = f"{folder.parents[1]}/final is one; for one of this step move that away and train again with {again}"
+        raise _refusal(str(folder), "this is a checkpoint of a run, not a model", fix)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
         what = f"not a model folder: it has no config.json, but {found}"

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from deft.core.config import Section
+from deft.core.config import SWITCHES, PathText, Section
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.registry import closest
-from deft.dataset.config import DataConfig
+from deft.dataset.config import DataConfig, SourceConfig
 from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.rows import Overflow
 from deft.evaluation.config import EvaluateConfig
 from deft.model.config import AdapterConfig, FreezeConfig, of_folder
 from deft.plan.config import BatchConfig, ScheduleConfig
-from deft.run.other_names import OTHER_NAMES
+from deft.run.other_names import NO_KEY, OTHER_NAMES, OTHER_VALUES, TAKES
 from deft.training.config import CheckpointConfig, LossConfig, OptimizerConfig
 
 ADAPTER_LR = 2e-4
 """The learning rate of adapters: ten times and more that of full fine-tuning, as LoRA's papers and users have it."""
+LISTS = ("data", "data.train", "data.eval", "evaluate.prompts", "evaluate.stop_sequences")
+"""Keys that may have several values."""
 
 
 class Config(Section):
     """Everything a run needs to be told; two keys have no default.
 
+    reasoning       where the prompt opens a block of it: auto, empty or require (README, Which text a row becomes)
     skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
     """
 
-    model: str
+    model: PathText
     data: DataConfig
-    template: str = "auto"
+    template: PathText = "auto"
     template_kwargs: dict[str, Any] = Field({})
     reasoning: Reasoning = "auto"
-    output: str | None = None
+    output: PathText | None = None
     max_length: int | None = Field(None, ge=2)
     overflow: Overflow = "turns"
     truncation_side: Side = "right"
@@ -78,6 +83,11 @@ class Config(Section):
     def _path_alone(cls, value: Any) -> Any:
         return value if isinstance(value, Mapping | BaseModel) else {"train": value}
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _whether(cls, value: Any) -> Any:
+        return {True: "auto", False: "never"}.get(SWITCHES.get(str(value).lower(), value), value)
+
     @field_validator("microbatch_tokens")
     @classmethod
     def _positive(cls, value: Any) -> Any:
@@ -86,12 +96,14 @@ class Config(Section):
         return value
 
 
-def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """A YAML or TOML file and `key=value` overrides -> the configuration. Raises InputError or Problems."""
+def load(path: str | None, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> Config:
+    """A YAML or TOML file and `key=value` overrides -> the configuration. Raises InputError or Problems.
+
+    say  is told of an override that a later one of its key takes the place of
+    """
     values = _read(path) if path else {}
-    for override in overrides:
-        values = _with(values, *setting(override))
-    return make(values, path or "the command line")
+    settings = _last([setting(each) for each in overrides], say)
+    return make(_merged(values, settings), path or "the command line")
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -101,25 +113,26 @@ def setting(text: str) -> tuple[str, Any]:
     (('optimizer.lr', 0.001), ('output', 'a: b: c'))
     """
     key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"{text!r}: neither a file nor key=value")
+    if not equals or not key.strip():
+        raise InputError(f"{text!r}: neither a file nor key=value" + ("; write it without spaces" if equals else ""))
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key.strip(), _yaml(value)
+    except (yaml.YAMLError, ValueError):
         return key.strip(), value
 
 
-def make(values: Mapping[str, Any], where: str = "deft.train") -> Config:
+def make(values: Mapping[str, Any], where: str = "deft.train", arguments: Sequence[str] = ()) -> Config:
     """A nested mapping -> the configuration; every problem in one error.
 
     A model that is the folder of an adapter stands for its base, and the adapter to go on from.
+
+    arguments  names that the caller takes beside keys, and that a wrong one may have meant
     """
     try:
         return Config.model_validate(_with_base(values))
     except ValidationError as error:
-        raise Problems(
-            f"{where}: the configuration is not valid", [_problem(each) for each in error.errors()]
-        ) from error
+        problems = [_problem(each, arguments) for each in error.errors()]
+        raise Problems(f"{where}: the configuration is not valid", problems) from error
 
 
 def _with_base(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -135,16 +148,18 @@ def _with_base(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "model": base, "adapter": settings}
 
 
+def changed(config: Config, override: str) -> Config:
+    """The configuration with a `key=value` over it."""
+    return make(_merged(config.model_dump(mode="json"), [setting(override)]), override)
+
+
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Keys with double underscores -> nested mappings.
 
-    >>> nested({"optimizer__lr": 1e-5, "epochs": 2})
-    {'optimizer': {'lr': 1e-05}, 'epochs': 2}
+    >>> nested({"epochs": 2, "optimizer__lr": 1e-5})
+    {'epochs': 2, 'optimizer': {'lr': 1e-05}}
     """
-    values: dict[str, Any] = {}
-    for key, value in flat.items():
-        values = _with(values, key.replace("__", "."), value)
-    return values
+    return _merged({}, [(key.replace("__", "."), value) for key, value in flat.items()])
 
 
 def as_yaml(config: Config) -> str:
@@ -153,13 +168,12 @@ def as_yaml(config: Config) -> str:
 
 
 def _read(path: str) -> dict[str, Any]:
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     try:
-        text = file.read_text(encoding="utf-8")
-        values = _parse(text, file.suffix)
+        values = _parse(file.read_text(encoding="utf-8"), file.suffix)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a YAML or TOML file, or give key=value") from error
-    except ValueError as error:
+    except (ValueError, InputError) as error:
         raise InputError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: not a configuration; it needs at least the keys model and data")
@@ -168,13 +182,93 @@ def _read(path: str) -> dict[str, Any]:
 
 def _parse(text: str, suffix: str) -> Any:
     if suffix == ".toml":
-        import tomllib
-
-        return tomllib.loads(text)
+        return _toml(text)
     try:
-        return yaml.safe_load(text)
+        return _yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _yaml(text: str) -> Any:
+    """Raises InputError for a mapping with a key twice, of which YAML would take the last."""
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or isinstance(node, yaml.ScalarNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise _twice(name, lines[name], line)
+            lines[name] = line
+            waiting.append(value)
+    return yaml.safe_load(text)
+
+
+def _toml(text: str) -> Any:
+    """Raises InputError for a key or a table twice, with both lines."""
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        keys = [line.partition("=")[0].strip() for line in text.splitlines()]
+        found = re.search(r"line (\d+)", str(error))
+        last = int(found[1]) if found else len(keys)
+        if "Cannot " in str(error) and keys[last - 1] in keys[: last - 1]:
+            first = max(line for line in range(1, last) if keys[line - 1] == keys[last - 1])
+            raise _twice(keys[last - 1], first, last) from error
+        raise
+
+
+def _twice(key: str, first: int, last: int) -> InputError:
+    where = f"in lines {first} and {last}" if first < last else f"in line {first}"
+    return InputError(f"the key {key!r} stands twice, {where}; keep one of them")
+
+
+def _merged(values: Mapping[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The values with settings over them, sections before what stands in them. InputError where two are of one key."""
+    given: dict[str, Any] = {}
+    settings = [("data.train" if key == "data" and not _is_section(value) else key, value) for key, value in settings]
+    for key, value in settings:
+        for leaf, new in _leaves(key, value):
+            if leaf in given:
+                fix = f" ({leaf}=[a, b] is a list)" if leaf in LISTS else ""
+                raise InputError(f"{leaf}: given twice, {_shown(given[leaf])} and {_shown(new)}; give it once{fix}")
+            given[leaf] = new
+    found = dict(values)
+    for key, value in sorted(settings, key=lambda each: each[0].count(".")):
+        found = _with(found, key, value)
+    return found
+
+
+def _last(settings: Sequence[tuple[str, Any]], say: Callable[[str], None]) -> list[tuple[str, Any]]:
+    """The last setting of each key; all of one that takes a list, as nobody knows whether both are meant."""
+    found: dict[str, Any] = {}
+    several = [(key, value) for key, value in settings if key in LISTS]
+    for key, value in settings:
+        if key not in LISTS:
+            if found.get(key, value) != value:
+                say(f"{key}: given twice, {_shown(found[key])} and {_shown(value)}; the last is taken")
+            found[key] = value
+    return [*several, *found.items()]
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping | BaseModel)
 
 
 def _with(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -191,27 +285,44 @@ _ALONE = {"data": "train", "adapter": "name"}
 """What a value alone says of a group of keys."""
 
 
-def _problem(error: Mapping[str, Any]) -> Problem:
-    location = [str(part) for part in error["loc"] if not _is_union_branch(str(part))]
-    key = ".".join(location)
+def _problem(error: Mapping[str, Any], arguments: Sequence[str]) -> Problem:
+    key = ".".join(str(part) for part in error["loc"] if not _is_union_branch(str(part)))
     if error["type"] == "extra_forbidden":
-        return Problem(key, "unknown key", _suggestion(key))
+        return Problem(key, "unknown key", suggestion(key, arguments))
     if error["type"] == "missing":
         return Problem(key, "missing", f"give {key}=...")
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return Problem(key, f"{message}, not {_shown(error['input'])}", _closest_value(error))
+    return Problem(key, f"{message}, not {_shown(error['input'])}", _way_out(_unnumbered(key), error))
 
 
 def _is_union_branch(part: str) -> bool:
-    return part in ("float", "int", "literal['auto']") or part.startswith("tuple[")
+    return part in ("float", "int", "str", "literal['auto']") or part.startswith(("tuple[", "function-"))
 
 
-def _suggestion(key: str) -> str:
-    last = key.rpartition(".")[2]
+def _unnumbered(key: str) -> str:
+    """A key without the places of sources; those of evaluation take what those of training do."""
+    return ".".join(part for part in key.split(".") if not part.isdigit()).replace("data.eval.", "data.train.")
+
+
+def suggestion(key: str, arguments: Sequence[str] = ()) -> str:
+    """What an unknown key is called here, or why there is none.
+
+    arguments  names that are taken beside keys
+
+    >>> suggestion("learning_rate"), suggestion("optimizer.lrr")
+    ('deft calls it optimizer.lr', "did you mean 'optimizer.lr'?")
+    """
+    key = _unnumbered(key)
+    last = key.rpartition(".")[2].lower().replace("-", "_")
     if last in OTHER_NAMES:
         return f"deft calls it {OTHER_NAMES[last]}"
+    if last in NO_KEY:
+        return NO_KEY[last]
+    if key in keys():
+        return f"nest it: {key.replace('.', ': {', 1)}: ...}}"
     ends = {name.rpartition(".")[2]: name for name in reversed(keys())}
-    return closest(key, keys()) or closest(last, ends, ends) or f"the keys are {', '.join(Config.model_fields)}"
+    near = closest(key, [*keys(), *arguments]) or closest(last, ends, ends) or closest(last, OTHER_NAMES, OTHER_NAMES)
+    return near or f"the keys are {', '.join(Config.model_fields)}"
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -226,14 +337,19 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found += keys(kind, f"{prefix}{name}.")
+        if field.annotation == tuple[SourceConfig, ...]:
+            found += keys(SourceConfig, f"{prefix}{name}.")
     return found
 
 
-def _closest_value(error: Mapping[str, Any]) -> str:
-    if error["type"] != "literal_error":
-        return ""
-    choices = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
-    return closest(str(error["input"]), choices)
+def _way_out(key: str, error: Mapping[str, Any]) -> str:
+    """What to write in place of a value that a key does not take."""
+    if theirs := OTHER_VALUES.get(key, {}).get(str(error["input"]).lower()):
+        return theirs
+    if error["type"] == "literal_error":
+        choices = [word.strip(" '") for word in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return closest(str(error["input"]), choices)
+    return TAKES.get(key, "")
 
 
 def _shown(value: Any) -> str:

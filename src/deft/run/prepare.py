@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,18 +11,20 @@ from pathlib import Path
 
 import torch
 
-from deft.core import versions
+from deft.core import registry, versions
 from deft.core.errors import InputError
 from deft.core.redact import redacted_json
 from deft.dataset import build, cache, ledger, refusals
 from deft.dataset.build import Dataset
 from deft.dataset.cache import Cache
 from deft.dataset.row_digests import RowDigests
+from deft.dataset.survey import not_read
 from deft.model import load as models
 from deft.plan import loader
 from deft.plan.order import Batching
-from deft.run import forecast, reading, resume
+from deft.run import forecast, reading, requests, resume, ways_out
 from deft.run.config import Config
+from deft.run.finished import RunRequest
 from deft.run.forecast import Fit, Forecast
 from deft.run.reading import Checked, Session
 from deft.run.resume import NEW_RUN, EarlierStarts, Inputs
@@ -55,6 +58,19 @@ class Prepared:
         """What the first `step` steps are trained on."""
         return replace(self.inputs, plan=resume.plan_digest(self.fit.planned.until(step)))
 
+    def request(self) -> RunRequest:
+        """What is asked for, for who asks again when it is done."""
+        config, checked = self.config, self.checked
+        sources = checked.train + checked.held_out
+        is_by_files = all(survey.content and not registry.is_own(source.format) for source, survey in sources)
+        rows = (self.rows.digest, RowDigests.of(self.data.held_out).digest)
+        digests = {
+            "rows": "" if is_by_files else resume.plan_digest(rows),
+            "prompts": resume.digest(*map(str, checked.prompts)) if checked.prompts else "",
+            "loss.name": _own_file(config.loss.name) if registry.is_own(config.loss.name) else "",
+        }
+        return RunRequest(self.inputs, checked.files(), digests)
+
     def checkpoint(self, state: TrainState, is_evaluated: bool, loss: float | None = None) -> Checkpoint:
         """All that the run needs to go on from here, copied.
 
@@ -78,11 +94,13 @@ class Prepared:
 def prepare(config: Config, session: Session, earlier: EarlierStarts = NEW_RUN) -> Prepared:
     """Checks, reads, encodes and plans, without loading the model."""
     checked = reading.check(config, session)
+    session.say(*not_read(checked.train + checked.held_out))
     data = encode(config, checked, session)
     session.say(*_described(checked, data))
     stop_unless_trainable(config, checked, data)
     batchings = earlier.batchings(Batching(config.batch.examples, config.batch.tokens))
     fit = plan(config, checked, data, session, batchings)
+    session.say(*map(str, requests.unmet(config, checked, data, fit.planned)))
     expected = forecast.forecast(fit, checked.machine)
     session.say(f"expected: {expected}" if expected else "")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
@@ -117,7 +135,9 @@ def encode(config: Config, checked: Checked, session: Session) -> Dataset:
 
 def _described(checked: Checked, data: Dataset) -> list[str]:
     """What a user should know of the rows before training."""
-    lines = [f"template: {checked.chosen.where}"] if checked.is_chat else []
+    lines = [f"template: {text}" for text in checked.texts()]
+    if checked.prompts:
+        lines.append(f"evaluate.prompts: {checked.form}")
     if remade := checked.tokenizer.remade:
         lines.append(f"warning: {remade}")
     for source in data.ledgers:
@@ -133,11 +153,17 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
 
 def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> None:
     """Raises Problems where more rows are refused than is allowed, none is left, or the model lacks their tokens."""
-    refusals.stop_if_lost(data, config.data.allow_refused, may_be_too_long=config.overflow != "error")
+    share = config.data.eval if isinstance(config.data.eval, float) else 0.0
+    refusals.stop_if_lost(
+        data,
+        config.data.allow_refused,
+        may_be_too_long=config.overflow != "error",
+        share=share,
+        way_out=ways_out.way_out(config, checked),
+    )
     if config.checkpoint.keep_best and not data.held_out:
-        raise InputError(
-            "checkpoint.keep_best: the best is found by held-out loss, and no row is held out; set data.eval"
-        )
+        by = f" by data.eval={share}; raise it" if share else "; set data.eval"
+        raise InputError(f"checkpoint.keep_best: the best is found by held-out loss, and no row is held out{by}")
     refusals.stop_if_out_of_vocabulary(data, checked.tokenizer, checked.base.vocab_size)
 
 
@@ -192,6 +218,12 @@ def _of_model(config: Config, checked: Checked) -> str:
     base = resume.fingerprint(models.folder(checked.base))
     start = config.adapter and config.adapter.start
     return resume.digest(base, resume.fingerprint(Path(start), "adapter_config.json")) if start else base
+
+
+def _own_file(name: str) -> str:
+    """The digest of the module of a user's function."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return next(iter(cache.file_digests([file]).values())) if file else ""
 
 
 def _resolved(config: Config, checked: Checked) -> Config:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from deft.core import hardware
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.hardware import Machine
 from deft.core.signals import Signals
-from deft.core.types import Objective
+from deft.core.types import Kind, Objective
 from deft.data.format import Choices
 from deft.data.shapes import Survey
 from deft.dataset import cache, examples, survey
@@ -26,10 +26,11 @@ from deft.dataset.survey import Advance, Execution
 from deft.encoding import tokenizer as edge
 from deft.encoding.render.chat import AnswerRules
 from deft.encoding.render.template import Chosen, choose
-from deft.encoding.rows import Policy, RowEncoder
+from deft.encoding.rows import Policy, Render, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompts
 from deft.evaluation import samples as evaluate
+from deft.evaluation.prompt_form import PromptForm
 from deft.evaluation.prompts import Prompt
 from deft.evaluation.samples import MetricFn
 from deft.model import load as models
@@ -46,12 +47,13 @@ from deft.training import optimizers
 class Session:
     """What a run has beside its configuration: rows in memory, a metric function, where it reports to, what may end it.
 
+    rows          those in memory, by the name of their source in the configuration
     signals       no signal ends the run unless the command line handles them
     began         time.perf_counter() when the run was asked for
     owns_process  whether the run may change settings of the whole process that stay after it
     """
 
-    samples: Sequence[Any] | None = None
+    rows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     metric_fn: MetricFn | None = None
     console: Console = field(default_factory=display.of_run)
     signals: Signals = field(default_factory=Signals)
@@ -76,6 +78,25 @@ class Reading:
     train: list[tuple[SourceSpec, Survey]]
     held_out: list[tuple[SourceSpec, Survey]]
 
+    @property
+    def form(self) -> PromptForm:
+        """How the model is asked, so that it is shown what rows become."""
+        return PromptForm(self.is_chat, self.policy.template_kwargs)
+
+    def texts(self) -> list[str]:
+        """Which text rows become, a line each: chats by a template, and strings where there is one that they leave out.
+
+        What a turn of plain text is nobody knows, so that `render: chat` leaves it as it is as well.
+        """
+        kinds = {source.path: survey.first.kind for source, survey in self.train if survey.first is not None}
+        raw = [path for path, kind in kinds.items() if _is_raw(kind, self.policy.render)]
+        lines = [self.chosen.where] if self.is_chat else []
+        if raw and (self.is_chat or self.tokenizer.chat_template is not None):
+            which = f"not used for {', '.join(raw)}: learnt" if self.is_chat else "not used: rows are learnt"
+            can_be_chat = self.policy.render == "auto" and any(kinds[path] == "dialogue" for path in raw)
+            lines.append(f"{which} as raw text" + ("; data.render=chat puts them in it" if can_be_chat else ""))
+        return lines
+
     def encoder(self) -> RowEncoder:
         return examples.encoder(self.tokenizer, self.chosen, self.policy, self.stop_ids)
 
@@ -90,6 +111,10 @@ class Checked(Reading):
     machine: Machine
     prompts: tuple[Prompt, ...]
     folder: Path
+
+    def files(self) -> dict[str, str]:
+        """A digest of each data file by its name."""
+        return {name: digest for _, survey in self.train + self.held_out for name, digest in survey.content.items()}
 
 
 def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -132,8 +157,9 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
     trainable = Trainable(config.adapter, config.freeze)
     if trainable != ALL:
         models.summarise(base, trainable)  # what does not fit the model is refused here
-    reading = _reading(config, base, tokenizer, *rows)
-    asked = tuple(_as_user(prompt) for prompt in asked) if reading.is_chat else asked
+    reading = of(config, base, tokenizer, *rows)
+    session.say(*_unread(rows))
+    _stop_if_unaskable(reading.tokenizer, asked)
     return Checked(
         **vars(reading),
         base=base,
@@ -150,10 +176,16 @@ def read(config: Config, session: Session) -> Reading:
     (base, tokenizer), *rows = collect(
         [
             lambda: (_base_if_any(config.model), edge.load(config.model)),
-            *(partial(survey.glance, sources, execution(session)) for sources in _sources(config, session)),
+            *(partial(_glance, sources, session) for sources in _sources(config, session)),
         ]
     )
-    return _reading(config, base, tokenizer, *rows)
+    session.say(*_unread(rows))
+    return of(config, base, tokenizer, *rows)
+
+
+def _unread(understood: Sequence[list[tuple[SourceSpec, Survey]]]) -> list[str]:
+    """What lies beside the files of sources."""
+    return [f"warning: {line}" for sources in understood for source, _ in sources if (line := source.unread())]
 
 
 def execution(session: Session, advance: Advance = lambda rows: None) -> Execution:
@@ -161,28 +193,47 @@ def execution(session: Session, advance: Advance = lambda rows: None) -> Executi
     return Execution(Cache(cache.root(), session.say), advance=advance)
 
 
+def _glance(sources: Sequence[SourceSpec], session: Session) -> list[tuple[SourceSpec, Survey]]:
+    """Reads of large sources the beginning alone."""
+    session.say(*(source.split_read() for source in sources))
+    return survey.glance(sources, execution(session))
+
+
 def _read(sources: Sequence[SourceSpec], session: Session) -> list[tuple[SourceSpec, Survey]]:
     """Reads sources from beginning to end."""
+    session.say(*(source.split_read() for source in sources))
     with display.counting(session.console, "reading") as advance:
         return survey.understand(sources, execution(session, advance))
 
 
 def _sources(config: Config, session: Session) -> tuple[list[SourceSpec], list[SourceSpec]]:
     held_out = config.data.eval if isinstance(config.data.eval, tuple) else ()
-    train_sources = [source_spec(source, "train") for source in config.data.train]
-    if session.samples is not None:
-        train_sources = [SourceSpec("samples", rows=tuple(session.samples))]
-    return train_sources, [source_spec(source, "test") for source in held_out]
+    shape, split, rows = config.data.format, config.data.split, session.rows
+    train = [source_spec(each, "train", shape, split, rows.get(each.path)) for each in config.data.train]
+    return train, [source_spec(each, "test", shape, None, rows.get(each.path)) for each in held_out]
 
 
-def source_spec(source: SourceConfig, split: str) -> SourceSpec:
-    """A source of the configuration. `split` is read where it names none: train or test."""
+def source_spec(
+    source: SourceConfig,
+    usual: str,
+    shape: str = "auto",
+    split: str | None = None,
+    rows: tuple[Any, ...] | None = None,
+) -> SourceSpec:
+    """A source of the configuration.
+
+    usual         the split that is read where none is named: train or test
+    shape, split  what `data` says for the sources that say nothing
+    rows          its rows, where they are in memory
+    """
+    named = source.split or split
     return SourceSpec(
         source.path,
-        source.format,
+        shape if source.format == "auto" else source.format,
+        rows,
         subset=source.subset,
         choices=Choices(
-            source.columns, source.answers, source.control, source.split or split, source.split is not None
+            source.columns, source.answers, source.control, named or usual, named is not None, source.ignore
         ),
         times=source.times,
         loss_weight=source.loss_weight,
@@ -190,13 +241,14 @@ def source_spec(source: SourceConfig, split: str) -> SourceSpec:
     )
 
 
-def _reading(
+def of(
     config: Config,
     base: Base | None,
     tokenizer: Tokenizer,
     train: list[tuple[SourceSpec, Survey]],
     held_out: list[tuple[SourceSpec, Survey]],
 ) -> Reading:
+    """Rows that are understood, a model and a tokenizer, with the settings that decide what their tokens are."""
     chosen, length = collect(
         [
             lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
@@ -232,17 +284,24 @@ def _base_if_any(path: str) -> Base | None:
 
 
 def _is_chat(policy: Policy, understood: Sequence[tuple[SourceSpec, Survey]]) -> bool:
-    """Whether the training rows go through the chat template."""
-    if policy.render != "auto":
-        return policy.render == "chat"
-    return any(survey.first is not None and survey.first.kind == "chat" for _, survey in understood)
+    """Whether training rows go through the chat template, or went through it beforehand."""
+    return any(survey.first and not _is_raw(survey.first.kind, policy.render) for _, survey in understood)
 
 
-def _as_user(prompt: Prompt) -> Prompt:
-    """A text prompt as the user's message: a model that was trained on chats is asked in a chat."""
-    if not isinstance(prompt.prompt, str):
-        return prompt
-    return replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
+def _is_raw(kind: Kind, render: Render) -> bool:
+    """Whether rows of a kind are learnt without a template.
+
+    >>> _is_raw("dialogue", "auto"), _is_raw("dialogue", "chat"), _is_raw("text", "chat"), _is_raw("text", "rendered")
+    (True, False, True, False)
+    """
+    return render != "rendered" and (kind == "text" or render == "raw" or (render == "auto" and kind != "chat"))
+
+
+def _stop_if_unaskable(tokenizer: Tokenizer, asked: Sequence[Prompt]) -> None:
+    """InputError for a prompt made of messages where no template is there to put them in."""
+    if tokenizer.chat_template is None and any(not isinstance(prompt.prompt, str) for prompt in asked):
+        what = "a prompt made of messages needs a chat template, and there is none, as rows are raw text"
+        raise InputError(f"evaluate.prompts: {what}; give it as text, as rows have it")
 
 
 def max_length(setting: int | None, positions: int | None) -> int:

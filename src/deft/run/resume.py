@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deft.core import files
-from deft.core.errors import InputError, Problem, Problems
+from deft.core.errors import Problem, Problems
 from deft.dataset.row_digests import RowDigests
 from deft.plan.order import Batching
 from deft.run import config as configuration
@@ -85,9 +85,8 @@ class EarlierStarts:
         """The configuration with the `auto`s that the run began with."""
         if self.found is None:
             return config
-        before, values = self.found.checkpoint.values["inputs"]["config"], config.model_dump(mode="json")
-        kept = {key: before[key] for key in AUTOS if values[key] in (None, "auto") and key in before}
-        return configuration.make({**values, **kept})
+        before = self.found.checkpoint.values["inputs"]["config"]
+        return configuration.make(settled(config.model_dump(mode="json"), before))
 
     def batchings(self, asked: Batching) -> tuple[tuple[int, Batching], ...]:
         """What cuts steps, and from which step on: as in the checkpoint, and from there on as it is asked for."""
@@ -105,7 +104,7 @@ class EarlierStarts:
         if self.found is None:
             return []
         before = Inputs(**self.found.checkpoint.values["inputs"])
-        keys = _changed_keys(before.config, now.config)
+        keys = changed_keys(before.config, now.config)
         if refused := _refused(self.step, before, now, keys, self.rows().differences(rows)):
             what = f"not what was trained until step {self.step}; put it back, or train anew with another output=:"
             raise Problems(f"{folder}: {what}", refused)
@@ -129,31 +128,19 @@ class EarlierStarts:
 NEW_RUN = EarlierStarts()
 
 
-def is_finished(config: Config) -> bool:
-    """Whether an earlier start brought the run to its end: final/, compared, and its report.
-
-    InputError where it is to go on from an earlier step all the same.
-    """
-    folder = Path(str(config.output))
-    if not (_goes_on(config) and (folder / "final").is_dir() and (folder / "report.html").is_file()):
-        return False
-    if config.resume != "auto":
-        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
-    return True
-
-
 def earlier_starts(config: Config, say: Callable[[str], None]) -> EarlierStarts:
     """What to go on from; what earlier starts left half written is removed."""
     folder = Path(str(config.output))
     for each in (folder, folder / "checkpoints"):
         files.sweep(each)
-    found = checkpoint.find(folder / "checkpoints", config.resume) if _goes_on(config) else None
+    found = checkpoint.find(folder / "checkpoints", config.resume) if goes_on(config) else None
     for note in found.notes if found else ():
         say(note)
     return EarlierStarts(found)
 
 
-def _goes_on(config: Config) -> bool:
+def goes_on(config: Config) -> bool:
+    """Whether a run may go on where an earlier start in its folder ended."""
     return config.resume != "never" and is_run(Path(str(config.output)))
 
 
@@ -208,17 +195,28 @@ def _refused(
     keys  that have changed: (old, new)
     rows  source -> what is different in it
     """
-    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_of(key, REFUSED)]
-    for name in ("model", "tokenizer", "template"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            where = f"{before.config[name]} -> {now.config[name]}" if name in keys else "its files"
-            refused.append(Problem(name, f"{where} changed since step {step}: {old[:12]} -> {new[:12]}"))
+    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if is_of(key, REFUSED)]
+    refused += other_files(before, now, f"since step {step}")
     if rows and not refused:
-        refused += _about_rows(step, rows, {key: change for key, change in keys.items() if _is_of(key, ROWS)})
+        refused += _about_rows(step, rows, {key: change for key, change in keys.items() if is_of(key, ROWS)})
     if before.plan != now.plan and not refused:
         refused.append(_about_the_plan(step, before, now))
     return refused
+
+
+def other_files(before: Inputs, now: Inputs, since: str) -> Iterator[Problem]:
+    """Model, tokenizer and template, as far as their files are others."""
+    for name in ("model", "tokenizer", "template"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            names = [values.get(name, values["model"]) for values in (before.config, now.config)]
+            where = "its files changed" if names[0] == names[1] else f"{names[0]} -> {names[1]} changed"
+            yield Problem(name, f"{where} {since}: {old[:12]} -> {new[:12]}")
+
+
+def may_change(key: str) -> bool:
+    """Whether a run can go on from a checkpoint though this key, or what is called so, has changed."""
+    return is_of(key, Config.model_fields) and not is_of(key, (*REFUSED, *ROWS, "model"))
 
 
 def _about_rows(step: int, different: Mapping[str, str], causes: Mapping[str, tuple[Any, Any]]) -> list[Problem]:
@@ -239,9 +237,9 @@ def _about_the_plan(step: int, before: Inputs, now: Inputs) -> Problem:
 
 def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -> list[str]:
     told = [
-        f"{key} {old} -> {new} {next((rule for name, rule in APPLIED.items() if _is_of(key, [name])), 'applies')}"
+        f"{key} {old} -> {new} {next((rule for name, rule in APPLIED.items() if is_of(key, [name])), 'applies')}"
         for key, (old, new) in keys.items()
-        if not _is_of(key, REFUSED) and not _is_of(key, IGNORED)
+        if not is_of(key, REFUSED) and not is_of(key, IGNORED)
     ]
     if before.held_out != now.held_out:
         told.append("the held-out rows are others than before: their losses do not compare")
@@ -258,7 +256,7 @@ def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -
     return told
 
 
-def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old, new)."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return {
@@ -274,5 +272,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield prefix + key, value
 
 
-def _is_of(key: str, names: Iterable[str]) -> bool:
+def is_of(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft.core import files, hardware, lock
@@ -22,7 +23,7 @@ from deft.evaluation.evaluate import Evaluator
 from deft.export import adapter, card
 from deft.export import folder as export
 from deft.plan.schedule import lr_multiplier
-from deft.run import build, forecast, resume
+from deft.run import best, build, finished, forecast, resume
 from deft.run import config as configuration
 from deft.run import folder as run_folder
 from deft.run.config import Config
@@ -52,12 +53,18 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...]
     trained: tuple[Any, Any] | None = None
 
+    def __repr__(self) -> str:
+        loss = f", loss={self.metrics[-1]['loss']:.4f}" if self.metrics else ""
+        return f"Run(folder={str(self.folder)!r}, steps={len(self.metrics)}{loss})"
+
     @cached_property
     def model(self) -> Any:
+        """The trained model, in evaluation mode."""
         return self.trained[0] if self.trained else AutoModelForCausalLM.from_pretrained(self.folder / "final")
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Its tokenizer, with the chat template that it was trained with."""
         return self.trained[1] if self.trained else AutoTokenizer.from_pretrained(self.folder / "final")
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -71,13 +78,22 @@ def train(config: Config, session: Session | None = None) -> Run:
     world = World()
     folder = world.from_first(lambda: run_folder.run_folder(config.output))
     with lock.held(folder) as note:
-        session.say(note)
+        session.say(note, "" if config.output else f"output: {folder}; output={folder} goes on with this run")
         config = config.model_copy(update={"output": str(folder)})
-        if resume.is_finished(config):
-            run = Run(folder, tuple(jsonl.read(folder / "metrics.jsonl")))
-            session.say(f"{folder}: finished at step {len(run.metrics)}; name another output= to train again")
-            return run
+        if finished.is_finished(config):
+            return _finished(config, session)
         return _run(config, session, world, resume.earlier_starts(config, session.say))
+
+
+def _finished(config: Config, session: Session) -> Run:
+    """The run that is there. Raises Problems where another one is asked for."""
+    folder = Path(str(config.output))
+    run, before = Run(folder, tuple(jsonl.read(folder / "metrics.jsonl"))), finished.recorded(folder)
+    quiet = replace(session, console=Console(quiet=True))
+    asked = prepare(finished.settled(config, before), quiet)
+    finished.stop_unless_same(folder, len(run.metrics), before, asked.request(), asked.fit.planned.steps)
+    session.say(f"{folder}: finished at step {len(run.metrics)}; name another output= to train again")
+    return run
 
 
 def _run(config: Config, session: Session, world: World, earlier: EarlierStarts) -> Run:
@@ -154,12 +170,10 @@ def _begin_folder(prepared: Prepared, session: Session) -> list[Mapping[str, Any
         seed=config.seed,
         device=checked.machine.device.type,
         dtype=checked.machine.dtype_name,
-        data={
-            name: digest for _, survey in checked.train + checked.held_out for name, digest in survey.content.items()
-        },
+        data=checked.files(),
         tokenizer_json=checked.tokenizer.hf.backend_tokenizer.to_str(),
     )
-    files.write_json(checked.folder / "manifest.json", described)
+    files.write_json(checked.folder / "manifest.json", {**described, "request": prepared.request().as_json()})
     return [*metrics]
 
 
@@ -247,6 +261,7 @@ def _evaluator(prepared: Prepared, session: Session) -> Evaluator:
         prompts=checked.prompts,
         settings=prepared.config.evaluate,
         metric_fn=session.metric_fn,
+        form=checked.form,
     )
 
 
@@ -259,12 +274,14 @@ def _finish(prepared: Prepared, state: TrainState, session: Session) -> None:
     """final/, compared with what is in memory before it is called done, and the report."""
     checked, data = prepared.checked, prepared.data
     final = checked.folder / "final"
+    chosen = best.take(checked.folder, state, prepared.config.checkpoint.keep_best)
+    settings = _hyperparameters(prepared) | ({"checkpoint": chosen} if chosen else {})
     model, masters = state.causal_lm.model, state.masters
     if prepared.config.adapter is not None:
         adapter.write(checked.folder / "adapter", model, masters, prepared.config.adapter, prepared.config.model)
         rows = [example[0].tokens.tolist() for example in data.train[: export.EXPORT_ROWS]]
         session.say(str(adapter.merge(model, masters, rows, getattr(torch, checked.base.dtype))))
-    facts = card.facts_of_run(checked.folder.name, prepared.config.model, data.ledgers, _hyperparameters(prepared))
+    facts = card.facts_of_run(checked.folder.name, prepared.config.model, data.ledgers, settings)
     compared = export.hand_over(
         final,
         model,
@@ -272,13 +289,15 @@ def _finish(prepared: Prepared, state: TrainState, session: Session) -> None:
         base=checked.base,
         weights=None if checked.base.dtype == checked.machine.dtype_name else masters,
         marks=data.marks,
-        card=card.model_card(facts),
+        card=card.model_card({**facts, "prompts": redacted(str(checked.form))}),
+        form=checked.form,
         examples=data.train,
         chat=checked.train[0][1].first if checked.is_chat else None,
         world=state.world,
+        about={"step": state.step},
     )
     report.write(checked.folder)
-    session.say(f"{final}: {compared}")
+    session.say(f"{final}: {compared}", f"{final}: {chosen}" if chosen else "")
 
 
 def _hyperparameters(prepared: Prepared) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,14 +176,9 @@ def set_aside(folder: Path, step: int) -> list[str]:
 def retain(folder: Path, keep: Keep) -> list[int]:
     """Removes what need not be kept, and names it. What is not provably a whole checkpoint of deft is neither counted
     nor touched; the order is that of steps, whatever the clock says."""
-    losses: dict[int, float | None] = {}
-    for step in steps(folder):
-        try:
-            losses[step] = _complete(folder / name(step), step).about.get("loss")
-        except DamagedError:
-            continue
+    found = losses(folder)
     removed = []
-    for step in sorted(losses.keys() - kept(losses, keep)):
+    for step in sorted(found.keys() - kept(found, keep)):
         try:
             files.remove(folder / name(step))
             removed.append(step)
@@ -190,13 +187,22 @@ def retain(folder: Path, keep: Keep) -> list[int]:
     return removed
 
 
+def losses(folder: Path) -> dict[int, float | None]:
+    """The held-out loss of each checkpoint whose files are all there, by step; None where it was not measured."""
+    found: dict[int, float | None] = {}
+    for step in steps(folder):
+        with suppress(DamagedError):
+            found[step] = _complete(folder / name(step), step).about.get("loss")
+    return found
+
+
 def kept(losses: Mapping[int, float | None], keep: Keep) -> set[int]:
     """The steps that stay, by step and held-out loss.
 
     >>> sorted(kept({100: 0.5, 200: 0.3, 300: 0.4, 400: None, 500: 0.6}, Keep(last=1, best=1, every=400)))
     [200, 400, 500]
     """
-    measured = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+    measured = sorted((loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss))
     regular = {step for step in losses if keep.every is not None and step % keep.every == 0}
     return {*sorted(losses)[-keep.last :], *(step for _, step in measured[: keep.best]), *regular}
 

@@ -49,7 +49,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits_SV, targets_S) -> loss_S, each in fp32 at least, in torch operations that can be differentiated."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chunked:
     """The objective of a loss of single rows: sum over k of weights[k] * row_loss(logits[k], targets[k]).
 
@@ -65,7 +65,8 @@ class Chunked:
     row_loss: RowLoss | None = None
 
     def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
-        total = _apply(hidden_KH, head, targets_K, weights_K, None, self.row_loss)
+        arguments = hidden_KH, head, targets_K, weights_K
+        total = loss(*arguments) if self.row_loss is None else _apply(*arguments, None, self.row_loss)
         return Tally(total, _total(weights_K))
 
     def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from deft.core.config import Pattern, Section
+from deft.core.config import OrOff, Pattern, Section
 
 
 class OptimizerConfig(Section):
@@ -22,7 +22,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(1.0, gt=0)
+    clip: Annotated[float | None, Field(gt=0), OrOff] = 1.0
     options: dict[str, Any] = Field({})
     rates: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({})
 
@@ -37,9 +37,20 @@ class LossConfig(Section):
 
 class CheckpointConfig(Section):
     """Every `every` steps and at the end, null for never. What stays: the last `keep`, the best `keep_best` by held-out
-    loss, and each of every `keep_every` steps."""
+    loss, the first of which becomes the model, and each of every `keep_every` steps."""
 
-    every: int | None = Field(500, ge=1)
+    every: Annotated[int | None, Field(ge=1), OrOff] = 500
     keep: int = Field(2, ge=1)
     keep_best: int = Field(0, ge=0)
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Annotated[int | None, Field(ge=1), OrOff] = None
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _the_best(cls, value: Any) -> Any:
+        return 1 if value is True else value
+
+    @model_validator(mode="after")
+    def _has_checkpoints(self) -> CheckpointConfig:
+        if self.keep_best and self.every is None:
+            raise ValueError("keep_best: the best is one of the checkpoints, and every: null saves none")
+        return self

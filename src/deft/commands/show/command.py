@@ -14,6 +14,7 @@ from deft.core.errors import InputError
 from deft.core.types import Fate
 from deft.data.shapes import Survey
 from deft.dataset.source import SourceSpec
+from deft.dataset.survey import not_read
 from deft.run.config import Config
 from deft.run.reading import Session, execution, read
 
@@ -35,6 +36,7 @@ def run(
     wanted = Wanted(count or (PAGE_ROWS if html else TERMINAL_ROWS), _fate(only), source, from_line)
     session = Session(console=console)
     reading = read(config, session)
+    session.say(*not_read(reading.train + reading.held_out))
     names = _names(reading.train + reading.held_out)
     if not any(name.endswith(source) for name in names):
         raise InputError(f"--source: no source ends with {source!r}; there are {', '.join(names)}")

@@ -36,7 +36,7 @@ class ShownRow:
     fallbacks  other template inputs that its proof needed
     texts      the texts that the model is shown: one, several where history is rewritten or a text is long, none
                where nothing is trained; at most SHOWN_TOKENS tokens in all
-    words      (role, content) of a row without texts
+    words      (role, content) of a row without texts; its tools are a role too
     tokens     of all its texts, `learnt` those with weight
     """
 
@@ -158,7 +158,6 @@ class _Viewer:
         found = store.examples_of(number, split.rule.loss_weight) if split.kept[number] else []
         parts = [part for example in found for part in example]
         texts = tuple(self.token_texts.shown(part) for part in _beginning(parts))
-        messages = outcome.conversations[0].messages if outcome.conversations and not texts else ()
         return ShownRow(
             origin=outcome.origin,
             shape=shape,
@@ -167,10 +166,19 @@ class _Viewer:
             warnings=tuple(split.warnings_of(number)),
             fallbacks=tuple((store.value(number, "fallbacks") or "").splitlines()) if texts else (),
             texts=texts,
-            words=tuple((message.role, _shortened(message.content)) for message in messages),
+            words=() if texts else tuple(_words(outcome)),
             tokens=sum(len(part.tokens) for part in parts),
             learnt=sum(int((part.weights[1:] > 0).sum()) for part in parts),
         )
+
+
+def _words(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    """What the first conversation of a row says: the names of its tools, and its messages."""
+    for conversation in outcome.conversations[:1]:
+        if conversation.tools:
+            named = (str(tool.get("function", tool).get("name", "")) for tool in conversation.tools)
+            yield "tools", _shortened(", ".join(named))
+        yield from ((message.role, _shortened(message.content)) for message in conversation.messages)
 
 
 def _beginning(parts: Iterable[Encoded]) -> Iterator[Encoded]:

@@ -1,7 +1,7 @@
 """Alpaca: {"instruction": "...", "input": "...", "output": "..."}, a chat.
 
-The input stands under the instruction, a blank line between. `response` is output and `context` is input in other data
-sets of the kind; `system` and `history` ([[question, answer], ...]) come before.
+The input stands under the instruction, a blank line between; `context` is input in other data sets of the kind, and the
+output has any name of an answer. `history` ([[question, answer], ...]) comes before.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deft.core.types import Conversation, Message, Row
-from deft.data import messages
+from deft.data import messages, names
 from deft.data.fields import RowError, kind_of, text_of
 from deft.data.format import Choices
 
-KEYS = ({"instruction", "output"}, {"instruction", "response"}, {"instruction", "input"}, {"instruction", "context"})
+KEYS = names.sets(names.INSTRUCTION, (*names.ANSWER, *names.UNDER_INSTRUCTION))
+READS = (*names.INSTRUCTION, *names.UNDER_INSTRUCTION, *names.ANSWER, "history")
 
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
@@ -26,14 +27,12 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     ['Add.\\n\\n2 and 2', '4']
     """
     value = row.value
-    answer = next((field for field in ("output", "response") if field in value), None)
-    if answer is None or "instruction" not in value:
-        field = "output" if answer is None else "instruction"
-        raise RowError(field, "missing", "a row needs instruction and output (or response)")
-    found = [*messages.system(value), *_history(value.get("history")), Message("user", question(value))]
-    if not text_of(value[answer], answer).strip():
+    answer = names.fields_of(value, instruction=names.INSTRUCTION, output=("output", *names.ANSWER))["output"]
+    found = [*_history(value.get("history")), Message("user", question(value))]
+    told = text_of(names.said(value, answer), answer)
+    if not told.strip():
         raise RowError(answer, "empty: nothing to learn", "fill it in or remove the row")
-    return [messages.chat(row, [*found, Message("assistant", value[answer])], "row")]
+    return [messages.chat(row, [*found, Message("assistant", told)], "row")]
 
 
 def question(value: Mapping[str, Any]) -> str:
@@ -43,8 +42,9 @@ def question(value: Mapping[str, Any]) -> str:
     'Say hi.'
     """
     instruction = text_of(value["instruction"], "instruction")
-    field = "input" if value.get("input") else "context"
-    given = text_of(value.get(field) or "", field)
+    under = [name for name in names.UNDER_INSTRUCTION if names.says(value.get(name))] or ["input"]
+    names.agree(value, under)
+    given = text_of(value.get(under[0]) or "", under[0])
     whole = f"{instruction}\n\n{given}" if instruction and given.strip() else instruction or given
     if not whole.strip():
         raise RowError("instruction", "no words", "fill it in or remove the row")

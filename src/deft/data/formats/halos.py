@@ -17,7 +17,24 @@ from deft.data.fields import LeftOut, RowError, label_of, need, number_of, short
 from deft.data.format import Choices
 from deft.data.pairs import Side
 
-KEYS = ({"type", "prompt", "output"}, {"type", "prompt", "output_A"}, {"type", "prompt", "output_A", "output_B"})
+_ROW = {"type", "prompt"}
+KEYS = (
+    *({*_ROW, "output"}, {*_ROW, "output", "label"}),
+    *({*_ROW, "output_A"}, {*_ROW, "output_A", "output_B"}, {*_ROW, "output_A", "label"}),
+)
+READS = (
+    "type",
+    "prompt",
+    "output",
+    "output_A",
+    "output_B",
+    "label",
+    "reward",
+    "reward_A",
+    "reward_B",
+    "prompt_id",
+    "split",
+)
 OPTIONS = {"answers", "control", "split"}
 _TYPES = ("sample", "binary_feedback", "pairwise_feedback", "scalar_feedback")
 
@@ -33,7 +50,8 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     kind = row.value["type"]
     if kind not in _TYPES:
         shown = shortened(repr(kind))
-        raise RowError("type", f"{shown} is not a type of HALOs' ({', '.join(_TYPES)})", "mend or remove the row")
+        fix = "mend it; where it means something else, name the format: data.format: prompt_completion"
+        raise RowError("type", f"{shown} is not a type of HALOs' ({', '.join(_TYPES)})", fix)
     if choices.split is not None and row.value.get("split") not in (None, choices.split):
         raise LeftOut(f"split: {shortened(repr(row.value['split']))}, the source reads {choices.split!r}")
     if kind == "pairwise_feedback":

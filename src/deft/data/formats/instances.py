@@ -12,6 +12,7 @@ from deft.data.formats.alpaca import question
 from deft.data.pairs import as_chat
 
 KEYS = ({"instruction", "instances"},)
+PARTS = frozenset({"input", "output"})
 
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:

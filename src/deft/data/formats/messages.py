@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deft.core.types import Conversation, Row
 from deft.data import messages
+from deft.data.fields import need
 from deft.data.format import Choices
 
 KEYS = ({"messages"}, {"<list of objects>"})
@@ -19,5 +20,6 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     0.5
     """
     value = {"messages": row.value} if isinstance(row.value, list | tuple) else row.value
+    need(value, ("messages",), "a row")
     found = messages.read_all(value["messages"], "messages")
-    return [messages.chat(row, found, "messages", value.get("tools") or value.get("functions"))]
+    return [messages.chat(row, found, "messages")]

@@ -15,7 +15,8 @@ from deft.data import messages
 from deft.data.fields import RowError, kind_of, need, number_of, object_of, role_of, text_of
 from deft.data.format import Choices
 
-KEYS = ({"message_tree_id", "prompt"}, {"message_id", "parent_id", "role", "text"})
+KEYS = ({"message_tree_id", "prompt"}, {"message_id", "role", "text"}, {"message_id", "parent_id", "role", "text"})
+PARTS = frozenset({"role", "text", "replies", "rank", "deleted", "review_result"})
 OPTIONS = {"answers"}
 ROLES = {"prompter": "user", "assistant": "assistant", "system": "system", "user": "user"}
 
@@ -31,7 +32,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     >>> [message.content for message in convert(Row(Origin("a.jsonl", 1), tree), Choices())[0].messages]
     ['2+2?', '4']
     """
-    if "prompt" not in row.value:
+    if row.value.get("prompt") is None:
         raise RowError("prompt", "missing: a message of its own, not a tree", "use the export of trees (*_trees.jsonl)")
     root = object_of(row.value["prompt"], "prompt", "a message with replies")
     paths = [path for path in _paths(root, choices.answers != "all") if path]

@@ -1,16 +1,15 @@
-"""Pairs: {"prompt": "...", "completion": "..."}, strings or messages. The completion alone is learnt.
+"""Pairs: {"prompt": "...", "completion": "..."} under any of their names, strings or messages.
 
-Two strings are never put in a chat template; messages always are.
+The completion alone is learnt. Two strings are never put in a chat template; messages always are.
 """
 
 from __future__ import annotations
 
 from deft.core.types import Conversation, Row
-from deft.data import pairs
-from deft.data.fields import need
+from deft.data import names, pairs
 from deft.data.format import Choices
 
-KEYS = ({"prompt", "completion"},)
+KEYS = names.sets(names.PROMPT, names.ANSWER)
 
 
 def convert(row: Row, choices: Choices) -> list[Conversation]:
@@ -20,10 +19,11 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     >>> [message.role for message in pair.messages]
     ['prompt', 'output']
     >>> asked = [{"role": "user", "content": "2+2?"}]
-    >>> (chat,) = convert(Row(Origin("a.jsonl", 1), {"prompt": asked, "completion": "4"}), Choices())
+    >>> (chat,) = convert(Row(Origin("a.jsonl", 1), {"input": asked, "output": "4"}), Choices())
     >>> [message.role for message in chat.messages]
     ['user', 'assistant']
     """
-    need(row.value, ("prompt", "completion"), "a pair")
-    prompt, completion = (pairs.side(row.value[field], field) for field in ("prompt", "completion"))
-    return [pairs.joined(row, prompt, completion, ("prompt", "completion"), row.value.get("tools"))]
+    fields = tuple(names.fields_of(row.value, prompt=names.PROMPT, completion=names.ANSWER).values())
+    prompt = pairs.side(row.value[fields[0]], fields[0])
+    completion = pairs.side(names.said(row.value, fields[1]), fields[1])
+    return [pairs.joined(row, prompt, completion, (fields[0], fields[1]))]

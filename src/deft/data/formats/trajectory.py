@@ -17,4 +17,4 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     2
     """
     found = messages.read_all(row.value["traj"], "traj")
-    return [messages.chat(row, found, "traj", row.value.get("tools"))]
+    return [messages.chat(row, found, "traj")]

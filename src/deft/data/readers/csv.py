@@ -37,10 +37,18 @@ def read(stream: BinaryIO, source: str) -> Iterator[Row | Problem]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Problem(f"{source}:{line}", f"not valid CSV: {error}", "double the quotes inside a quoted field")
+            yield _broken(error, source, line, records.line_num)
             continue
         if values:
-            yield _row(Origin(source, line), header, values)
+            yield _row(Origin(source, line), header, values, records.line_num)
+
+
+def _broken(error: csv.Error, source: str, line: int, last: int) -> Problem:
+    """What is wrong with a record. InputError where it reaches past its line: a quote has taken others with it."""
+    what, fix = f"not valid CSV: {error}", "double the quotes inside a quoted field"
+    if last > line:
+        raise InputError(f"{source}:{line}: {what}; the record reaches to line {last}, with those between; {fix}")
+    return Problem(f"{source}:{line}", what, fix)
 
 
 def _header(records: Iterator[list[str]], source: str) -> list[str]:
@@ -57,9 +65,10 @@ def _header(records: Iterator[list[str]], source: str) -> list[str]:
     return found
 
 
-def _row(origin: Origin, header: list[str], values: list[str]) -> Row | Problem:
+def _row(origin: Origin, header: list[str], values: list[str], last: int) -> Row | Problem:
     if len(values) != len(header):
-        what = f"{len(values)} fields, the header has {len(header)}"
+        reaches = f" (the record reaches to line {last})" if last > origin.line else ""
+        what = f"{len(values)} fields, the header has {len(header)}{reaches}"
         return Problem(str(origin), what, "quote fields that hold the separator or a line break")
     for name, value in zip(header, values, strict=True):
         if not _is_utf8(value):

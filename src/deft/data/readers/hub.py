@@ -22,7 +22,22 @@ def is_id(path: str) -> bool:
     return bool(_ID.fullmatch(path)) and suffix not in _SUFFIXES
 
 
-_SUFFIXES = {"jsonl", "ndjson", "json", "txt", "csv", "tsv", "parquet", "arrow", "feather", "gz", "zst", "zstd"}
+_SUFFIXES = {
+    "jsonl",
+    "ndjson",
+    "json",
+    "txt",
+    "csv",
+    "tsv",
+    "parquet",
+    "arrow",
+    "feather",
+    "gz",
+    "zst",
+    "zstd",
+    "bz2",
+    "xz",
+}
 
 
 def read(name: str, subset: str | None, split: str) -> Iterator[Row]:

@@ -60,7 +60,7 @@ def from_lines(lines: Iterable[bytes], source: str, first: int = 1) -> Iterator[
 
 def _row(origin: Origin, line: bytes) -> Row | Problem:
     try:
-        return Row(origin, json_text.decode(line.rstrip(b"\r\n").decode("utf-8")))
+        return Row(origin, json_text.decode(line.rstrip(b"\r\n").decode("utf-8"), nan=True))
     except UnicodeDecodeError as error:
         return Problem(str(origin), f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
     except json_text.NotJson as error:

@@ -1,6 +1,6 @@
 """Parquet and Arrow (IPC file and stream, Feather): a row a record, read in batches. Rows are counted from 1.
 
-A field that is null inside a struct is taken out: a table must give every struct all fields, a row need not.
+A table gives every struct all fields: those that are null are absent, as they are in every kind of file (`row_fields`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def parquet(path: str) -> Iterator[Row | Problem]:
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as file:
+            _stop_if_twice(file.schema_arrow, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
     return _rows(batches, path, "Parquet")
@@ -38,11 +39,38 @@ def arrow(path: str) -> Iterator[Row | Problem]:
                 reader: Any = pa.ipc.open_file(file)
             except pa.ArrowInvalid:
                 file.seek(0)
-                yield from _sliced(pa.ipc.open_stream(file))
+                stream = pa.ipc.open_stream(file)
+                _stop_if_twice(stream.schema, path)
+                yield from _sliced(stream)
+                if file.tell() < file.size():
+                    raise ValueError("more follows after its end") from None
             else:
+                _stop_if_twice(reader.schema, path)
                 yield from _sliced(reader.get_batch(index) for index in range(reader.num_record_batches))
 
     return _rows(batches, path, "Arrow")
+
+
+def _stop_if_twice(fields: Any, path: str, inside: str = "") -> None:
+    """InputError where a schema, or a struct in it, has a name twice: a row would keep one of the two."""
+    names = [field.name for field in fields]
+    for field in fields:
+        if names.count(field.name) > 1:
+            raise InputError(f"{path}:1: two columns named {inside + field.name!r}; rename or drop one of them")
+        _stop_if_twice(_nested(field.type), path, f"{inside}{field.name}.")
+
+
+def _nested(kind: Any) -> list[Any]:
+    """The fields of a struct, wherever lists and maps hold it.
+
+    >>> import pyarrow as pa
+    >>> [field.name for field in _nested(pa.list_(pa.struct({"role": pa.string()})))]
+    ['role']
+    """
+    import pyarrow as pa
+
+    inner = [kind.field(place) for place in range(kind.num_fields)]
+    return inner if pa.types.is_struct(kind) else [each for field in inner for each in _nested(field.type)]
 
 
 def _sliced(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -72,7 +100,7 @@ def _batch(batch: pa.RecordBatch, path: str, done: int) -> Iterator[Row | Proble
         if value is None:
             yield Problem(f"{path}:{number}", "text that is not UTF-8", "write the column as UTF-8")
         else:
-            yield Row(Origin(path, number), {key: _without_nulls(each) for key, each in value.items()})
+            yield Row(Origin(path, number), value)
 
 
 def _one(batch: pa.RecordBatch, index: int) -> Any:
@@ -80,16 +108,3 @@ def _one(batch: pa.RecordBatch, index: int) -> Any:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return None
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without the null fields of its objects; nulls in lists stay.
-
-    >>> _without_nulls([{"role": "user", "tool_calls": None}])
-    [{'role': 'user'}]
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
-    return value

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deft.core.types import Message
-from deft.encoding.render.template_inputs import ReasoningMarks
+from deft.encoding.render.template_inputs import TIGHT, ReasoningMarks, Space, Spelling
 from deft.encoding.render.traced import (
     TEMPLATE,
     MessagePart,
@@ -26,17 +26,27 @@ from deft.encoding.render.traced import (
 class PromptView:
     """The last of some messages, rendered: the inference prompt before it, and the text with it.
 
-    message  the last message, reasoning that its content opens with taken out of it
-    block    what stood around that reasoning in the content: opening, closing; None where reasoning was a field
+    message  the last message, its reasoning apart from its content
+    space    the white space of the block of reasoning in the row's content; None where that has none
     marks    the marks of reasoning that the template knows
+    spelled  how the template writes reasoning where it shows any; None if it never does
+    opened   what a prompt that opens a block of reasoning ends with, and what closes that; None if not known
     """
 
     prompt: Traced
     text: Traced
     index: int
     message: Message
-    block: ReasoningMarks | None
+    space: Space | None
     marks: Sequence[ReasoningMarks]
+    spelled: Spelling | None
+    opened: ReasoningMarks | None = None
+
+    @property
+    def spellings(self) -> tuple[Spelling, ...]:
+        """How the reasoning may be written: as the template does; if it never does, its marks with the row's space."""
+        space = self.space or TIGHT
+        return (self.spelled,) if self.spelled else tuple(map(space.around, self.marks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +58,13 @@ class Located:
     how: str
 
 
+EMPTY = "an empty reasoning block is learnt"
+"""What is said of an answer without reasoning that is learnt where the prompt asks for some."""
+
+
 def prefix(view: PromptView) -> Located | None:
     """The prompt is the beginning of the text: the answer is the rest."""
-    return Located(view.text, len(view.prompt), "") if view.text.startswith(view.prompt) else None
+    return None if _asks_in_vain(view) else _prefix(view)
 
 
 def header(view: PromptView) -> Located | None:
@@ -58,6 +72,31 @@ def header(view: PromptView) -> Located | None:
 
     prompt  ... \\n[bot]:\\n     text  ... \\n\\n[bot]:\\nHi     ->  ... \\n[bot]:\\nHi
     """
+    return None if _asks_in_vain(view) else _header(view)
+
+
+def emptied(view: PromptView) -> Located | None:
+    """The template itself closes the block that the prompt opens, before an answer without reasoning.
+
+    prompt  [bot]<think>\\n     text  [bot]<think>\\n\\n</think>\\n\\nHi     ->  the text
+    """
+    marks = opens(view)
+    found = (_prefix(view) or _header(view)) if marks and not view.message.reasoning else None
+    if marks is None or found is None or marks[1].strip() not in _opening(found.text[found.start :]):
+        return None
+    return replace(found, how=", ".join(filter(None, (found.how, EMPTY))))
+
+
+def _asks_in_vain(view: PromptView) -> bool:
+    """True if the prompt opens a block of reasoning and the answer has none."""
+    return not view.message.reasoning and opens(view) is not None
+
+
+def _prefix(view: PromptView) -> Located | None:
+    return Located(view.text, len(view.prompt), "") if view.text.startswith(view.prompt) else None
+
+
+def _header(view: PromptView) -> Located | None:
     found = _aligned(view.prompt, view)
     if found is None:
         return None
@@ -83,48 +122,73 @@ def closed(view: PromptView) -> Located | None:
     return None
 
 
+def opened(view: PromptView) -> Located | None:
+    """The prompt opens the block, and the text shows the reasoning without its opening.
+
+    prompt  [bot]<think>\\n     text  [bot]Hm.</think>Hi     ->  [bot]<think>\\nHm.</think>Hi
+    """
+    marks = opens(view)
+    if marks is None or not view.message.reasoning:
+        return None
+    found = _aligned(view.prompt[: _found(re.escape(marks[0].rstrip()) + r"\s*\Z", view.prompt)], view)
+    if found is None or first_character(view.text, view.index, (MessagePart.REASONING,)) != found[0]:
+        return None
+    how = found[1] + ", the prompt already wrote the reasoning's opening"
+    return Located(view.prompt + view.text[found[0] :], len(view.prompt), how)
+
+
 def stripped(view: PromptView) -> Located | None:
-    """The template strips the answer's own reasoning: it is put back, between the template's marks.
+    """The template strips the answer's own reasoning: it is put back, spelled as in turns that show theirs.
 
     prompt  [bot]<think>\\n     text  [bot]Hi     ->  [bot]<think>\\nHm.\\n</think>\\n\\nHi
+
+    A template that shows none gets its marks, with the white space that the row has around them.
     """
     if not view.message.reasoning or first_character(view.text, view.index, (MessagePart.REASONING,)) is not None:
         return None
     if _closes(view):
         return None
-    for opening, closing in view.marks if view.block is None else [view.block]:
-        end = _found(re.escape(opening.rstrip()) + r"\s*\Z", view.prompt)
+    words = Traced.of(view.message.reasoning, owner_of(view.index, MessagePart.REASONING))
+    for spelling in view.spellings:
+        end = _found(re.escape(spelling.opening.rstrip()) + r"\s*\Z", view.prompt)
         found = _aligned(view.prompt if end is None else view.prompt[:end], view)
         if found is not None:
-            thought = _thought(view, opening, closing, is_open=end is not None)
-            answer = _without_block(view.text[found[0] :], opening, closing)
-            tail = thought + _spaced(answer, _space_before(view.message.content) if view.block else "\n\n")
+            begun = spelling.opening if end is None else _unwritten(spelling.opening, view.prompt)
+            tail = begun + words + _closed_by(spelling, view.text[found[0] :])
             return Located(view.prompt + tail, len(view.prompt), "the template strips the answer's own reasoning")
     return None
 
 
 def empty(view: PromptView) -> Located | None:
-    """`reasoning: empty`: the block that the prompt opens is closed at once, and that is learnt.
+    """The block that the prompt opens is closed at once, and that is learnt; the template itself does not close it.
 
     prompt  [bot]<think>\\n     text  [bot]Hi     ->  [bot]<think>\\n\\n</think>\\n\\nHi
     """
-    opened = opens(view)
-    if opened is None or view.message.reasoning:
+    if not _asks_in_vain(view):
         return None
-    opening, closing = opened
-    end = _found(re.escape(opening.rstrip()) + r"\s*\Z", view.prompt)
-    found = _aligned(view.prompt[:end], view)
-    if found is None:
-        return None
-    close = "\n" + closing.strip() + "\n\n" if view.prompt[-1:].isspace() else closing.strip()
-    tail = close + _without_block(view.text[found[0] :], opening, closing)
-    return Located(view.prompt + tail, len(view.prompt), "an empty reasoning block is learnt")
+    for spelling in view.spellings:
+        end = _found(re.escape(spelling.opening.rstrip()) + r"\s*\Z", view.prompt)
+        found = None if end is None else _aligned(view.prompt[:end], view)
+        if found is not None:
+            tail = _unwritten(spelling.opening, view.prompt) + _closed_by(spelling, view.text[found[0] :])
+            return Located(view.prompt + tail, len(view.prompt), EMPTY)
+    return None
 
 
 def opens(view: PromptView) -> ReasoningMarks | None:
     """The marks of the reasoning block that the prompt opens and does not close."""
-    ending = view.prompt.rstrip()
-    return next((marks for marks in view.marks if ending.endswith(marks[0].rstrip())), None)
+    return opened_by(view.prompt, view.marks, view.opened)
+
+
+def opened_by(prompt: str, marks: Sequence[ReasoningMarks], opened: ReasoningMarks | None) -> ReasoningMarks | None:
+    """The marks of the block that this prompt ends with; `opened` as in PromptView.
+
+    >>> opened_by("[bot]<think>\\n", [("<think>", "</think>")], None)
+    ('<think>', '</think>')
+    """
+    ending = prompt.rstrip()
+    known = (*marks, opened) if opened else marks
+    return next((each for each in known if ending.endswith(each[0].rstrip())), None)
 
 
 def _closes(view: PromptView) -> bool:
@@ -135,8 +199,11 @@ def _closes(view: PromptView) -> bool:
 
 FindStart = Callable[[PromptView], Located | None]
 
-FALLBACKS: tuple[FindStart, ...] = (header, closed, stripped)
-"""In the order in which they are tried, after `prefix`."""
+AS_WRITTEN: tuple[FindStart, ...] = (prefix, header, opened)
+"""The text is what the template wrote after the prompt, in the order in which they are tried."""
+
+MENDED: tuple[FindStart, ...] = (closed, stripped)
+"""A block of reasoning is taken out of the text or put back into it; they are tried after the others."""
 
 
 def _aligned(prompt: Traced, view: PromptView) -> tuple[int, str] | None:
@@ -201,23 +268,16 @@ def _opening(text: Traced) -> str:
     return text.plain(0, length) if owner == TEMPLATE else ""
 
 
-def _thought(view: PromptView, opening: str, closing: str, is_open: bool) -> Traced:
-    """The reasoning with its marks, as far as the prompt has not written them."""
-    words = view.message.reasoning
-    words = words.lstrip() if view.prompt[-1:].isspace() or not is_open else words
-    start = "" if is_open else opening + ("" if opening.endswith("\n") else "\n")
-    if view.block is None:
-        words, closing = words.rstrip(), "\n" + closing.strip()
-    return start + Traced.of(words, owner_of(view.index, MessagePart.REASONING)) + closing
+def _unwritten(opening: str, prompt: str) -> str:
+    """What of an opening's white space the prompt, which ends with its mark, has not written yet."""
+    space, written = opening[len(opening.rstrip()) :], prompt[len(prompt.rstrip()) :]
+    return space.removeprefix(written) if space.startswith(written) else ""
 
 
-def _spaced(answer: Traced, space: str) -> Traced:
-    """The answer with at least this white space before it."""
-    return answer if answer[:1].isspace() else space + answer
-
-
-def _space_before(content: str) -> str:
-    return content[: len(content) - len(content.lstrip())]
+def _closed_by(spelling: Spelling, text: Traced) -> Traced:
+    """What closes a block, then the answer without the empty block, or the space, that the template wrote before it."""
+    answer = _without_block(text, *spelling.marks)
+    return (spelling.closing.rstrip() if answer[:1].isspace() else spelling.closing) + answer
 
 
 def _block(opening: str, closing: str) -> str:

@@ -7,16 +7,17 @@ them. What cannot be proven is refused with its reason.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any, Literal
 
 from deft.core.types import Message, Rendered, Span
 from deft.encoding.render import answer_start, stop
-from deft.encoding.render.answer_start import FindStart, PromptView
+from deft.encoding.render.answer_start import FindStart, PromptView, opened_by
 from deft.encoding.render.patterns import Pattern, Turn, learn
 from deft.encoding.render.proof import (
     contradiction,
@@ -24,17 +25,19 @@ from deft.encoding.render.proof import (
     reasoning_first,
     refuse_dropped,
     refuse_strangers,
+    refuse_unshown,
 )
+from deft.encoding.render.reasoning import ReasoningStyle, apart, may_have_marks, shown
 from deft.encoding.render.stop import Ending, Marks, Stop
 from deft.encoding.render.template import Refusal, Rendering, Template
 from deft.encoding.render.template_inputs import (
     DEFAULT,
     PROBE_TOOLS,
+    TIGHT,
+    Space,
     TemplateOptions,
     option_sets,
     probe,
-    reasoning_apart,
-    reasoning_block,
 )
 from deft.encoding.render.traced import (
     TEMPLATE,
@@ -42,15 +45,23 @@ from deft.encoding.render.traced import (
     Traced,
     first_character,
     last_character,
+    message_of,
     owner_of,
     written_ranges,
 )
 
 Reasoning = Literal["auto", "require", "empty"]
-"""Where the prompt opens a reasoning block: answers without reasoning are refused, or close it at once (`empty`).
+"""What becomes of a learnt answer without reasoning where the prompt opens a block of it.
 
-`require` refuses every learnt answer without reasoning, whatever the template.
+auto     it follows the prompt that asks for none, if the template has a switch for that (`enable_thinking=false`); else
+         the empty block that the template itself writes is learnt with it; else it is refused
+empty    an empty block is learnt with it
+require  every learnt answer without reasoning is refused, whatever the prompt
 """
+
+
+Marked = Literal["reasoning", "empty", "text"]
+"""Marks in a content stood around reasoning, or around nothing; or they are text, as the template has no reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +75,15 @@ class AnswerRules:
 
 DEFAULT_RULES = AnswerRules()
 
+GREETING = "the greeting before the first question is not learnt: the template has no prompt for it"
+
 Shape = tuple[Any, ...]
 Attempt = tuple[FindStart, TemplateOptions]
 
 _SHAPES = 2_000
 """Shapes that have patterns at a time; beyond, all are found again."""
+_VARIANTS = 200
+"""Sets of a row's own template variables that are remembered at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,8 @@ class ChatRenderer:
 
     `_stops` remembers the stop rule's answer per shape of conversation, options and characters after the turn, which is
     all that it depends on; it also holds the marks that were found, for the exported generation_config. `_usual`
-    remembers which attempt proves a shape of conversation.
+    remembers which attempt proves a shape of conversation. All three are of one set of template variables: `_variants`
+    remembers a renderer for each other one that rows have, and `_ended` the marks of those that are forgotten.
     """
 
     template: Template
@@ -85,7 +101,29 @@ class ChatRenderer:
     rules: AnswerRules = DEFAULT_RULES
     _stops: dict[tuple[Any, ...], Stop] = field(default_factory=dict, repr=False)
     _patterns: dict[Shape, Pattern] = field(default_factory=dict, repr=False)
-    _usual: dict[tuple[str, bool], Attempt | None] = field(default_factory=dict, repr=False)
+    _usual: dict[tuple[str, bool, Space | None], Attempt | None] = field(default_factory=dict, repr=False)
+    _variants: dict[str, ChatRenderer] = field(default_factory=dict, repr=False)
+    _ended: set[str] = field(default_factory=set, repr=False)
+
+    def of(self, kwargs: Mapping[str, Any]) -> ChatRenderer:
+        """What renders rows with these template variables of their own, before those of the run.
+
+        Raises Refusal where one holds a special token, which the template would write as one.
+        """
+        if not kwargs:
+            return self
+        key = json.dumps(kwargs, sort_keys=True)
+        if key not in self._variants:
+            bad = next(
+                (name for name, text in kwargs.items() if isinstance(text, str) and self._special.search(text)), ""
+            )
+            if bad:
+                raise Refusal(f"template_kwargs: {bad} holds a special token, which the template would write as one")
+            if len(self._variants) >= _VARIANTS:
+                self._ended.update(*(each.stop_marks() for each in self._variants.values()))
+                self._variants.clear()
+            self._variants[key] = ChatRenderer(self.template.with_kwargs(kwargs), self.marks, self.rules)
+        return self._variants[key]
 
     def render(
         self, messages: Sequence[Message], weights: Sequence[float], tools: Sequence[Mapping[str, Any]] = ()
@@ -97,13 +135,14 @@ class ChatRenderer:
         learnt = [index for index, weight in enumerate(weights) if weight > 0]
         if not learnt:
             return [replace(self.whole(messages, 0.0, tools), spans=())]
-        rendering = Rendering(self.template, messages[: learnt[-1] + 1], tools)
+        chat, spaces = self.apart(messages[: learnt[-1] + 1], learnt)
+        rendering = Rendering(self.template, chat, tools)
         shape = None if tools else self._shape(rendering.messages, learnt)
         pattern = self._patterns.get(shape) if shape else None
         rendered = pattern.rendered(rendering, weights) if pattern else None
         if rendered:
             return [rendered]
-        turns = [self._turn(rendering, index, weights[index]) for index in learnt]
+        turns = self._turns(rendering, learnt, weights, spaces)
         groups = _grouped(turns)
         if shape and len(groups) == 1 and not any(turn.note for turn in turns):
             self._keep(shape, learn(sorted(turns, key=lambda turn: turn.start), rendering, pattern))
@@ -111,12 +150,56 @@ class ChatRenderer:
 
     def whole(self, messages: Sequence[Message], weight: float, tools: Sequence[Mapping[str, Any]] = ()) -> Rendered:
         """The text of all messages, every character of it learnt (train_on: all)."""
-        text = self.template.render(messages, tools=tools)
-        return Rendered(str.__str__(text), (Span(0, len(text), weight),), written_ranges(text))
+        chat, _ = self.apart(messages, range(len(messages)) if weight else ())
+        options, text = DEFAULT, self.template.render(chat, tools=tools)
+        if weight:
+            try:
+                refuse_unshown(text, chat)
+            except Refusal:
+                options = TemplateOptions(no_developer=True)
+                text = self.template.render(chat, tools=tools, options=options)
+                refuse_unshown(text, chat)
+        notes = () if options == DEFAULT else (str(options),)
+        return Rendered(str.__str__(text), (Span(0, len(text), weight),), written_ranges(text), notes=notes)
 
     def stop_marks(self) -> frozenset[str]:
         """The marks that ended the turns seen so far."""
-        return frozenset(stop.mark for stop in self._stops.values())
+        own = (stop.mark for stop in self._stops.values())
+        return frozenset(own).union(self._ended, *(each.stop_marks() for each in self._variants.values()))
+
+    @cached_property
+    def shown(self) -> ReasoningStyle:
+        """What the template does with reasoning."""
+        return shown(self.template)
+
+    def marked(self, message: Message) -> Marked | None:
+        """What becomes of marks of reasoning in an assistant's content; None where there are none."""
+        if not may_have_marks(message, self.template.marks):
+            return None
+        if not self.shown.is_taken:
+            return "text"
+        (found,), _ = self.apart([message])
+        return None if found == message else "reasoning" if found.reasoning else "empty"
+
+    def apart(
+        self, messages: Sequence[Message], learnt: Collection[int] = ()
+    ) -> tuple[list[Message], list[Space | None]]:
+        """The messages with their reasoning apart, and the white space of the blocks that their contents had.
+
+        Refusal where a learnt one does not say which of its words are reasoning; others stay as they are. Where the
+        template has no reasoning, marks of it are words like any other.
+        """
+        found: list[tuple[Message, Space | None]] = []
+        for index, message in enumerate(messages):
+            parted: tuple[Message, Space | None] = message, None
+            if may_have_marks(message, self.template.marks) and self.shown.is_taken:
+                try:
+                    parted = apart(message, self.template.marks, self.shown.asked)
+                except Refusal as refusal:
+                    if index in learnt:
+                        raise Refusal(f"messages[{index}]: {refusal}") from refusal
+            found.append(parted)
+        return [message for message, _ in found], [space for _, space in found]
 
     def _keep(self, shape: Shape, pattern: Pattern | None) -> None:
         if len(self._patterns) >= _SHAPES:
@@ -132,15 +215,13 @@ class ChatRenderer:
     def _kind(self, message: Message) -> Shape | None:
         """What of a message shapes the text.
 
-        None for tool calls, blank fields, reasoning inside the content, and special tokens: who wrote them decides
-        whether they are text, and only the whole proof follows who wrote what.
+        None for tool calls, blank fields and special tokens: who wrote them decides whether they are text, and only the
+        whole proof follows who wrote what.
         """
         content, reasoning = message.content, message.reasoning
         if message.tool_calls or content.isspace() or reasoning.isspace():
             return None
         if self._special.search(content) or self._special.search(reasoning):
-            return None
-        if message.role == "assistant" and reasoning_block(message, self.template.marks):
             return None
         return message.role, bool(content), bool(reasoning), bool(message.name), bool(message.tool_call_id)
 
@@ -148,11 +229,27 @@ class ChatRenderer:
     def _special(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self.marks.special)) or "(?!)")
 
-    def _turn(self, whole: Rendering, index: int, weight: float) -> Turn:
+    def _turns(
+        self, whole: Rendering, learnt: Sequence[int], weights: Sequence[float], spaces: Sequence[Space | None]
+    ) -> list[Turn]:
+        """The learnt turns; Refusal where one cannot be proven.
+
+        A greeting, which nobody's message comes before, is context where the template has no prompt for it.
+        """
+        first, *rest = learnt
+        if not rest or any(message.role != "system" for message in whole.messages[:first]):
+            return [self._turn(whole, index, weights[index], spaces[index]) for index in learnt]
+        turns = [self._turn(whole, index, weights[index], spaces[index]) for index in rest]
+        try:
+            return [self._turn(whole, first, weights[first], spaces[first]), *turns]
+        except Refusal:
+            note = ", ".join(filter(None, (turns[0].note, GREETING)))
+            return [replace(turns[0], note=note), *turns[1:]]
+
+    def _turn(self, whole: Rendering, index: int, weight: float, space: Space | None) -> Turn:
         """The first attempt that proves the turn; Refusal where none does, with the ordinary reason."""
         messages = whole.messages[: index + 1]
-        said = reasoning_apart(messages[-1], self.template.marks)
-        if self.rules.reasoning == "require" and not said.reasoning.strip():
+        if self.rules.reasoning == "require" and not messages[-1].reasoning.strip():
             raise Refusal(f"messages[{index}] has no reasoning, and reasoning: require asks for it")
         try:
             turn = self._by_prefix(whole, index, weight)
@@ -160,40 +257,56 @@ class ChatRenderer:
             turn = None
         if turn:
             return turn
-        usual = self._usual_attempt(messages, whole.tools)
-        attempts = self._attempts([*messages[:-1], said], whole.tools)
-        return self._first_of(chain([usual] if usual else [], attempts), messages, whole.tools, weight)[0]
+        usual = self._usual_attempt(messages, whole.tools, space)
+        attempts = self._attempts(messages, whole.tools, space)
+        return self._first_of(chain([usual] if usual else [], attempts), messages, whole.tools, weight, space)[0]
 
     def _by_prefix(self, whole: Rendering, index: int, weight: float) -> Turn | None:
         """The turn in the text of all messages; None where its prompt does not begin that, or Refusal."""
+        messages, prompt = whole.messages[: index + 1], whole.plain(index, True)
+        if not messages[-1].reasoning and opened_by(prompt, self.template.marks, self.shown.opened):
+            return None
         text = _text_up_to(whole, index)
         if text is None:
             return None
-        messages = whole.messages[: index + 1]
-        view = self._view(messages, Traced.of(whole.plain(index, True), TEMPLATE), text)
+        view = self._view(messages, Traced.of(prompt, TEMPLATE), text)
         return self._proven(answer_start.prefix, view, messages, weight, whole)
 
-    def _usual_attempt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Attempt | None:
+    def _usual_attempt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], space: Space | None
+    ) -> Attempt | None:
         """What proves the turn of a made-up conversation of the same shape: tried first, it saves the others.
 
         It depends on the shape alone, so that no row's examples depend on the rows before it.
         """
-        probes = [probe(message, index, self.template.marks) for index, message in enumerate(messages)]
-        key = (repr(probes), bool(tools))
+        probes = [probe(message, index) for index, message in enumerate(messages)]
+        key = (repr(probes), bool(tools), space)
         if key not in self._usual:
             schemas = PROBE_TOOLS if tools else ()
-            attempts = self._attempts([*probes[:-1], reasoning_apart(probes[-1], self.template.marks)], schemas)
+            attempts = self._attempts(probes, schemas, space)
             try:
-                self._usual[key] = self._first_of(attempts, probes, schemas, 1.0)[1]
+                self._usual[key] = self._first_of(attempts, probes, schemas, 1.0, space)[1]
             except Refusal:
                 self._usual[key] = None
         return self._usual[key]
 
-    def _attempts(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[Attempt]:
-        last = (answer_start.empty,) if self.rules.reasoning == "empty" else ()
-        for find_start in (answer_start.prefix, *answer_start.FALLBACKS, *last):
-            for options in option_sets(self.template, messages, tools):
-                yield find_start, options
+    def _attempts(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], space: Space | None
+    ) -> Iterator[Attempt]:
+        """All ways to find the turn, those first that say least.
+
+        Reasoning inside the content comes after that in a field, an empty block last, unless it is asked for.
+        """
+        known = list(option_sets(self.template, messages, tools, space or TIGHT))
+        fields, inline = ([each for each in known if bool(each.inline) == is_inline] for is_inline in (False, True))
+        is_written = self.rules.reasoning == "empty" or space is not None
+        emptied = (answer_start.emptied, answer_start.empty)[: 1 + is_written]
+        if self.rules.reasoning == "empty":
+            yield from product(emptied, fields)
+        yield from product(answer_start.AS_WRITTEN, fields)
+        yield from product(answer_start.AS_WRITTEN, inline)
+        yield from product(answer_start.MENDED, known)
+        yield from product(emptied, fields)
 
     def _first_of(
         self,
@@ -201,6 +314,7 @@ class ChatRenderer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         weight: float,
+        space: Space | None,
     ) -> tuple[Turn, Attempt]:
         """The first attempt that proves the turn; Refusal with the ordinary reason where none does."""
         reasons: dict[TemplateOptions, str] = {}
@@ -211,7 +325,7 @@ class ChatRenderer:
                 if options not in views:
                     views[options] = None
                     prompt = rendering.traced(len(messages) - 1, True)
-                    views[options] = self._view(messages, prompt, rendering.traced(len(messages)))
+                    views[options] = self._view(messages, prompt, rendering.traced(len(messages)), space)
                 view = views[options]
                 turn = view and self._proven(find_start, view, messages, weight, rendering)
                 if turn:
@@ -220,11 +334,11 @@ class ChatRenderer:
                 reasons.setdefault(options, str(refusal))
         raise Refusal(_reason(views, reasons))
 
-    def _view(self, messages: Sequence[Message], prompt: Traced, text: Traced) -> PromptView:
-        block = reasoning_block(messages[-1], self.template.marks)
-        said = reasoning_apart(messages[-1], self.template.marks)
-        marks = (block.opening, block.closing) if block else None
-        return PromptView(prompt, text, len(messages) - 1, said, marks, self.template.marks)
+    def _view(
+        self, messages: Sequence[Message], prompt: Traced, text: Traced, space: Space | None = None
+    ) -> PromptView:
+        marks, seen = self.template.marks, self.shown
+        return PromptView(prompt, text, len(messages) - 1, messages[-1], space, marks, seen.spelling, seen.opened)
 
     def _proven(
         self, find_start: FindStart, view: PromptView, messages: Sequence[Message], weight: float, rendering: Rendering
@@ -234,7 +348,8 @@ class ChatRenderer:
         if found is None:
             return None
         last = last_word(found, view, options)
-        if options.inline and not reasoning_first(found, view.index, options.inline):
+        refuse_unshown(found.text, messages[:-1])
+        if options.inline and not reasoning_first(found, view.index, options.inline.marks):
             return None
         ended = self._stop(messages, found.text[:last], found.text.plain(last), rendering)
         end = last + ended.length
@@ -251,7 +366,8 @@ class ChatRenderer:
         if key not in self._stops:
             is_plain = not messages[-1].tool_calls and bool(messages[-1].content.strip())
             plain = None if is_plain else self._plain_mark(messages, rendering)
-            ending = Ending(tail, _header(rendering, len(messages) - 1), plain)
+            index = len(messages) - 1
+            ending = Ending(tail, _header(rendering, index), plain, _opening(known, index))
             self._stops[key] = stop.find(partial(_render, rendering, known), self.marks, messages, ending)
         return self._stops[key]
 
@@ -309,6 +425,14 @@ def _header(rendering: Rendering, index: int) -> str:
     pairs = ((rendering.plain(end), rendering.plain(end, True)) for end in asked[:2])
     headers = (prompt.removeprefix(bare) for bare, prompt in pairs if prompt.startswith(bare))
     return next((header for header in headers if header.strip()), "")
+
+
+def _opening(text: Traced, index: int) -> str:
+    """What the template writes between the words of the message before and those of messages[index]."""
+    first = next(start for owner, start, _ in text.ranges() if message_of(owner) == index)
+    return text.plain(
+        max((end for owner, _, end in text.ranges() if owner != TEMPLATE and end <= first), default=0), first
+    )
 
 
 def _render(rendering: Rendering, known: Traced, messages: Sequence[Message]) -> Traced:

@@ -41,6 +41,24 @@ def refuse_dropped(text: Traced, view: PromptView, options: TemplateOptions) -> 
         raise Refusal(f"the template drops words of {where}: {', '.join(dropped)}")
 
 
+def refuse_unshown(text: Traced, messages: Sequence[Message]) -> None:
+    """Refusal where the words of a message that is not the assistant's are not all in `text`: nobody would obey them.
+
+    What the assistant said before may be missing, as templates that strip old reasoning and calls do it at inference.
+    """
+    counts: dict[int, int] = {}
+    for owner, length in text.runs:
+        counts[owner] = counts.get(owner, 0) + length
+    for index, message in enumerate(messages):
+        owner = owner_of(index)
+        if message.role == "assistant" or counts.get(owner, 0) >= len(message.content.strip()):
+            continue
+        shown = _without_space(_written_by(text, owner))
+        if not any(form in shown for form in _forms(message.content)):
+            what = f"the template shows {_shown(_written_by(text, owner))} of messages[{index}] ({message.role})"
+            raise Refusal(f"{what}; choose another with template=, or take the message out")
+
+
 def refuse_strangers(text: Traced, start: int, end: int, index: int) -> None:
     """Refusal where text[start:end] holds what another message, or a tool, wrote."""
     if any(owner != TEMPLATE and message_of(owner) != index for owner, _ in text[start:end].runs):
@@ -49,7 +67,7 @@ def refuse_strangers(text: Traced, start: int, end: int, index: int) -> None:
 
 def reasoning_first(found: Located, index: int, marks: ReasoningMarks) -> bool:
     """True if the block of reasoning comes first in the answer, or the prompt has opened it and not closed it."""
-    opening, closing = (mark.strip() for mark in marks)
+    opening, closing = marks
     first = first_character(found.text, index, (MessagePart.REASONING,), found.start)
     before, prompt = found.text[found.start : first].strip(), found.text[: found.start].rstrip()
     return prompt.endswith(opening) if not before else before == opening and not prompt.endswith(closing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deft.core.types import Message
@@ -48,33 +48,37 @@ class Ending:
     tail     the text after the turn's last character, where the turn is the last one
     header   what the template writes before an answer: a turn must end before the next one
     plain    the mark that ends plain answers; None if this is one
+    opening  what the template writes between the words of the message before and those of the turn
     """
 
     tail: str
     header: str = ""
     plain: str | None = None
+    opening: str = ""
 
 
 _BEGUN = re.compile(r"<[^<>\s]{0,40}\Z")
 _LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 
 PROBES = ("user", "tool", "assistant")
-"""What may follow an assistant turn; a template that refuses one of them is not asked about it."""
+"""Who may speak after an assistant turn; a template that refuses one of them is not asked about it."""
 
 
 def find(render: RenderMessages, marks: Marks, messages: Sequence[Message], ending: Ending) -> Stop:
     """The stop of the last of `messages`.
 
-    In order: an EOS token in what always follows the turn; for tool calls, the mark of plain answers; the only special
-    token there; a mark there that the tokenizer has no token for, learnt as text; an EOS token that stands only at the
-    very end of a conversation; the last of several special tokens before the next turn's header; a mark that a template
-    leaves out at the end but writes before the next turn; the tokenizer's EOS, appended. The white space after a mark
-    is never learnt.
+    In order: an EOS token in what always follows the turn; for tool calls, the mark of plain answers; an EOS token that
+    begins the header of who speaks next (a tool after tool calls, else the user); the only special token there; a mark
+    there that the tokenizer has no token for, learnt as text; an EOS token that stands only at the very end; the last
+    of several special tokens before the next turn's header; a mark that a template leaves out at the end but writes
+    before the next turn; the tokenizer's EOS, appended. The white space after a mark is never learnt.
     """
     tail = ending.tail
     followed = _followed(render, messages)
-    close = os.path.commonprefix([tail, *followed])
+    close = os.path.commonprefix([tail, *followed.values()])
     mark = _first(close, marks.eos_all) or _first(close, [ending.plain] if ending.plain else [])
+    if not mark and (stop := _next_header(tail, followed, messages[-1], marks.eos_all)):
+        return stop
     if mark := mark or _only(close, marks.special) or _text_mark(close) or _first(tail, marks.eos_all):
         before = tail[: tail.index(mark)]
         _check_before(before, mark, marks, ending)
@@ -83,7 +87,7 @@ def find(render: RenderMessages, marks: Marks, messages: Sequence[Message], endi
     if last := _last(own, marks.special) if ending.header.strip() else "":
         return Stop(len(own[: own.rindex(last)] + last), "", last)
     if not tail.strip() and followed:
-        begun = _begins(os.path.commonprefix(followed).lstrip(), marks.special) or _begins(followed[0], marks.eos_all)
+        begun = _begins(os.path.commonprefix([*followed.values()]).lstrip(), marks.special)
         if begun:
             return Stop(0, begun, begun)
     if not marks.eos:
@@ -95,17 +99,35 @@ def find(render: RenderMessages, marks: Marks, messages: Sequence[Message], endi
     return Stop(length, marks.eos, marks.eos)
 
 
+def _next_header(tail: str, followed: Mapping[str, str], turn: Message, eos: Sequence[str]) -> Stop | None:
+    r"""The stop where the next speaker's header begins with one of the EOS tokens, whether somebody speaks or not.
+
+    >>> _next_header("!\n", {"user": "!<user>Hi"}, Message("assistant", "So!"), ["<user>"])
+    Stop(length=1, appended='<user>', mark='<user>')
+    """
+    role = "tool" if turn.tool_calls else "user"
+    then, own = followed.get(role, next(iter(followed.values()), "")), tail.rstrip()
+    mark = _begins(then.removeprefix(own).lstrip(), eos) if then.startswith(own) else ""
+    return Stop(len(own), then[len(own) : then.index(mark, len(own))] + mark, mark) if mark else None
+
+
 def _check_before(before: str, mark: str, marks: Marks, ending: Ending) -> None:
-    """A plain answer is followed by its mark; tool calls may be closed first, but no next turn may begin."""
-    header = ending.header.strip()
-    refused = marks.special if ending.plain is None else [header] if header else []
+    """What the turn opened may be closed before its mark, but no next turn may begin.
+
+    A plain answer's next turn is told by the token that opens the header, else by any that stand between two turns;
+    where there are none, no special token at all may stand between its words and its mark.
+    """
+    header, opener = ending.header.strip(), _first(ending.header, marks.special)
+    refused: Sequence[str] = [header] if header else []
+    if ending.plain is None:
+        refused = [opener] if opener else [mark for mark in marks.special if mark in ending.opening] or marks.special
     if any(each in before for each in refused):
         raise Refusal(f"the template writes {before!r} between the assistant's words and {mark!r}, which ends them")
 
 
-def _followed(render: RenderMessages, messages: Sequence[Message]) -> list[str]:
+def _followed(render: RenderMessages, messages: Sequence[Message]) -> dict[str, str]:
     """What follows the last message's last character when a user, a tool or an assistant speaks next."""
-    index, tails = len(messages) - 1, []
+    index, tails = len(messages) - 1, {}
     alone = render(messages)
     end = last_character(alone, index)
     for role in PROBES:
@@ -116,7 +138,7 @@ def _followed(render: RenderMessages, messages: Sequence[Message]) -> list[str]:
         is_same = end is not None and text.startswith(alone.plain(0, end))
         last = end if is_same else last_character(text, index)
         if last is not None:
-            tails.append(text.plain(last))
+            tails[role] = text.plain(last)
     return tails
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from jinja2.exceptions import SecurityError
 
 from deft.core.errors import InputError
 from deft.core.types import Message
+from deft.encoding.render import role_order
 from deft.encoding.render.sandbox import (
     SIZE,
     STEPS,
@@ -172,11 +173,17 @@ class Template:
     now: datetime = field(default_factory=datetime.now)
     _plain: Compiled = field(init=False, repr=False, compare=False)
     _tracing: Compiled = field(init=False, repr=False, compare=False)
+    _shown: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
     _over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_plain", Compiled(self.source, Sandbox(), self.now))
         object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox(), self.now))
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """All variables that it reads."""
+        return self._plain.variables
 
     @cached_property
     def switches(self) -> tuple[str, ...]:
@@ -203,6 +210,34 @@ class Template:
     def marks(self) -> tuple[ReasoningMarks, ...]:
         """The known marks of reasoning that it writes or looks for."""
         return tuple(pair for pair in KNOWN_MARKS if any(mark.strip() in self.source for mark in pair))
+
+    def shows(self, roles: Sequence[str]) -> bool:
+        """Whether it can render messages with these roles, a word each.
+
+        >>> (
+        ...     Template("{{ messages[0].content }}", {}).shows(["user"]),
+        ...     Template("{{ nothing.at.all }}", {}).shows(["user"]),
+        ... )
+        (True, False)
+        """
+        key = tuple(map(str, roles))
+        if key not in self._shown:
+            messages = [{"role": role, "content": "a"} for role in key]
+            try:
+                self._plain.render(Meter(), {"tools": None, **self.tokens, **self.kwargs, "messages": messages})
+            except _MISHAPS:
+                self._shown[key] = False
+            else:
+                self._shown[key] = True
+        return self._shown[key]
+
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> Template:
+        """The same template, not compiled again, with the variables of a row before those of the run."""
+        found = object.__new__(Template)
+        for each in fields(self):
+            object.__setattr__(found, each.name, getattr(self, each.name))
+        object.__setattr__(found, "kwargs", {**self.kwargs, **kwargs})
+        return found
 
     def render(
         self,
@@ -265,11 +300,12 @@ class Rendering:
                 raise InputError(f"chat template: {error}; name another with template=") from error
             raise Refusal(f"the chat template goes over its limits: {error}") from error
         except _MISHAPS as error:
-            raise Refusal(f"the chat template refuses this conversation: {error}") from error
+            what = role_order.why(error, [message["role"] for message in messages], self.template.shows)
+            raise Refusal(f"the chat template refuses this conversation: {what}") from error
 
     @cached_property
     def _inputs(self) -> TemplateInputs:
-        return TemplateInputs(self.options, marks=self.template.marks)
+        return TemplateInputs(self.options)
 
     @cached_property
     def _plain_inputs(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from deft.core.types import Message, ToolCall
 from deft.encoding.render.traced import (
-    TEMPLATE,
     TOOLS,
     MessagePart,
     Traced,
@@ -23,7 +22,6 @@ from deft.encoding.render.traced import (
     TracedFloat,
     TracedInt,
     TracedList,
-    join,
     owner_of,
     part_of,
 )
@@ -49,6 +47,41 @@ KNOWN_MARKS: tuple[ReasoningMarks, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a block of reasoning is written: all that stands before its words, and between them and the answer."""
+
+    opening: str
+    closing: str
+
+    @property
+    def marks(self) -> ReasoningMarks:
+        return self.opening.strip(), self.closing.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The white space of a block as a row has it: after its opening mark, before its closing mark, and after that."""
+
+    opened: str = ""
+    closing: str = ""
+    after: str = ""
+
+    def around(self, marks: ReasoningMarks) -> Spelling:
+        r"""The marks of a template with the row's white space; nothing else is made up.
+
+        >>> Space(closing="\n", after="\n\n").around(("<think>", "</think>"))
+        Spelling(opening='<think>', closing='\n</think>\n\n')
+        """
+        opening, closing = marks
+        opened = opening.rstrip() + self.opened if self.opened else opening
+        return Spelling(opened, self.closing + closing + self.after)
+
+
+TIGHT = Space()
+"""No white space but that of the marks."""
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateOptions:
     """How a conversation is handed to a template; the default is what transformers does.
 
@@ -56,18 +89,20 @@ class TemplateOptions:
     empty_tools     no tools as an empty list
     parts           content as [{"type": "text", "text": ...}]
     text_arguments  arguments of tool calls as JSON text
-    inline          reasoning inside the content, between these marks
+    inline          reasoning inside the content, written so
     null            empty content as null
     blank           special tokens that the tokenizer does not have, as empty text
+    no_developer    the developer's messages as the system's
     """
 
     switches: tuple[tuple[str, Any], ...] = ()
     empty_tools: bool = False
     parts: bool = False
     text_arguments: bool = False
-    inline: ReasoningMarks | None = None
+    inline: Spelling | None = None
     null: bool = False
     blank: tuple[str, ...] = ()
+    no_developer: bool = False
 
     def __str__(self) -> str:
         """What a user reads in the ledger; nothing for the default.
@@ -78,7 +113,7 @@ class TemplateOptions:
         said = [f"{name}={json.dumps(value)}" for name, value in self.switches]
         said += ["tools=[]"] * self.empty_tools + ["content as typed parts"] * self.parts
         said += ["arguments as JSON text"] * self.text_arguments + ["reasoning inside content"] * bool(self.inline)
-        said += ["empty content as null"] * self.null
+        said += ["empty content as null"] * self.null + ["developer messages as system messages"] * self.no_developer
         return ", ".join(said + [f"{name} is empty, as the tokenizer has none" for name in self.blank])
 
 
@@ -100,13 +135,11 @@ def as_traced(text: str, owner: int) -> str:
 class TemplateInputs:
     """Makes the variables that a template gets of messages and tools.
 
-    text   makes a text of its words and their owner
-    marks  those that open a block of reasoning in an assistant's content
+    text  makes a text of its words and their owner
     """
 
     options: TemplateOptions = DEFAULT
     text: MakeText = as_plain
-    marks: Sequence[ReasoningMarks] = ()
 
     def messages(self, messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
         """The messages as the template gets them; `first` is the index of the first one.
@@ -124,7 +157,8 @@ class TemplateInputs:
 
     def _message(self, message: Message, index: int) -> dict[str, Any]:
         content = self._content(message, index)
-        found: dict[str, Any] = {"role": message.role, "content": content}
+        is_renamed = self.options.no_developer and message.role == "developer"
+        found: dict[str, Any] = {"role": "system" if is_renamed else message.role, "content": content}
         if self.options.parts:
             found["content"] = [{"type": "text", "text": content}]
         if self.options.null and not message.content and message.tool_calls:
@@ -141,19 +175,11 @@ class TemplateInputs:
         return found
 
     def _content(self, message: Message, index: int) -> str:
-        is_inline = message.reasoning and self.options.inline
-        if self.text is as_plain and not is_inline:
-            return message.content
-        content, reasoning = owner_of(index), owner_of(index, MessagePart.REASONING)
-        if message.reasoning and self.options.inline:
-            opening, closing = self.options.inline
-            thought, answer = self.text(message.reasoning, reasoning), self.text(message.content, content)
-            return opening + ("" if opening.endswith("\n") else "\n") + thought + "\n" + closing + "\n\n" + answer
-        block = reasoning_block(message, self.marks)
-        if block is None:
-            return self.text(message.content, content)
-        owners = (TEMPLATE, reasoning, TEMPLATE, content)
-        return join("", map(self.text, (block.opening, block.reasoning, block.closing, block.rest), owners))
+        answer, inline = self.text(message.content, owner_of(index)), self.options.inline
+        if inline is None or not message.reasoning:
+            return answer
+        thought = self.text(message.reasoning, owner_of(index, MessagePart.REASONING))
+        return inline.opening + thought + inline.closing + answer
 
     def _call(self, call: ToolCall, index: int, leaves: Iterator[int]) -> dict[str, Any]:
         arguments = arguments_of(call)
@@ -204,40 +230,6 @@ class TemplateInputs:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningBlock:
-    """An assistant's content that opens with its reasoning: `before` and `opening`, `reasoning`, `closing`, `rest`."""
-
-    opening: str
-    reasoning: str
-    closing: str
-    rest: str
-
-
-def reasoning_block(message: Message, marks: Sequence[ReasoningMarks]) -> ReasoningBlock | None:
-    """The reasoning that an assistant's content opens with, between one of `marks`; None where it has none.
-
-    >>> reasoning_block(Message("assistant", "<think>\\nHm.</think>\\n4."), KNOWN_MARKS)
-    ReasoningBlock(opening='<think>', reasoning='\\nHm.', closing='</think>', rest='\\n4.')
-    """
-    if message.role != "assistant" or message.reasoning:
-        return None
-    for opening, closing in marks:
-        start = len(message.content) - len(message.content.lstrip())
-        at = message.content.find(closing, start)
-        if message.content.startswith(opening.rstrip(), start) and at >= 0:
-            inside = start + len(opening.rstrip())
-            content = message.content
-            return ReasoningBlock(content[:inside], content[inside:at], closing, content[at + len(closing) :])
-    return None
-
-
-def reasoning_apart(message: Message, marks: Sequence[ReasoningMarks]) -> Message:
-    """The message with the reasoning that its content opens with as its reasoning."""
-    block = reasoning_block(message, marks)
-    return message if block is None else replace(message, content=block.rest, reasoning=block.reasoning)
-
-
 def arguments_of(call: ToolCall) -> Any:
     """A call's arguments as an object where they are one, written as JSON text or not.
 
@@ -254,14 +246,15 @@ def arguments_of(call: ToolCall) -> Any:
 
 
 def option_sets(
-    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], space: Space = TIGHT
 ) -> Iterator[TemplateOptions]:
     """The default, then each change that can matter to this conversation, then two changes at once.
 
-    The last of `messages` is the turn; its reasoning decides how the template's switches stand.
+    The last of `messages` is the turn; its reasoning decides how the template's switches stand. `space` is the white
+    space of reasoning inside the content.
     """
     yield DEFAULT
-    changes = list(_changes(template, messages, tools))
+    changes = list(_changes(template, messages, tools, space))
     for base in (DEFAULT, TemplateOptions(blank=template.missing_tokens))[: 1 + bool(template.missing_tokens)]:
         if base is not DEFAULT:
             yield base
@@ -272,9 +265,11 @@ def option_sets(
 
 
 def _changes(
-    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    template: Template, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], space: Space
 ) -> Iterator[dict[str, Any]]:
     thinks = bool(messages[-1].reasoning)
+    if any(message.role == "developer" for message in messages):
+        yield {"no_developer": True}
     if template.switches:
         yield {"switches": tuple((name, thinks) for name in template.switches)}
     if template.has_effort and thinks:
@@ -285,7 +280,7 @@ def _changes(
     if any(message.tool_calls for message in messages):
         yield {"text_arguments": True}
     if thinks:
-        yield from ({"inline": marks} for marks in template.marks)
+        yield from ({"inline": space.around(marks)} for marks in template.marks)
     if any(message.tool_calls and not message.content for message in messages):
         yield {"null": True}
 
@@ -302,17 +297,15 @@ PROBE_TOOLS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def probe(message: Message, index: int, marks: Sequence[ReasoningMarks]) -> Message:
+def probe(message: Message, index: int) -> Message:
     """A message with the same fields as `message`, whose words are made up; the weight is not kept.
 
-    >>> probe(Message("user", "What is 2 + 2?"), 3, ())
+    >>> probe(Message("user", "What is 2 + 2?"), 3)
     Message(role='user', content='probe 3', weight=None, reasoning='', tool_calls=(), name=None, tool_call_id=None)
     """
-    block = reasoning_block(message, marks)
-    content = f"probe {index}" if message.content.strip() else ""
     return Message(
         role=message.role,
-        content=f"{block.opening.strip()}\nprobe\n{block.closing}\n\n{content}" if block else content,
+        content=f"probe {index}" if message.content.strip() else "",
         reasoning="probe" if message.reasoning.strip() else "",
         tool_calls=tuple(
             ToolCall("probe", {"a": "b"}, None if call.id is None else f"{number:09d}")
