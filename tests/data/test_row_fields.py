@@ -623,3 +623,18 @@ def test_a_turn_of_sharegpt_says_all_that_a_message_may() -> None:
 def test_an_unknown_setting_beside_ignore_is_still_an_error() -> None:
     with pytest.raises(InputError):
         understand([SourceSpec("no-such-file.jsonl", choices=Choices(ignore=("id",)))])
+
+
+@pytest.mark.parametrize("key", sorted(row_fields.LEARNT))
+@pytest.mark.parametrize("value", [False, 0, True])
+def test_a_part_that_is_weighed_apart_refuses_the_row(key: str, value: Any) -> None:
+    parts = [{"type": "text", "text": "Hel", key: value}, {"type": "text", "text": "lo"}]
+    assert f"{key}: parts of a message cannot be weighed apart" in refusal(
+        {"messages": [USER, {"role": "assistant", "content": parts}]}
+    )
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("system", "S"), ("reasoning", "R")])
+def test_what_belongs_to_a_row_refuses_it_where_one_of_its_instances_says_it(key: str, value: Any) -> None:
+    row = {"instruction": "i", "instances": [{"input": "a", "output": "b", key: value}]}
+    assert f"instances[0].{key}: it belongs to the row" in refusal(row)

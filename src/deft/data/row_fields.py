@@ -67,7 +67,7 @@ def refuse(value: Mapping[str, Any], reasons: Mapping[str, str], field: str = ""
     """RowError for the first field of a row or message that keeps it from being learnt."""
     if not reasons.keys().isdisjoint(value):
         for key, why in reasons.items():
-            if key in value and not is_absent(value[key]) and value[key] is not False:
+            if key in value and not is_absent(value[key]) and (value[key] is not False or key in LEARNT):
                 raise unusable(_under(field, key), why)
 
 

@@ -6,12 +6,14 @@ Each instance is a chat of its own.
 from __future__ import annotations
 
 from deft.core.types import Conversation, Row
+from deft.data import row_fields
 from deft.data.fields import list_of, need, object_of, text_of
 from deft.data.format import Choices
 from deft.data.formats.alpaca import question
 from deft.data.pairs import as_chat
 
 KEYS = ({"instruction", "instances"},)
+_OF_ROWS = dict.fromkeys(sorted(row_fields.COMMON), "it belongs to the row, which all instances share")
 PARTS = frozenset({"input", "output"})
 
 
@@ -29,6 +31,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
         field = f"instances[{index}]"
         value = object_of(value, field, "an instance")
         need(value, ("output",), "an instance", field)
+        row_fields.refuse(value, _OF_ROWS, field)
         asked = question({"instruction": row.value["instruction"], "input": value.get("input") or ""})
         told = text_of(value["output"], f"{field}.output")
         found.append(as_chat(row, asked, told, ("instruction", f"{field}.output")))
