@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deft.core import hardware
 from deft.core.errors import InputError, Problems
 from deft.core.types import MicroBatch
+from deft.distributed.world import World
 from deft.model import adapters, fused_layers, selftest
+from deft.model.causal_lm import evaluating
 from deft.model.config import AdapterConfig, FreezeConfig
 from deft.model.trainable import Trainable
-from deft.run import config
+from deft.run import build, config
 from deft.run.train import Run, train
 from deft.training import objectives
 from deft.training.masters import Masters
@@ -29,6 +32,7 @@ from deft.training.optim.adamw import AdamW
 
 __all__ = ["folder"]
 LENGTHS = (11, 17, 6)
+CPU = hardware.resolve("cpu", "fp32", "auto")
 FAMILIES = ("Llama", "Qwen3", "Gemma3Text", "GPTNeoX")
 
 
@@ -165,6 +169,21 @@ def test_killed_and_resumed_is_the_same_run(folder: Path, name: str) -> None:
     assert differences(folder, "whole", "cut") == []
     adapters_of = [load_file(folder / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "cut")]
     assert all(torch.equal(each, adapters_of[1][key]) for key, each in adapters_of[0].items())
+
+
+def test_dropout_of_an_adapter_is_on_while_it_is_trained_and_off_in_evaluation(folder: Path) -> None:
+    more = {"epochs": 1, "steps": 3, "precision": "fp32", "optimizer__lr": 0.1}
+    runs = [adapted_run(folder, f"run-{rate}", adapter={"r": 4, "dropout": rate}, **more) for rate in (0.0, 0.9)]
+    first, second = ([line["loss"] for line in run.metrics] for run in runs)
+    assert first[0] == pytest.approx(second[0], rel=1e-5)  # B is zero yet
+    assert all(abs(one - other) > 1e-3 for one, other in zip(first[1:], second[1:], strict=True))
+    made = build.build(config.load(str(runs[1].folder / "config.yaml")), lambda: tiny("Llama"), CPU, World())
+    tokens = micro_batch().tokens[None]
+    for layer in adapters.layers(made.causal_lm.model).values():
+        torch.nn.init.normal_(layer.lora_B.default.weight)
+    with torch.no_grad(), evaluating(made.causal_lm.model):
+        ones, others = (made.causal_lm.model(input_ids=tokens).logits for _ in range(2))
+    assert torch.equal(ones, others)
 
 
 def test_lr_and_names_of_an_adapter() -> None:

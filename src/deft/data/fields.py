@@ -94,19 +94,6 @@ def unusable(field: str, what: str) -> RowError:
     return RowError(field, what, f"mend or remove it, or say ignore: [{key}] of the source to do without it")
 
 
-def one_of(value: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Which of the names of one field a row has; RowError where two of them say different things.
-
-    >>> one_of({"output": None, "response": "4"}, ("output", "response"))
-    'response'
-    """
-    said = [key for key in keys if not is_absent(value.get(key))]
-    for key in said[1:]:
-        if value[key] != value[said[0]]:
-            raise unusable(key, f"says other than {said[0]}, and is another name for it")
-    return next(iter(said), None) or next((key for key in keys if value.get(key) is not None), None)
-
-
 def text_of(value: Any, field: str) -> str:
     """`value` if it is text that can be written as UTF-8; RowError names the field otherwise."""
     if not isinstance(value, str):

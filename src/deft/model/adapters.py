@@ -55,7 +55,6 @@ def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
         raise InputError(f"adapter.target: {what}; this model's linear layers: {', '.join(names)}") from error
     if not layers(model):
         raise InputError(f"adapter.target: no layer of this model is {settings.target!r}; leave it out for all of them")
-    train_dropout(model)
 
 
 def fill(model: nn.Module, folder: Path) -> None:
