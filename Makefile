@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest/bin
 # Held where everything else is the newest: each torch is gigabytes, and changes in torch are taken one by one.
 TORCH := torch==2.13.0
+# Beside the other, for the test that servers which run it read the same model from final/.
+TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.1 requests urllib3 idna certifi \
+	charset-normalizer
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -20,15 +23,18 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# Laws 6, 7, 8 and 11, the hand-off and the demo, in an environment of its own.
+# Laws 6, 7, 8 and 11, the hand-off, the optimizers and the demo, in an environment of its own, which alone has torchao:
+# where that is installed, every import of transformers imports it too.
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -n auto tests/laws/test_law_06_packing.py tests/laws/test_law_07_loss.py \
-		tests/laws/test_law_08_accumulation.py tests/laws/test_law_11_parity.py tests/export/test_export.py
+		tests/laws/test_law_08_accumulation.py tests/laws/test_law_11_parity.py tests/export/test_export.py \
+		tests/training/test_optimizers.py
 	folder=$$(mktemp -d) && $(NEWEST)/deft demo --output $$folder/demo && rm -r $$folder
 
 newest:
 	$(PYTHON) -m venv $(dir $(NEWEST))
-	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" $(TORCH)
+	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" $(TORCH) \
+		torchao
 
 lock: newest
 	sed -n '/^#/p' constraints.txt > $(NEWEST)/constraints.txt
@@ -61,6 +67,7 @@ $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/transformers-4 $(TRANSFORMERS_4)
 	@touch $@
 
 clean:

@@ -1,20 +1,29 @@
-"""A1: kill -9 at a random moment."""
+"""A1: kill -9 at a random moment, of runs that train all weights, and of one that trains an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 from faults import runs
 from faults.harness import Result, Scale, spread, tally
 from faults.scenes import scene
 
-TITLE = "kill -9 at random moments: resumed to the same bits by the same command"
-FIGURE = 200
-PRECISIONS = ("fp32", "bf16")
+TITLE = "kill -9 at random moments, of full fine-tuning and of an adapter: resumed to the same bits by the same command"
+FIGURE = 230
+ADAPTER = {"adapter__name": "lora", "adapter__r": 8, "adapter__dropout": 0.1, "precision": "bf16"}
 
 
 def run(scale: Scale) -> Result:
-    return _thrown(scale.of(20, 60, 200))
+    each = scale.of(10, 30, 100)
+    arms = [({"precision": "fp32"}, each), ({"precision": "bf16"}, each), (ADAPTER, scale.of(3, 10, 30))]
+    points, sees = list[str](), ""
+    for seed, (settings, count) in enumerate(arms):
+        thrown, seen = _thrown(seed, count, settings)
+        points, sees = points + thrown, seen or sees
+    return tally(points, sees)
 
 
 def control() -> Result:
@@ -31,21 +40,37 @@ def control() -> Result:
         return tally([runs.finish(folder, "run", reference, forget)])
 
 
-def _thrown(count: int) -> Result:
+def _thrown(seed: int, count: int, settings: dict[str, Any]) -> tuple[list[str], str]:
+    """The points of one arm, and what a user sees."""
     points, sees = list[str](), ""
-    for seed, precision in enumerate(PRECISIONS):
-        with scene() as folder:
-            reference, seconds = runs.undisturbed(folder, precision=precision)
-            for number, moment in enumerate(spread(seed, count // 2, 0.25 * seconds, seconds)):
-                points.append(_kill(folder, f"run-{number}", moment, reference, precision))
-                sees = runs.resumed(folder, f"run-{number}") or sees
-    return tally(points, sees)
+    with scene() as folder:
+        reference, seconds = runs.undisturbed(folder, **settings)
+        for number, moment in enumerate(spread(seed, count, 0.25 * seconds, seconds)):
+            points.append(_kill(folder, f"run-{number}", moment, reference, settings))
+            sees = runs.resumed(folder, f"run-{number}") or sees
+    return points, sees
 
 
-def _kill(folder: Path, output: str, moment: float, reference: Path, precision: str) -> str:
-    child = runs.start(folder, output, precision=precision)
+def _kill(folder: Path, output: str, moment: float, reference: Path, settings: dict[str, Any]) -> str:
+    child = runs.start(folder, output, **settings)
     child.wait_until(lambda: False, moment)
     child.kill()
     child.wait()
-    wrong = runs.finish(folder, output, reference, precision=precision)
+    wrong = runs.finish(folder, output, reference, **settings)
+    if settings is ADAPTER:
+        wrong = wrong or _of_the_base(reference) or _of_the_base(folder / output)
     return f"killed at {moment:.2f} s: {wrong}" if wrong else ""
+
+
+def _of_the_base(run: Path) -> str:
+    """What of the base is in the checkpoints of a run, which are to hold the adapter alone."""
+    parts = sorted((run / "checkpoints").glob("step-*/[mo]*.safetensors"))
+    if not parts:
+        return f"{run} has no checkpoints"
+    for part in parts:
+        with safe_open(part, "pt") as tensors:
+            # Beside weights: the optimizer's count of steps, and the tables of rotary positions.
+            odd = [key for key in tensors.keys() if not key.startswith(("buffer.", "steps")) and "lora_" not in key]  # noqa: SIM118
+        if odd:
+            return f"{part} holds {odd[0]}"
+    return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deft.core import files
+from deft.run import finished
 from faults import disks, runs
 from faults.harness import Result, Scale, tally
 from faults.scenes import scene
@@ -24,7 +25,7 @@ def run(scale: Scale) -> Result:
 
 
 def control() -> Result:
-    """The export is written under its final name."""
+    """The export is written under its final name, and taken for whole by the next start."""
     whole = files.staged
 
     @contextmanager
@@ -43,7 +44,11 @@ def control() -> Result:
     with scene() as folder:
         reference, _ = runs.undisturbed(folder)
         runs.start(folder, "run", plant).wait()
-        return tally([runs.finish(folder, "run", reference)])
+        return tally([runs.finish(folder, "run", reference, before=_take_all)])
+
+
+def _take_all() -> None:
+    finished.is_of = lambda final, about: final.exists()
 
 
 def _thrown(chosen: Callable[[Sequence[tuple[str, Any]]], Sequence[tuple[str, Any]]]) -> Result:

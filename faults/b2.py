@@ -28,11 +28,8 @@ def run(scale: Scale) -> Result:
 
 def control() -> Result:
     """Files are not hashed when they are read."""
-    verify, files._verify_file = files._verify_file, lambda path, record: None
-    try:
+    with b1.unhashed():
         return b1.thrown(30, zero)
-    finally:
-        files._verify_file = verify
 
 
 def cut(place: Path, draw: random.Random) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tiny_models import write_llama
+from transformers import AutoConfig
 
 from deft.model import load, security
 from faults import poison
@@ -31,6 +32,7 @@ def control() -> Result:
         plain, from_pretrained = torch.load, load._read
         load._check_folder = lambda folder, needs_weights: None  # type: ignore[assignment]
         security.check_index = lambda path: None  # type: ignore[assignment]
+        load.weight_files.stored = lambda folder: {}
         torch.load = lambda *given, **more: plain(*given, **{**more, "weights_only": False})
         load._read = lambda base, dtype, attention: _unsafely(from_pretrained, base, dtype, attention)
 
@@ -38,7 +40,7 @@ def control() -> Result:
 
 
 def _unsafely(read: Callable[..., Any], base: Any, dtype: Any, attention: str) -> Any:
-    model = load.multimodal.auto_class(load.AutoConfig.from_pretrained(base.path))
+    model = load.multimodal.auto_class(AutoConfig.from_pretrained(base.path))
     return model.from_pretrained(base.path, dtype=dtype, use_safetensors=False, output_loading_info=True)
 
 

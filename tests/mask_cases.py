@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,8 +193,6 @@ def compare_ids(row: EncodedRow, judge: Judge) -> Ids:
     said = judge.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if not judge.comparable(whole[0]).startswith(judge.comparable(said)):
         return Ids("the stop mark is appended")
-    if not unicodedata.normalize("NFC", whole[0]).startswith(said):
-        return Ids("the template shows the time of day")
     if judge.tokenizer.convert_ids_to_tokens(ids[-1]) not in judge.special:
         return Ids("the stop mark is text, and would be one with what follows")
     return Ids("", False)

@@ -18,11 +18,13 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
 from functools import cached_property
 from itertools import product
 from typing import Any
 
 import numpy as np
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 REASONING = (
@@ -36,6 +38,18 @@ REASONING = (
     ("<reasoning>", "</reasoning>"),
     ("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),
 )
+
+
+class _Noon(datetime):
+    """The time that deft tells templates, which transformers takes from the clock."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _Noon:
+        return cls(2025, 1, 1, 12)
+
+
+chat_template_utils.datetime = _Noon
+
 ANCHORS = (
     "same header",
     "same but for white space",
@@ -107,6 +121,12 @@ class Judge:
             return [] if any(text is None for pair in texts for text in pair) else ["transformers renders it"]
         if any(text is None for pair in texts for text in pair):
             return []
+        hidden = re.search(r"the template shows .* of messages\[(\d+)\] \((?!assistant)", reason)
+        if hidden:
+            said = self.comparable(squeezed(row.messages[int(hidden[1])]["content"]))
+            forms = {said, *(squeezed(json.dumps(said, ensure_ascii=is_ascii)[1:-1]) for is_ascii in (False, True))}
+            shown = any(form in squeezed(text or "") for _, text in texts for form in forms)
+            return ["its words are shown"] if shown else []
         pairs = [(prompt or "", text or "") for prompt, text in texts]
         answers = [squeezed(text.removeprefix(prompt)) for prompt, text in pairs]
         is_whole = [not case.missing(i, answer) for i, answer in zip(row.learnt, answers, strict=True)]
@@ -137,9 +157,8 @@ class Judge:
         return self.comparable(text)
 
     def comparable(self, text: str) -> str:
-        """As a tokenizer that normalizes gives it back; templates that show the time of day show another one now."""
-        text = unicodedata.normalize("NFC", text)
-        return re.sub(r"\d", "0", text) if "strftime_now" in self.template else text
+        """As a tokenizer that normalizes gives it back."""
+        return unicodedata.normalize("NFC", text)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], call: Call, prompt: bool

@@ -51,6 +51,7 @@ def _of(module: str, source: str, mutated: str, *tests: str) -> Mutation:
 
 
 KILLED = "test_law_09_resume.py::test_killed_and_resumed_is_the_same_run"
+ABSENT = "test_world.py::test_a_parameter_without_a_gradient_on_one_rank_or_on_all"
 ATTENTION = "test_law_06_packing.py::test_attention_equals_its_definition"
 UNDO = "    state.masters.zero_grad()\n    randomness.restore(before)\n"
 EXPORT = "test_export.py::test_whatever_differs_is_named"
@@ -113,9 +114,31 @@ TABLE: tuple[Mutation, ...] = (
     ),
     _of(
         "deft.training.step",
-        "total += mean.detach()",
-        "total = mean.detach()",
+        "        total += loss",
+        "        total = loss",
         "test_law_08_accumulation.py::test_the_cut_into_micro_batches_does_not_change_the_step",
+    ),
+    # Several ranks.
+    _of(
+        "deft.distributed.sums",
+        "received[:ranks]",
+        "received[:ranks].flip(0)",
+        "test_world.py::test_any_number_of_ranks_has_the_bits_of_one",
+    ),
+    _of("deft.distributed.sums", "received[:ranks]", "received", ABSENT),
+    _of("deft.distributed.sums", "-0.0, dtype", "0.0, dtype", ABSENT),
+    _of("deft.distributed.sums", "            if count:\n    ", "        ", ABSENT),
+    _of(
+        "deft.training.step",
+        "first + world.rank",
+        "first",
+        "test_world.py::test_any_number_of_ranks_has_the_bits_of_one",
+    ),
+    _of(
+        "deft.training.step",
+        "if odd := [",
+        "if odd := [] and [",
+        "test_world.py::test_ranks_that_compute_otherwise_are_told",
     ),
     # Attention of packs.
     _of("deft.model.cpu.document_attention", "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(2)", ATTENTION),
@@ -228,7 +251,17 @@ TABLE: tuple[Mutation, ...] = (
         "if False:",
         "test_files.py",
     ),
+    _of("deft.core.files", "zlib.crc32(data) == self._record.blocks[block]", "True", "test_files.py"),
+    _of("deft.core.files", "flags | os.O_NOFOLLOW | os.O_CLOEXEC", "flags | os.O_CLOEXEC", "test_files.py"),
+    _of("deft.core.files", "    stop_unless_ours(path)\n    try:\n", "    try:\n", "test_lock.py"),
+    _of("deft.core.lock", "if is_there and _is_still_there(self.lock, self.path):", "if True:", "test_lock.py"),
     _of("deft.training.checkpoint", "    files.verify(place)\n", "", "test_checkpoint.py"),
+    _of(
+        "deft.training.resuming",
+        '    state.stop_if_broken(f"the update of step',
+        '    (f"the update of step',
+        "test_state_kept.py",
+    ),
     _of("deft.training.checkpoint", "for step in reversed(there):", "for step in there:", "test_checkpoint.py"),
     _of(
         "deft.training.saving",

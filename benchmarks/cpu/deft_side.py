@@ -1,6 +1,6 @@
 """deft's arm: a run on given rows, as `deft train` starts it.
 
-    python benchmarks/cpu/deft_side.py FOLDER PRECISION OUT [--gate]
+    python benchmarks/cpu/deft_side.py FOLDER PRECISION OUT [--gate] [--settings FILE] [--peft-forward]
 
 FOLDER as for `peer_side.py`, and `train.jsonl`: the same rows as words that the model's tokenizer turns into the same
 ids. OUT gets deft's run folder `run/`, whose metrics.jsonl has a line per optimizer step, and `memory.json`.
@@ -27,6 +27,7 @@ import torch
 from common.machine import peak_bytes
 from transformers import AutoModelForCausalLM
 
+from deft.model import adapters
 from deft.run import config
 from deft.run.reading import Session
 from deft.run.train import train as run
@@ -104,8 +105,12 @@ def main() -> None:
     parser.add_argument("precision", choices=("auto", "fp32", "bf16", *plain))
     parser.add_argument("out", type=Path)
     parser.add_argument("--gate", action="store_true")
+    parser.add_argument("--settings", type=Path, help="in place of FOLDER's own")
+    parser.add_argument("--peft-forward", action="store_true", help="adapters are computed by peft's layers")
     given = parser.parse_args()
-    settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
+    settings = json.loads((given.settings or given.folder / "settings.json").read_text(encoding="utf-8"))
+    if given.peft_forward:
+        adapters.is_plain = lambda module: False
     torch.set_num_threads(settings["threads"])
     if not given.gate:
         train(given.folder, given.precision, given.out, settings)

@@ -37,6 +37,7 @@ HEAD_CHUNKS = 8
 
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_default": {},
+    "trl_lora": {},
     "trl_grouped": {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False},
     "trl_packed": {
         "packing": True,
@@ -157,9 +158,12 @@ def trl(arm: str, folder: Path, out: Path, settings: dict[str, Any], rows: list[
         arguments |= {"bf16": gate == "bf16", "gradient_accumulation_steps": 1}
         if arm != "trl_packed":
             arguments["per_device_train_batch_size"] = at_once
-    # The model is named, not given, so that TRL loads it in the precision that it loads models in.
+    if settings["examples_per_step"] < at_once:
+        arguments["per_device_train_batch_size"] = at_once = settings["examples_per_step"]
+    if not settings.get("bf16", True):
+        arguments["bf16"] = False
     trainer = counting(SFTTrainer)(
-        model=str(folder / "model"),
+        **trl_model(arm, folder, settings),
         args=SFTConfig(**(common_arguments(settings, out, at_once) | arguments)),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -169,6 +173,19 @@ def trl(arm: str, folder: Path, out: Path, settings: dict[str, Any], rows: list[
         raise RuntimeError(f"the gate's rows make {len(trainer.train_dataset)} packs instead of one")
     trainer.steps = steps
     trainer.train()
+
+
+def trl_model(arm: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The model is named, not given, so that TRL loads it in the precision that it loads models in."""
+    if arm != "trl_lora":
+        return {"model": str(folder / "model")}
+    from peft import LoraConfig, PeftModel
+
+    if "start" in settings:
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        return {"model": PeftModel.from_pretrained(base, settings["start"], is_trainable=True)}
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **settings["lora"])
+    return {"model": str(folder / "model"), "peft_config": config}
 
 
 def hugging_face(folder: Path, out: Path, settings: dict[str, Any], rows: list[Row], gate: str | None) -> None:

@@ -17,7 +17,7 @@ from encoders import chat
 from rich.console import Console
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML, byte_level
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deft.commands import check
 from deft.commands.check import Checkup, stop_findings
@@ -82,6 +82,15 @@ def test_refused_rows_are_shown_in_the_table_and_then_named_with_exit_code_2(tmp
     assert (source["rows"], source["fates"]["refused"], source["fates"]["trained"]) == (21, 1, 20)
     allowed = command(rows, f"model={model}", "data.allow_refused=1", cwd=tmp_path)
     assert allowed.returncode == 0, allowed.stderr
+
+
+def test_weights_that_are_there_are_looked_at(tmp_path: Path, model: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    checked(model, data(tmp_path, *ROWS))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(Problems, match="it is cut or damaged"):
+        checked(model, data(tmp_path, *ROWS))
 
 
 def test_all_that_needs_no_row_comes_in_one_error(tmp_path: Path) -> None:
@@ -152,6 +161,7 @@ def test_a_tokenizer_of_another_model_is_found_by_its_rows(tmp_path: Path, model
     checked(model, rows)
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 300}))
+    (model / "model.safetensors").unlink()
     with pytest.raises(Problems, match=r"rows.jsonl:1: token \d+ .* is past the model's 300; tokenizer and model must"):
         checked(model, rows)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from deft.commands import cli
 from deft.core import crash, hardware, versions
@@ -19,7 +23,10 @@ from deft.core.errors import (
     InputError,
     MemoryShort,
     NumbersError,
+    Problem,
+    Problems,
 )
+from deft.tracking import console as display
 
 CODES = {InputError: 2, DamagedError: 3, DiskError: 4, NumbersError: 5, MemoryShort: 7, DeftError: 70}
 
@@ -102,3 +109,52 @@ def test_the_minimal_versions_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for name, least in versions.MIN_VERSIONS.items():
         assert re.search(rf'"{name}>={re.escape(least)}[,"]', text), name
+
+
+def test_the_name_of_a_file_is_neither_a_setting_nor_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evil = 'data.format="os:system" #.jsonl'
+    for name in (evil, "--rows=1", "-x.jsonl", "-", "a=1.jsonl", "model=m"):
+        (tmp_path / name).touch()
+    for name in (evil, "--rows=1", "-x.jsonl", "-", "model=m"):
+        monkeypatch.setattr(sys, "argv", ["deft", "show", "a.jsonl", name])
+        monkeypatch.setattr(cli, "app", lambda: pytest.fail("it was run"))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2, name
+    made = cli._config(["a=1.jsonl", f"./{evil}", "model=n"])
+    assert [source.path for source in made.data.train] == ["a=1.jsonl", f"./{evil}"]
+    assert (made.model, made.data.format) == ("n", "auto")
+
+
+def test_no_stream_ends_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An ascii console, one that is closed, one whose disk is full, and none at all."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    ascii_console, closed = io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()
+    closed.close()
+    for stream in (ascii_console, closed, Full(), None):
+        display.say(Console(file=display.lasting(stream), width=80), "日本 é \x1b]0;title\x07")
+    assert ascii_console.buffer.getvalue() == b"\\u65e5\\u672c \\xe9 \\x1b]0;title\\x07\n"
+
+
+def test_a_closed_stream_s_number_is_not_given_to_a_file(tmp_path: Path) -> None:
+    code = (
+        "import sys; from deft.core import signals; signals.open_streams(); print('lost')\n"
+        f"print('kept', file=open({str(tmp_path / 'file')!r}, 'w')); import os; os.write(1, b'x'); os.write(2, b'y')"
+    )
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&- 2>&- <&-', sys.executable, code], env={**os.environ})
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "kept\n"
+
+
+def test_what_strangers_say_stays_one_line_and_acts_on_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b]0;title\x07\nFAKE: all is well.jsonl"
+    command(monkeypatch, Problems("the data cannot be read", [Problem(name, "broken\r")]))
+    said = capsys.readouterr().err
+    assert said.splitlines()[1] == "  a\\x1b]0;title\\x07\\nFAKE: all is well.jsonl: broken\\r"

@@ -281,3 +281,136 @@ def writes_by_mode(call: ast.Call) -> bool:
     modes = [keyword.value for keyword in call.keywords if keyword.arg in ("mode", None)]
     modes += call.args[1:] if isinstance(call.func, ast.Name) else call.args
     return any(not isinstance(mode, ast.Constant) or bool(set("wax+") & set(str(mode.value))) for mode in modes)
+
+
+# Links, folders of others, what changes after it was verified
+
+
+def test_nothing_is_written_through_a_link_or_read_by_one(tmp_path: Path) -> None:
+    outside = tmp_path / "precious"
+    outside.write_text("mine")
+    folder = write(tmp_path / "x", one=b"abcd")
+    (folder / "one").unlink()
+    for link in (tmp_path / "log", tmp_path / "new", folder / "one"):
+        link.symlink_to(outside if link.name != "new" else tmp_path / "made")
+    for path in (tmp_path / "log", tmp_path / "new"):
+        with pytest.raises(DiskError, match=rf"{path.name}: is a link, and nothing is written through it"):
+            files.append(path, b"more")
+    files.write_text(tmp_path / "log", "its own")
+    with pytest.raises(DamagedError, match="one: "):
+        files.copy(folder, tmp_path / "y")
+    assert not (tmp_path / "log").is_symlink()
+    assert not (tmp_path / "y").exists()
+    assert not (tmp_path / "made").exists()
+    assert outside.read_text() == "mine"
+
+
+def test_a_link_on_the_way_in_a_claimed_folder_is_not_gone_through(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with (
+        files.claimed(tmp_path / "run", lambda: None),
+        pytest.raises(DiskError, match="checkpoints: is a link, and nothing is written through it"),
+    ):
+        write(tmp_path / "run" / "checkpoints" / "step-000001", one=b"1")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_copy_has_what_deft_wrote_and_verified(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", one=b"abcd", two=b"ef")
+    (folder / "more").write_text("of a user's")
+    files.copy(folder, tmp_path / "y")
+    assert sorted(path.name for path in (tmp_path / "y").iterdir()) == [files.MANIFEST, "one", "two"]
+    (folder / "two").write_bytes(b"eg")
+    with pytest.raises(DamagedError, match="two: checksum differs"):
+        files.copy(folder, tmp_path / "z")
+    files.copy(folder, tmp_path / "z", but=("two",))
+    assert (tmp_path / "z" / "two").read_bytes() == b"eg"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_modes_are_what_the_umask_leaves_whoever_wrote_the_file(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with files.staged(tmp_path / "x") as staging:
+            staging.write("one", [b"1"])
+            os.close(os.open(staging.path / "private", os.O_CREAT, 0o600))
+            os.close(os.open(staging.path / "open", os.O_CREAT, 0o777))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_byte_that_changes_after_the_file_was_verified_is_seen_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "BLOCK", 4)
+    path = write(tmp_path / "x", one=b"abcdefghij") / "one"
+    record = files.verify(tmp_path / "x").files["one"]
+    found = files.Blocks(path, record)
+    for start in range(11):
+        for stop in range(start, 11):
+            assert found.read(start, stop) == b"abcdefghij"[start:stop]
+    for wrong in (b"abcdXfghij", b"abcde"):
+        path.write_bytes(wrong)
+        assert found.read(0, 4) == b"abcd"
+        with pytest.raises(DamagedError, match=r"one: checksum differs \(block 2\)"):
+            files.Blocks(path, record).read(7, 10)
+
+
+def test_without_locks_nothing_is_taken_from_a_writer_that_may_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.staged(tmp_path / "x") as staging:
+        assert files.sweep(tmp_path) == []
+        staging.write("one", [b"1"])
+    files.verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("number", "is_fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders_is_written_to(
+    number: int, is_fatal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.fsync
+
+    def fsync(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if is_fatal:
+        with pytest.raises(DiskError):
+            files.write_text(tmp_path / "a", "1")
+    else:
+        files.write_text(tmp_path / "a", "1")
+        assert (tmp_path / "a").read_text() == "1"
+
+
+def test_a_link_out_of_a_model_folder_is_found_and_one_into_a_hub_cache_is_none(tmp_path: Path) -> None:
+    hub, model = tmp_path / "models--a--b", tmp_path / "model"
+    for each in (hub / "blobs", hub / "snapshots" / "1", model):
+        each.mkdir(parents=True)
+    for path in (hub / "blobs" / "123", model / "own.json", tmp_path / "secret"):
+        path.write_text("{}")
+    (hub / "snapshots" / "1" / "config.json").symlink_to("../../blobs/123")
+    (model / "config.json").symlink_to("own.json")
+    (model / "model.safetensors").symlink_to(tmp_path / "secret")
+    assert files.link_outside(hub / "snapshots" / "1") is None
+    assert files.link_outside(model) is None
+    (model / "LICENSE").symlink_to("../secret")
+    assert files.link_outside(model) == model / "LICENSE"
+
+
+def test_what_is_appended_does_not_reach_another_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("one\n")
+    (tmp_path / "backup").hardlink_to(tmp_path / "log")
+    for line in (b"two\n", b"three\n"):
+        files.append(tmp_path / "log", line)
+    assert (tmp_path / "backup").read_text() == "one\n"
+    assert (tmp_path / "log").read_text() == "one\ntwo\nthree\n"

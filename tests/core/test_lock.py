@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deft.core import lock
-from deft.core.errors import InputError
+from deft.core import files, lock
+from deft.core.errors import DiskError, InputError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,7 +50,7 @@ def test_a_lock_left_behind_is_taken_over_with_a_word(tmp_path: Path) -> None:
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("text", ["", "{", "7", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "{}"])
 def test_a_lock_without_a_name_in_it_is_taken(tmp_path: Path, text: str) -> None:
     (tmp_path / lock.NAME).write_text(text)
     with lock.held(tmp_path) as note:
@@ -87,3 +87,68 @@ def test_many_that_start_together_hold_it_one_at_a_time(tmp_path: Path) -> None:
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert not list(tmp_path.glob("out/*"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "taken over"])
+def test_a_folder_that_is_another_s_by_now_is_left_as_it_is(tmp_path: Path, change: str) -> None:
+    run = tmp_path / "run"
+    with files.staged(tmp_path / "x") as staging:
+        staging.write("one", [b"1"])
+    with lock.held(run):
+        files.write_text(run / "metrics.jsonl", "first\n")
+        if change == "taken over":
+            (run / lock.NAME).unlink()
+        else:
+            run.rename(tmp_path / "moved")
+        if change != "removed":
+            run.mkdir(exist_ok=True)
+            (run / lock.NAME).write_text('{"pid": 7}')
+        there = contents(run)
+        for write in (
+            lambda: files.append(run / "metrics.jsonl", b"second\n"),
+            lambda: files.write_text(run / "config.yaml", "second"),
+            lambda: files.make_folder(run / "checkpoints"),
+            lambda: files.copy(tmp_path / "x", run / "checkpoints" / "step-000001"),
+            lambda: files.set_aside(run / "metrics.jsonl"),
+        ):
+            with pytest.raises(DiskError, match=r"removed or replaced|is another run's by now"):
+                write()
+    assert contents(run) == there
+    assert run.is_dir() == (change != "removed")
+
+
+def test_a_lock_that_somebody_took_away_is_made_again(tmp_path: Path) -> None:
+    with lock.held(tmp_path / "run"):
+        (tmp_path / "run" / lock.NAME).unlink()
+        files.write_text(tmp_path / "run" / "kept", "")
+        with pytest.raises(InputError, match="is in use by"), lock.held(tmp_path / "run"):
+            pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "text", "pipe", "folder"])
+def test_what_is_called_lock_and_is_none_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    precious, name = tmp_path / "precious", tmp_path / "run" / lock.NAME
+    precious.write_text('{"mine": 1}\n')
+    name.parent.mkdir()
+    if kind == "link":
+        name.symlink_to(precious)
+    elif kind == "second name":
+        name.hardlink_to(precious)
+    elif kind == "text":
+        name.write_text("mine")
+    elif kind == "folder":
+        name.mkdir()
+    else:
+        os.mkfifo(name)
+    with (
+        pytest.raises(InputError, match=r"\.lock: is .*not a lock of deft's; move it away"),
+        lock.held(tmp_path / "run"),
+    ):
+        pass
+    assert precious.read_text() == '{"mine": 1}\n'
+    assert os.path.lexists(name)

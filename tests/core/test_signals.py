@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -108,3 +109,25 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "still here\n")
     assert "Ctrl-C again" in done.stderr
+
+
+def test_a_ctrl_c_that_torchrun_sends_on_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to all ranks, and torchrun sends it to them once more."""
+    left: list[int] = []
+    monkeypatch.setattr(Signals, "_leave", lambda self, number: left.append(number))
+    for run_id, times in ((None, 1), ("run", 0)):
+        left.clear()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id) if run_id else None
+        train(lambda signals, done: deferred_twice(signals))
+        assert len(left) == times
+    signals = Signals(repeated_within=0.1)
+    with pytest.raises(Preempted):
+        deferred_twice(signals, signals.arrive, 0.15)
+    assert len(left) == 1
+
+
+def deferred_twice(signals: Signals, send: Callable[[int], None] = send, seconds: float = 0.0) -> None:
+    with signals.deferred():
+        send(signal.SIGINT)
+        time.sleep(seconds)
+        send(signal.SIGINT)

@@ -138,6 +138,10 @@ READ: list[tuple[Any, str, Said]] = [
     ({"Question": "2+2?", "Response": "4"}, "question_answer", CHAT),
     ({"QUERY": "2+2?", "Answer": "4"}, "question_answer", CHAT),
     ({"user": "2+2?", "assistant": "4"}, "question_answer", CHAT),
+    ({"Messages": [{"Role": "user", "Content": "2+2?"}, {"Role": "assistant", "Content": "4"}]}, "messages", CHAT),
+    ({"messages": json.dumps([{"Role": each["role"], "Content": each["content"]} for each in TURNS])}, "messages",
+     CHAT),
+    ({"Conversations": [{"From": "human", "Value": "2+2?"}, {"From": "gpt", "Value": "4"}]}, "sharegpt", CHAT),
     ({"question": "2+2?", "answers": {"text": ["4", "4"], "answer_start": [0, 3]}}, "question_answer", CHAT),
     ({"instruction": "2+2?", "answer": "4"}, "alpaca", CHAT),
     ({"instruction": "2+2?", "context": "", "response": "4", "category": "qa"}, "alpaca", CHAT),
@@ -192,6 +196,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": "2+2?", "told": "4"}, "prompt_completion is closest.*columns: {prompt: prompt, completion: told}"),
     ({"speech": TURNS}, "columns: {messages: speech}"),
     ({"role": "user", "content": "Hi"}, "a message alone is no row"),
+    ({"system": "SYSTEM: Be brief.", "chat": "USER: 2+2?\n\n\nASSISTANT: 4 <|endoftext|>"},
+     "the turns stand in one text, 'chat', behind headers.*format: pkg.mod:fn"),
+    ({"question": "2+2?", "options": ["3", "4"], "answer": "B"}, r"options: rows of this shape.*ignore: \[options\]"),
     ({"mesages": "x", "id": 1}, r"columns: {text: mesages}"),
     ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "no assistant message"),
 ]  # fmt: skip
@@ -243,6 +250,15 @@ TOOL_CHATS: dict[str, Any] = {
             {"role": "user", "content": [{"toolResult": {"toolUseId": "c", "content": [{"text": "3C"}]}}]},
             {"role": "assistant", "content": [{"text": "3 C."}]},
         ],
+    },
+    "responses": {
+        "tools": [{"type": "function", **WEATHER, "parameters": SCHEMA}],
+        "input": [
+            ASKED,
+            {"type": "function_call", "call_id": "c", "name": "weather", "arguments": OSLO[1]},
+            {"type": "function_call_output", "call_id": "c", "output": "3C"},
+        ],
+        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "3 C."}]}],
     },
     "gemini": {
         "tools": [{"functionDeclarations": [{**WEATHER, "parameters": CAPITALS}]}],

@@ -16,14 +16,14 @@ from encoders import chat, row_encoder, source
 from readers import Understood
 from readers import understand as understood
 from test_formats import ANSWER, GOOD, USER
-from tiny_tokenizers import CHATML
+from tiny_tokenizers import CHATML, byte_level
 
 from deft.core.errors import InputError, Problems
 from deft.core.types import Conversation, Fate, Message, ToolCall
 from deft.data import format as formats
 from deft.data import names, row_fields, shapes, sources
 from deft.data.format import Choices
-from deft.dataset.build import encode_sources
+from deft.dataset.build import encode, encode_sources
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import NAMED_FIELDS, not_read, understand
 from deft.encoding.render.template import Refusal
@@ -286,9 +286,71 @@ def test_reasoning_at_the_row_is_that_of_its_one_answer() -> None:
     assert one({**chat("a", "b", reasoning="Easy."), "reasoning": "Easy."}).messages[1].reasoning == "Easy."
     assert "the answer has other reasoning" in refusal({**chat("a", "b", reasoning="Easy."), "reasoning": "Hard."})
     assert "beside 2 answers" in refusal({"messages": [USER, ANSWER] * 2, "reasoning": "Easy."})
-    assert "thinking: a list, not text" in refusal({**CHAT, "thinking": ["Easy."]})
+    assert "thinking: a list, not text" in refusal({**CHAT, "thinking": ["Easy.", "Hm."]})
     assert "contradicts reasoning_content" in refusal({**CHAT, "reasoning_content": "a", "reasoning": "b"})
     assert "two fields of reasoning that differ" in refusal(chat("a", "b", reasoning="a", thinking="b"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("Complex_CoT", "Easy."),
+        ("chainOfThought", "Easy."),
+        ("rationale", "Easy."),
+        ("thinking_trajectories", ["Easy."]),
+        ("deepseek_thinking_trajectory", "Easy."),
+        ("reasoning_details", [{"type": "reasoning.text", "text": "Ea"}, {"type": "reasoning.text", "text": "sy."}]),
+        ("reasoningDetails", [{"type": "reasoning.summary", "summary": "Easy."}]),
+    ],
+)
+def test_reasoning_is_read_under_all_its_names(key: str, value: Any) -> None:
+    assert one({"question": "2+2?", "answer": "4", key: value}).messages[1].reasoning == "Easy."
+    assert one(chat("2+2?", "4", **{key: value})).messages[1].reasoning == "Easy."
+
+
+def test_reasoning_that_is_not_there_to_read_refuses_the_row() -> None:
+    row = chat("a", "b", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}])
+    assert "messages[1].reasoning_details: has a part without text" in refusal(row)
+    assert one(row, ignore=("reasoning_details",)).messages[1].reasoning == ""
+
+
+@pytest.mark.parametrize("key", ["lossWeight", "LossWeight", "LOSS_WEIGHT", "loss-weight"])
+def test_a_name_may_be_spelt_in_any_way(key: str) -> None:
+    assert one({**CHAT, key: 0.5}).weight == 0.5
+    assert one(chat("a", "b", **{key: 0.5})).messages[1].weight == 0.5
+    assert one({**CHAT, key: 0.5}, ignore=("loss_weight",)).weight == 1.0
+    assert one(chat("a", "b", **{key: 0.5}), ignore=("loss_weight",)).messages[1].weight is None
+    assert f"{key}: 'x' is not a weight" in refusal({**CHAT, key: "x"})
+    assert unread(CHAT, {**CHAT, "loss_weight": 0.5, key + "_": 0.5}) == {key + "_": 1}
+
+
+def test_no_two_known_names_differ_by_their_spelling_alone() -> None:
+    parts = frozenset[str]().union(*(formats.load(name).parts for name in formats.names()))
+    for known in (formats.known_fields(), parts):
+        assert len(set(map(names.folded, known))) == len(known)
+
+
+@pytest.mark.parametrize(("key", "bad", "good"), [("prefix", True, False), ("end_turn", False, True)])
+def test_a_turn_that_goes_on_refuses_the_row(key: str, bad: bool, good: bool) -> None:
+    assert f"messages[1].{key}: the turn goes on" in refusal(chat("a", "b", **{key: bad}))
+    assert unread(chat("a", "b", **{key: good})) == {}
+
+
+@pytest.mark.parametrize("key", sorted(row_fields.CONTEXT))
+def test_a_context_in_a_message_refuses_the_row(key: str) -> None:
+    row = {"messages": [{**USER, key: "It is so."}, ANSWER]}
+    assert f"messages[0].{key}: " in refusal(row)
+
+
+def test_axolotls_flag_of_a_turn_and_its_tools_are_read() -> None:
+    assert one(chat("a", "b", train_on_turn=False)).messages[1].weight == 0.0
+    assert one({**CHAT, "available_tools": [TOOL]}).tools == (TOOL,)
+    assert one({**CHAT, "instructions": "Be brief."}).messages[0] == Message("system", "Be brief.")
+
+
+def test_encode_tells_what_nothing_reads() -> None:
+    with pytest.warns(UserWarning, match=r"rows: not read: id \(1 row\)"):
+        encode([{**PAIR, "id": 7}], byte_level())
 
 
 def test_a_row_that_only_tells_whether_there_is_reasoning_is_told_of() -> None:

@@ -24,7 +24,7 @@ from tiny_tokenizers import CHATML, byte_level
 
 from deft.commands import check
 from deft.core import files, types, workers
-from deft.core.errors import InputError, Problems
+from deft.core.errors import DamagedError, InputError, Problems
 from deft.core.files import Disk
 from deft.data import shapes, sources
 from deft.data.format import Choices
@@ -543,3 +543,42 @@ def test_a_users_format_is_read_anew_when_a_module_that_it_imports_changes(
     assert cache.own_code("my_rows") == before
     (tmp_path / "my_words.py").write_text("OPENING = 'Hello'\n")
     assert cache.own_code("my_rows") != before
+
+
+# What is used is what was read
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_of_it_kept(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its own content again before anybody could hash it."""
+    plain, root = shapes.survey, tmp_path / "cache"
+    own = train.read_bytes()
+
+    def survey_of_another(*given: Any) -> Any:
+        train.write_bytes(own.replace(b"big", b"bad"))
+        found = plain(*given)
+        train.write_bytes(own)
+        return found
+
+    execution = Execution(Cache(root), processes=1)
+    with monkeypatch.context() as changed:
+        changed.setattr(shapes, "survey", survey_of_another)
+        with pytest.raises(Problems, match=r"changed while it was read; start again"):
+            understand([SourceSpec(str(train))], execution)
+    assert not [path for path in root.iterdir() if path.is_dir()]
+    understand([SourceSpec(str(train))], execution)
+
+
+def test_a_byte_of_the_cache_that_changes_after_it_was_verified_is_not_trained_on(train: Path, tmp_path: Path) -> None:
+    data = encoded(train, tmp_path / "cache")
+    before = [part.tokens.tobytes() for example in data.train for part in example]
+    assert [part.tokens.tobytes() for example in encoded(train, tmp_path / "cache").train for part in example] == before
+    (path,) = (tmp_path / "cache").glob(f"*/{store.ROWS}")
+    content, tokens = bytearray(path.read_bytes()), np.frombuffer(before[5], np.int32)
+    at = content.index(tokens.tobytes())
+    content[at] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    with pytest.raises(DamagedError, match="its tokens are not those that were written to the cache"):
+        list(data.train)

@@ -33,6 +33,12 @@ WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CH
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
+WITH_CALLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML.replace(
+    "message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +"
+)
+CALLING = chat("Oslo?", "", tool_calls=[{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}])
+
+
 def account(encoder: RowEncoder, *rows: Any, **settings: Any) -> SourceLedger:
     return build.encode_sources([source(*rows)], encoder, **settings).ledgers[0]
 
@@ -131,6 +137,18 @@ CASES: dict[str, tuple[tuple[RowEncoder, Any], tuple[RowEncoder, Any]]] = {
         ),
         (row_encoder(), chat("th", "e cat")),
     ),
+    "undeclared_tools": (
+        (row_encoder(WITH_CALLS), {**CALLING, "tools": [{"name": "sun"}]}),
+        (row_encoder(WITH_CALLS), {**CALLING, "tools": [{"name": "sun"}, TOOL]}),
+    ),
+    "marks_of_media": (
+        (row_encoder(), chat("What is <|image_pad|>?", "A cat")),
+        (row_encoder(), chat("What is <imagine>?", "A cat")),
+    ),
+    "contrary_rating": (
+        (row_encoder(), {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 3}),
+        (row_encoder(), {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3}),
+    ),
     "dropped_content": (
         (
             row_encoder(WITHOUT_EARLIER),
@@ -208,6 +226,13 @@ def test_tool_calls_that_the_template_drops_in_history_are_seen() -> None:
         "message['content'] +", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '') +"
     )
     assert account(row_encoder(shown), row).count("dropped_tool_calls") == 0
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<audio>", "<video>", "<start_of_image>", "[IMG]", "<|image_1|>", "<IMG>"])
+def test_marks_of_pictures_and_sounds_are_seen_in_any_text(mark: str) -> None:
+    assert (
+        account(row_encoder(), chat(f"{mark}\nWhat is it?", "A cat"), chat("Hi", "Hello")).count("marks_of_media") == 1
+    )
 
 
 def test_every_warning_is_told_and_has_a_case() -> None:

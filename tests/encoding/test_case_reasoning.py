@@ -237,6 +237,24 @@ def test_only_a_mark_that_the_prompt_may_have_opened_stands_alone(corpus: Path) 
         learnt(renderer(corpus, "gemma4"), conversation("R.\n<channel|>4."))
 
 
+def test_openthoughts_marks_of_its_answer_go_with_those_of_its_reasoning(corpus: Path) -> None:
+    thought = "<|begin_of_thought|>\n\nR.\n\n<|end_of_thought|>\n\n"
+    solution = "<|begin_of_solution|>\n\n4.\n\n<|end_of_solution|>"
+    plain, marked = ({"content": content, "reasoning": "R."} for content in ("4.", solution))
+    whole = learnt(renderer(corpus, "qwen3"), conversation(plain))
+    assert learnt(renderer(corpus, "qwen3"), conversation(thought + solution)) == whole
+    assert learnt(renderer(corpus, "qwen3"), conversation(marked)) == whole
+    assert learnt(renderer(corpus, "qwen25"), conversation(solution)) == [solution + "<|im_end|>"]
+
+
+def test_words_that_a_template_writes_behind_tool_calls_are_refused(corpus: Path) -> None:
+    call = {"content": "Wait.", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
+    with pytest.raises(Refusal, match="behind its tool calls"):
+        learnt(renderer(corpus, "gemma4"), conversation(call, tools=[{"name": "weather"}]))
+    (found,) = learnt(renderer(corpus, "gemma4"), conversation({**call, "content": ""}, tools=[{"name": "weather"}]))
+    assert "call:weather" in found
+
+
 def test_a_turn_that_is_not_learnt_may_say_what_it_likes(corpus: Path) -> None:
     chat = conversation({"content": "<think>\nR. 4.", "weight": 0}, "4.")
     assert learnt(renderer(corpus, "kimi"), chat) == ["<think></think>4.<|im_end|>"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tiny_models import write_llama
+from tiny_writers import tokenizer_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,3 +66,10 @@ def test_one_that_only_cuts_words_otherwise_is_named(tmp_path: Path) -> None:
     made = config.make(config.nested({"model": str(model), "data__train": str(rows)}))
     found = check.run(made, console=Console(file=io.StringIO()))
     assert any("its Qwen2Tokenizer, which encodes otherwise" in finding.what for finding in found.findings)
+
+
+def test_a_regular_expression_that_transformers_calls_wrong_is_a_warning() -> None:
+    hf = copy.deepcopy(tokenizer_of("bytes"))
+    assert tokenizer.wrap(hf).warning == ""
+    hf.backend_tokenizer.fix_mistral_regex = False  # as transformers leaves it
+    assert "wrong regular expression; set fix_mistral_regex: true" in tokenizer.wrap(hf).warning

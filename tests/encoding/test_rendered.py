@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,14 @@ def test_no_real_template_learns_anything_else_from_the_text(corpus: Path) -> No
     assert verdicts["different"] == 0
     assert verdicts["refused"] <= 0.1 * verdicts["same"]
     assert verdicts["same"] > 60
+
+
+def test_what_a_rendered_text_has_no_place_for_refuses_the_row() -> None:
+    by = encoder(chatml(puts_bos=False, has_end=True))
+    row = pair("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>")
+    thought = replace(row, messages=(row.messages[0], replace(row.messages[1], reasoning="R.")))
+    assert by.encode(row).fate == Fate.TRAINED
+    assert "has no place for reasoning" in by.encode(thought).reason
 
 
 def test_deft_s_chatml_reads_its_own_texts() -> None:

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from deft.core.errors import InputError
 from deft.core.types import Message
 from deft.encoding.render.sandbox import Exhausted, Meter
-from deft.encoding.render.template import Refusal, Template
+from deft.encoding.render.template import Refusal, Rendering, Template
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}"
 ENDS = "{% endfor %}{% endfor %}"
@@ -123,6 +124,22 @@ def run(templates: dict[str, str]) -> dict[str, tuple[str, float, float]]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     return {name: (ended, seconds, mib) for name, ended, seconds, mib in map(json.loads, done.stdout.splitlines())}
+
+
+def test_every_day_is_the_same_day() -> None:
+    assert Template("{{ strftime_now('%Y-%m-%d') }}", {}).render([Message("user", "Hi")]) == "2025-01-01"
+
+
+def test_safe_text_escapes_what_is_added_to_it_as_in_transformers() -> None:
+    template = "{{ '<'|safe + messages[0].content }}{{ ('a'|safe).replace('a', '&') }}{{ '&' + '<' }}"
+    (expected,), *_ = render_jinja_template([[{"role": "user", "content": '"'}]], chat_template=template)
+    assert expected == "<&#34;&amp;&<"
+    assert Rendering(Template(template, {}), [Message("user", '"')]).plain(1) == expected
+
+
+def test_what_no_sandbox_allows_is_said_to_be_so_everywhere() -> None:
+    with pytest.raises(Refusal, match=r"that of transformers neither .*append"):
+        Template("{% set x = [] %}{% set y = x.append(1) %}", {}).render([Message("user", "Hi")])
 
 
 def test_hostile_templates_end_within_their_limits() -> None:

@@ -188,6 +188,32 @@ def test_stop_ids_are_the_generation_configs_then_the_configs_then_the_tokenizer
     assert generation.own_stop_ids(model, tokenizer) == (2,)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 4},
+        {"stop_strings": ["never"]},
+    ],
+)
+def test_each_prompt_has_one_answer_whatever_the_models_own_settings_say(settings: dict[str, Any]) -> None:
+    tokenizer = tokenizer_of("bytes")
+    model = model_of(tokenizer)
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    assert len(generation.complete(model, tokenizer, PROMPTS, generate={"max_new_tokens": 3})) == len(PROMPTS)
+    assert isinstance("".join(stream(model, tokenizer, "A", generate={"max_new_tokens": 3})), str)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named() -> None:
+    tokenizer = tokenizer_of("bytes")
+    model = model_of(tokenizer)
+    model.resize_token_embeddings(100)
+    with pytest.raises(InputError, match=r"prompt: .* is token \d+, and the model has 100 embeddings"):
+        generation.complete(model, tokenizer, ["The cat sat"], generate={"max_new_tokens": 3})
+
+
 def test_sampling_is_asked_for_by_a_temperature_and_repeats_with_the_seed() -> None:
     tokenizer = tokenizer_of("bytes")
     model = model_of(tokenizer)
@@ -364,11 +390,11 @@ def test_what_is_not_a_model_is_named_with_what_to_do(tmp_path: Path, folder: Pa
     final = tmp_path / "run" / "final"
     weights = (final / "model.safetensors").read_bytes()
     (final / "model.safetensors").write_bytes(weights[:1000])
-    assert "it cannot be loaded" in message(final)
+    assert "is cut off inside its header" in message(final)
     (final / "model.safetensors").unlink()
     tensors = {name: tensor for name, tensor in load(weights).items() if name != "model.norm.weight"}
     save_file(tensors, final / "model.safetensors", metadata={"format": "pt"})
-    assert "1 weights are not in its files, model.norm.weight first" in message(final)
+    assert "1 weight is not in its files, model.norm.weight first" in message(final)
     (final / "model.safetensors").rename(final / "pytorch_model.bin")
     assert "a pickle can run code" in message(final)
     (final / "model.safetensors").write_bytes(weights)

@@ -14,7 +14,6 @@ from deft.evaluation import heldout
 from deft.evaluation.heldout import held_out_loss
 from deft.model.causal_lm import CausalLM
 from deft.plan.packs import pack
-from deft.training.chunked import NLL
 
 LENGTHS = (60, 3, 3, 30, 4, 2, 5)
 
@@ -40,7 +39,7 @@ def test_it_is_the_mean_over_all_weights(budget: int, together: int, monkeypatch
     causal_lm, examples = dropout_model(), random_examples(LENGTHS)
     parts = sums(causal_lm, examples)
     expected = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
-    assert held_out_loss(causal_lm, examples, NLL, budget) == pytest.approx(expected, rel=1e-5)
+    assert held_out_loss(causal_lm, examples, budget) == pytest.approx(expected, rel=1e-5)
 
 
 def test_means_of_micro_batches_or_of_examples_would_be_seen() -> None:
@@ -59,7 +58,7 @@ def test_dropout_is_off_while_it_is_measured_and_then_as_it_was(training: bool) 
     causal_lm, examples = dropout_model(), random_examples(LENGTHS)
     causal_lm.model.train(training)
     before = torch.get_rng_state()
-    found = [held_out_loss(causal_lm, examples, NLL, 40) for _ in range(2)]
+    found = [held_out_loss(causal_lm, examples, 40) for _ in range(2)]
     assert found[0] == found[1]
     assert causal_lm.model.training == training
     assert torch.equal(torch.get_rng_state(), before)

@@ -19,6 +19,7 @@ from deft.core.errors import InputError
 from deft.evaluation import generate as generation
 from deft.evaluation import prompt_form
 from deft.evaluation.prompt_form import PromptForm
+from deft.model import load as models
 
 PAIRS = [{"prompt": f"What is {n}?", "completion": f" It is {n}."} for n in range(4)]
 CHATS = [
@@ -163,9 +164,10 @@ def test_messages_are_asked_in_a_template_or_refused_before_the_model_loads(
 ) -> None:
     messages = [{"role": "user", "content": RAW}]
     model = write_llama(tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"never read")
-    with pytest.raises(InputError, match=r"evaluate\.prompts: a prompt made of messages needs a chat template"):
-        deft.train(model, PAIRS, eval_prompts=[messages], output=tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load", lambda *given, **more: pytest.fail("the model was loaded"))
+        with pytest.raises(InputError, match=r"evaluate\.prompts: a prompt made of messages needs a chat template"):
+            deft.train(model, PAIRS, eval_prompts=[messages], output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model = write_llama(tmp_path / "other", chat_template=CHATML)
     given = {"eval_prompts": [messages], "evaluate__generate": SETTINGS, "steps": 1, "device": "cpu"}

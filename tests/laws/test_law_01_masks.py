@@ -99,6 +99,15 @@ def test_the_judge_catches_every_broken_mask(corpus: Path, name: str) -> None:
     assert thrown.total() > 150
 
 
+def test_the_judge_knows_which_words_a_template_hides() -> None:
+    row = cases.as_openai(chat((Message("system", "Be brief."), USER, ANSWER)))
+    reason = "the template shows nothing of messages[0] (system); choose another with template="
+    shows = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    hides = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    assert Judge(hides, byte_level()).unjust(row, reason) == []
+    assert Judge(shows, byte_level()).unjust(row, reason) == ["its words are shown"]
+
+
 def test_a_refused_template_trains_by_a_named_choice(corpus: Path) -> None:
     reasons = []
     for entry, encoder, _ in settings(corpus):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft.core.types import Encoded, Origin
@@ -104,3 +104,15 @@ def test_parts_of_one_row_go_in_one_step_and_share_its_count() -> None:
     )
     assert by_row.step(0).normalizer == 2
     assert float(sum(batch.weights.sum() for batch in by_row.step(0).micro_batches)) == pytest.approx(2, abs=1e-6)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(2, 60), st.integers(2, 5))
+def test_lanes_share_micro_batches_within_the_budget(lengths: list[int], budget: int, lanes: int) -> None:
+    """A multiple of them, as far as there are documents, and balanced but for a document; each document once."""
+    packs = pack(lengths, budget, lanes)
+    assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
+    assert len(packs) % lanes == 0 or len(packs) == len(lengths)
+    sizes = [sum(lengths[index] for index in members) for members in packs]
+    assert all(size <= budget or len(members) == 1 for size, members in zip(sizes, packs, strict=True))
+    assert max(sizes) - min(sizes) <= max(lengths)

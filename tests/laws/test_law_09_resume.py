@@ -71,9 +71,9 @@ def test_the_comparison_sees_what_is_not_restored(lost: str, folder: Path, monke
         monkeypatch.setattr(randomness, "restore", lambda state: None)
     else:
         prefix = "exp_avg" if lost == "optimizer" else "weight"
-        read = checkpoint._Stored.__getitem__
+        read = checkpoint.Stored.__getitem__
         monkeypatch.setattr(
-            checkpoint._Stored,
+            checkpoint.Stored,
             "__getitem__",
             lambda stored, key: read(stored, key).mul(0.9) if key.startswith(prefix) else read(stored, key),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import transformers
 from peft import PeftModel
 from resumed_runs import differences, folder, settings
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deft.commands import check
 from deft.core import hardware
 from deft.core.errors import InputError, Problems
 from deft.core.types import MicroBatch
@@ -158,6 +161,18 @@ def test_a_run_changes_the_adapter_alone_and_hands_over_both(folder: Path, preci
     assert run.model.state_dict().keys() == merged.state_dict().keys()
 
 
+def test_a_base_in_bf16_is_merged_in_fp32(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).save_pretrained(folder / "model")
+    run = adapted_run(folder, "run", precision="bf16", export__dtype="fp32")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), run.folder / "adapter"
+    ).eval()
+    merged, tokens = AutoModelForCausalLM.from_pretrained(run.folder / "final"), torch.arange(5, 40)[None]
+    with torch.no_grad():
+        ours, served = adapted(input_ids=tokens).logits, merged(input_ids=tokens).logits
+    assert float((ours - served).norm() / ours.norm()) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_killed_and_resumed_is_the_same_run(folder: Path, name: str) -> None:
     adapter = {"name": name, "r": 4, "dropout": 0.1}
@@ -193,6 +208,28 @@ def test_lr_and_names_of_an_adapter() -> None:
     assert config.load(None, ["model=a", "data=b", "adapter=lora", "optimizer.lr=3e-4"]).optimizer.lr == 3e-4
     assert config.load(None, ["model=a", "data=b"]).optimizer.lr == 1e-5
     assert config.make(json.loads(made.model_dump_json())) == made
+
+
+def test_a_pattern_of_ranks_that_fits_no_layer_is_refused() -> None:
+    adapters.attach(tiny("Llama"), AdapterConfig(ranks={r"q_proj": 2, r"layers\.0\..*": 3}))
+    for key in ("ranks", "alphas"):
+        with pytest.raises(InputError, match=rf"adapter\.{key}: 'nope_proj' is no layer with an adapter; one is model"):
+            adapters.attach(tiny("Llama"), AdapterConfig(**{key: {"nope_proj": 2}}))
+
+
+def test_what_could_not_be_merged_has_no_adapter() -> None:
+    experts = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(experts)
+    adapters.attach(model, AdapterConfig())
+    assert {name.rpartition(".")[2] for name in adapters.layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for name in ("lm_head", "embed_tokens"):
+        tied = tiny("Llama")
+        tied.lm_head.weight = tied.get_input_embeddings().weight
+        with pytest.raises(InputError, match=rf"{name} is tied to the other end of the model"):
+            adapters.attach(tied, AdapterConfig(target=(name, "q_proj")))
 
 
 def test_masters_are_renamed_and_assigned_in_bf16() -> None:
@@ -251,6 +288,22 @@ def test_what_is_frozen_is_served_as_it_was(folder: Path) -> None:
     assert changed == {name for name in base if "layers.1" in name or name == "model.norm.weight"}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"optimizer": {"rates": {"lora_C": 2.0}}, "adapter": {"name": "lora"}}, r"optimizer.rates: 'lora_C' is in no"),
+        ({"freeze": {"names": ["nonsense"]}}, r"freeze.names: 'nonsense' is in no"),
+        ({"adapter": {"target": ["nonsense"]}}, r"adapter.target: "),
+    ],
+)
+def test_names_that_do_not_fit_are_told_with_everything_else(folder: Path, wrong: Any, said: str) -> None:
+    """Before a weight is loaded."""
+    made = config.make({**settings(folder, "run"), **wrong, "loss": {"name": "null"}})
+    with pytest.raises(Problems, match=r"(?s)loss.name: 'null' is not there") as raised:
+        check.run(made, console=Console(file=io.StringIO()))
+    assert re.search(said, str(raised.value))
+
+
 def test_rates_by_pattern() -> None:
     pair = [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in ("x.lora_A", "x.lora_B")]
     masters = Masters(pair, torch.float32)
@@ -296,8 +349,9 @@ def test_an_adapter_of_another_base_or_kind_is_refused(folder: Path) -> None:
     first = adapted_run(folder, "first", adapter={"r": 4}, epochs=1, steps=1)
     described = first.folder / "adapter" / "adapter_config.json"
     values = json.loads(described.read_text())
+    (described.parent / "manifest.json").unlink()  # it is changed on purpose
     described.write_text(json.dumps(values | {"modules_to_save": ["lm_head"]}))
-    with pytest.raises(InputError, match=r"modules_to_save.*merge_and_unload"):
+    with pytest.raises(InputError, match=r"modules_to_save.*merge=true"):
         config.make(settings(folder, "second") | {"model": str(described.parent)})
     described.write_text(json.dumps(values | {"target_modules": ["q_proj"]}))
     with pytest.raises(InputError, match="is not what this base model"):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, VOCABULARY, build
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from deft.core.errors import InputError
 from deft.model.load import Base, inspect, load
+from deft.model.selftest import choose
 
 
 @pytest.fixture
@@ -28,8 +30,8 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def test_the_config_alone_says_what_a_model_is(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"never read")
-    assert inspect(str(folder)) == Base(
+    (folder / "model.safetensors").unlink()
+    assert inspect(str(folder), needs_weights=False) == Base(
         path=str(folder),
         model_type="llama",
         vocab_size=VOCABULARY,
@@ -120,21 +122,130 @@ def test_a_config_that_is_not_json(folder: Path) -> None:
 def test_damaged_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model: it cannot be loaded: .*; check the name, or download"):
-        load(inspect(str(folder)), device="cpu", dtype=torch.float32)
+    with pytest.raises(InputError, match=r"model\.safetensors: has [\d,]+ bytes, its header says [\d,]+: it is cut"):
+        inspect(str(folder))
 
 
 def test_missing_weights_are_not_drawn_at_random(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        InputError, match=r"1 weights are not in its files, model\.layers\.1\.mlp\.up_proj\.weight first"
-    ):
-        load(inspect(str(folder)), device="cpu", dtype=torch.float32)
+    with pytest.raises(InputError, match=r"1 weight is not in its files, model\.layers\.1\.mlp\.up_proj\.weight first"):
+        inspect(str(folder))
 
 
 def test_weights_of_another_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=40)
-    with pytest.raises(InputError, match=r"model: it cannot be loaded: "):
+    with pytest.raises(InputError, match=r"model: it cannot be loaded: 6 weights are of another shape"):
+        inspect(str(folder))
+
+
+def test_weights_without_a_place_are_named_and_kept(folder: Path) -> None:
+    assert inspect(str(folder)).note == ""
+    weights = load_file(folder / "model.safetensors") | {"model.layers.2.mtp": torch.ones(3)}
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as old files have it
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    base = inspect(str(folder))
+    assert base.left_over == ("model.layers.2.mtp",)
+    assert "1 weight of its files have no place in llama" in base.note
+
+
+def test_a_pointer_of_git_lfs_and_a_missing_shard_are_told_apart(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="is a pointer of git-lfs, not the weights; run git lfs pull"):
+        inspect(str(folder))
+    build("llama").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert inspect(str(folder)).dtype == "float32"
+    shards[1].unlink()
+    with pytest.raises(InputError, match=rf"{shards[1].name}: cannot be read \(No such file"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize(("said", "stored"), [(None, "bfloat16"), ("float32", "bfloat16")])
+def test_the_dtype_is_that_of_the_weights(said: str | None, stored: str, tmp_path: Path) -> None:
+    build("llama", getattr(torch, stored)).save_pretrained(tmp_path)
+    edit_config(tmp_path, dtype=said)
+    base = inspect(str(tmp_path))
+    assert base.dtype == stored
+    assert load(base, device="cpu", dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_token_id": VOCABULARY}, f"pad_token_id {VOCABULARY} is past the vocabulary"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"its weights are quantized \(gptq\)"),
+        ({"dtype": "auto"}, "dtype 'auto' is none of torch's; take it out"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder, not a causal language model"),
+        ({"rms_norm_eps": None}, "config.json|it cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_rows_are_read(
+    changes: dict[str, object], message: str, folder: Path
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        inspect(str(folder))
+
+
+def test_an_attention_in_the_config_is_not_looked_for(folder: Path) -> None:
+    edit_config(folder, _attn_implementation="flash_attention_2")
+    assert load(inspect(str(folder)), device="cpu", dtype=torch.float32).config._attn_implementation == "sdpa"
+
+
+def test_weights_that_are_no_numbers_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][7, 3:] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lm_head\.weight has 29 values that are not finite, in row 7 first"):
         load(inspect(str(folder)), device="cpu", dtype=torch.float32)
+
+
+def test_a_forward_pass_that_changes_weights_is_refused() -> None:
+    model = build("llama")
+
+    def change(module: torch.nn.Module, inputs: object, output: object) -> None:
+        with torch.no_grad():
+            module.get_parameter("weight")[0, 0] += 1e-6
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(change)
+    with pytest.raises(InputError, match=r"its forward pass changes its weights \(model\.layers\.1\.mlp\.down_proj"):
+        choose(model)
+
+
+def test_positions_that_follow_the_longest_text_are_not_packed() -> None:
+    """Phi-3's longrope takes other frequencies for all documents of a batch once one of them is long."""
+    rope = {"rope_type": "longrope", "short_factor": [1.1] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, original_max_position_embeddings=64, pad_token_id=0,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+    )  # fmt: skip
+    causal_lm = choose(AutoModelForCausalLM.from_config(config).eval())
+    assert causal_lm.mode == "alone"
+    assert "longest text of a batch" in causal_lm.note
+
+
+def test_weights_of_several_dtypes_are_told(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    base = inspect(str(folder))
+    assert (base.dtype, base.dtypes) == ("float32", ("bfloat16", "float32"))
+    assert "lie in bfloat16 and float32; final/ has all of them in float32" in base.note
+
+
+def test_a_header_that_calls_weights_whole_numbers_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(InputError, match=r"is I32 in model\.safetensors, and the model computes with floats"):
+        inspect(str(folder))
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"its generation_config\.json cannot be read"):
+        inspect(str(folder))

@@ -19,6 +19,19 @@ def problems(*overrides: str) -> list[str]:
     return [str(problem) for problem in error.value.problems]
 
 
+@pytest.mark.parametrize("more", [["optimizer.lr=0.01", "loss.normalize=examples", "schedule.warmup=0"], []])
+def test_a_name_alone_is_that_of_its_section(more: list[str]) -> None:
+    """In any order, beside other keys of the section, and in Python."""
+    names = ["optimizer=sgd", "loss=kl", "schedule=constant", "adapter=lora"]
+    for given in ([*names, *more], [*more, *names]):
+        made = config.load(None, [*MINIMAL, *given])
+        assert (made.optimizer.name, made.loss.name, made.schedule.name) == ("sgd", "kl", "constant")
+        assert made.adapter is not None
+        assert made.optimizer.lr == (0.01 if more else 2e-4)
+    made = config.make({"model": "m", "data": {"train": "a"}, "optimizer": "lion"})
+    assert made.optimizer.name == "lion"
+
+
 def test_two_keys_are_enough() -> None:
     made = config.load(None, MINIMAL)
     assert (made.model, made.data.train[0].path, made.batch.examples) == ("m", "a.jsonl", 32)
@@ -93,3 +106,68 @@ def test_a_config_cannot_be_changed() -> None:
     made = config.load(None, MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         made.epochs = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"optimizer.lr={value}" for value in (".inf", ".nan", "1e39", "1e-50", "inf", str(10**400))),
+        *("optimizer.betas=[2,3]", "optimizer.betas=[.nan,0.9]", "optimizer.eps=.inf", "optimizer.weight_decay=.inf"),
+        *("optimizer.options={momentum: .nan}", "optimizer.rates={a: .inf}", "loss.options={epsilon: .nan}"),
+        *("schedule.warmup=.inf", "adapter={name: lora, alpha: .inf}", "evaluate.generate={temperature: .inf}"),
+        *(
+            "data=[{path: a, loss_weight: .nan}]",
+            "data=[{path: a, times: .inf}]",
+            "optimizer.clip=.nan",
+            "data.eval=.nan",
+        ),
+        "template_kwargs={a: {b: [1, .nan]}}",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(override: str) -> None:
+    with pytest.raises(Problems) as error:
+        config.load(None, [*MINIMAL[:1], *(MINIMAL[1:] if not override.startswith("data=") else ()), override])
+    key = override.partition("=")[0]
+    assert all(problem.where.startswith(key.partition("[")[0]) for problem in error.value.problems), error.value
+
+
+@pytest.mark.parametrize("value", ["2026-11-30", "007", "1e3", "12:30", "yes", "off", "1_000", "0x10", "2026"])
+def test_a_name_is_the_text_that_was_typed(value: str) -> None:
+    made = config.load(None, [*MINIMAL, f"output={value}", f"template={value}", f"model={value}"][1:])
+    assert (made.output, made.template, made.model) == (value, value, value)
+
+
+def test_off_and_dates_in_files_are_what_they_mean(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "model: m\ndata: a\ndropout: off\noutput: 2026-11-30\ntemplate_kwargs: {d: 2026-11-30}"
+    )
+    (tmp_path / "a.toml").write_text('model = "m"\ndata = "a"\ndropout = false\noutput = 2026-11-30\n')
+    for name in ("a.yaml", "a.toml"):
+        made = config.load(str(tmp_path / name))
+        assert (made.dropout, made.output) == ("off", "2026-11-30")
+    assert config.load(str(tmp_path / "a.yaml")).template_kwargs == {"d": "2026-11-30"}
+
+
+def test_values_without_end_are_refused(tmp_path: Path) -> None:
+    anchors = "".join(
+        f"  a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 9 if i else ["lol"] * 9) + "]\n" for i in range(12)
+    )
+    (tmp_path / "laughs.yaml").write_text(f"model: m\ndata: a\ntemplate_kwargs:\n{anchors}")
+    (tmp_path / "ring.yaml").write_text("model: m\ndata: a\ntemplate_kwargs: &a {b: *a}\n")
+    deep = "[" * 5000 + "]" * 5000
+    (tmp_path / "deep.yaml").write_text(f"model: m\ndata: a\ntemplate_kwargs: {{a: {deep}}}\n")
+    for name, said in (
+        ("laughs", "anchors repeat one another"),
+        ("ring", "holds itself"),
+        ("deep", "nested too deeply"),
+    ):
+        with pytest.raises(InputError, match=rf"{name}\.yaml: .*{said}"):
+            config.load(str(tmp_path / f"{name}.yaml"))
+    with pytest.raises(InputError, match="template_kwargs: it is nested too deeply"):
+        config.load(None, [*MINIMAL, f"template_kwargs={deep}"])
+
+
+@pytest.mark.parametrize("override", ["output=a\udcff", "model=\udcff", "template=\udcff"])
+def test_a_name_that_is_no_utf_8_is_refused(override: str) -> None:
+    with pytest.raises(Problems, match="UTF-8 text: give the file or folder another name"):
+        config.load(None, ["data=a.jsonl", *(MINIMAL[:1] if "model" not in override else ()), override])

@@ -44,7 +44,7 @@ from deft.run import (
 )
 from deft.run.forecast import Fit, Forecast, trace
 from deft.run.reading import Session
-from deft.training import chunked
+from deft.training import chunked, objectives
 from deft.training.chunked import Chunked
 from deft.training.state import TrainState
 from deft.training.step import dry_run_step
@@ -102,6 +102,13 @@ def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.d
         assert all(parameter.grad is not None for parameter in own.masters.parameters.values())
     assert expected.state_bytes == pytest.approx(state, rel=1e-3)
     assert expected.peak_bytes == pytest.approx(real.peak, rel=0.02)
+
+
+def test_a_copy_of_what_the_run_began_with_counts() -> None:
+    batch, kl = planned([40], budget=200).step(0).micro_batches[0], objectives.load("kl")
+    plain, held = (trace(LLAMA, batch, objective, FP32, is_alone=True) for objective in (chunked.NLL, kl))
+    assert held.state_bytes - plain.state_bytes == 4 * plain.parameters
+    assert held.peak_bytes - plain.peak_bytes >= 4 * plain.parameters
 
 
 def test_gradients_of_earlier_micro_batches_count() -> None:

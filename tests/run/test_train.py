@@ -163,7 +163,7 @@ def test_eos_is_learnt_where_it_is_also_the_pad_token(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_leaves_no_folder(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"broken")
-    assert "cannot be loaded" in refusal(tmp_path, model, rows(tmp_path, PAIRS))
+    assert "is cut off inside its header" in refusal(tmp_path, model, rows(tmp_path, PAIRS))
     assert not (tmp_path / "run").exists()
 
 

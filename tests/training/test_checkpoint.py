@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deft.core import files, lock
 from deft.core.errors import DamagedError
 from deft.training import checkpoint
 from deft.training.checkpoint import Checkpoint, Keep
@@ -26,7 +27,8 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "rows"])
-def test_a_changed_number_is_never_used(part: str, tmp_path: Path) -> None:
+def test_a_changed_number_is_never_used(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 8)
     checkpoint.write(tmp_path, state(3))
     flip(tmp_path / "step-000003" / f"{part}-00001.safetensors")
     with pytest.raises(DamagedError, match=rf"{part}-00001.safetensors: checksum differs"):
@@ -52,3 +54,43 @@ def test_the_logs_are_on_the_disk_before_the_checkpoint(tmp_path: Path) -> None:
             assert saver.finish() is None
     assert there == [[], [1]]
     assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_a_byte_that_changes_after_all_were_verified_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "BLOCK", 8)
+    checkpoint.write(tmp_path, state(3))
+    found = checkpoint.read(tmp_path, 3).checkpoint
+    assert found.tensors["model"]["a"].tolist() == [3.0] * 4
+    for part in ("model", "optimizer", "rows"):
+        flip(tmp_path / "step-000003" / f"{part}-00001.safetensors")
+        with pytest.raises(DamagedError, match=rf"{part}-00001.safetensors: checksum differs \(block"):
+            found.tensors[part]["a"]
+
+
+def test_tensors_of_every_kind_and_shape_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 8)
+    monkeypatch.setattr(checkpoint, "SHARD", 64)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool)
+    shapes = ((), (0, 3), (5,), (2, 3))
+    given = {f"{dtype}{shape}": torch.ones(shape).to(dtype) for dtype in dtypes for shape in shapes}
+    whole = state(3)
+    checkpoint.write(tmp_path, Checkpoint(3, {**whole.tensors, "model": given}, whole.values))
+    found = checkpoint.read(tmp_path, 3).checkpoint.tensors["model"]
+    assert found.keys() == given.keys()
+    for key, tensor in given.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
+
+
+def test_a_folder_that_is_another_s_keeps_its_checkpoints(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with lock.held(run), Saver(run / "checkpoints", 1, Keep(1), print) as saver:
+        saver.begin(state(1), lambda: None)
+        assert saver.finish() is None
+        run.rename(tmp_path / "moved")
+        saver.begin(state(2), lambda: None)
+        assert "removed or replaced" in str(saver.finish())
+    assert not run.exists()
+    assert checkpoint.steps(tmp_path / "moved" / "checkpoints") == [1]

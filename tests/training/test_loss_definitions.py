@@ -14,13 +14,19 @@ from deft.core.errors import InputError
 from deft.core.types import Head
 from deft.training import loss, objectives
 
-Definition = Callable[[Tensor, Tensor], Tensor]
+Definition = Callable[..., Tensor]
 
 
 def picked(logits_KV: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax [K, V], and its logarithm at the targets [K]."""
     p_KV = logits_KV.exp() / logits_KV.exp().sum(1, keepdim=True)
     return p_KV, p_KV[range(len(targets_K)), targets_K].log()
+
+
+def final(hidden_KH: Tensor, head: Head) -> Tensor:
+    """The logits [K, V]."""
+    logits_KV = head.scale * (hidden_KH @ head.weight.T + head.bias)
+    return logits_KV if head.softcap is None else head.softcap * torch.tanh(logits_KV / head.softcap)
 
 
 def smoothed(logits_KV: Tensor, targets_K: Tensor) -> Tensor:
@@ -46,12 +52,18 @@ def unsure(logits_KV: Tensor, targets_K: Tensor) -> Tensor:
     return -log_p_K * entropy_K / math.log(logits_KV.shape[1])
 
 
+def held(logits_KV: Tensor, targets_K: Tensor, start_KV: Tensor) -> Tensor:
+    (p_KV, log_p_K), (start_p_KV, _) = picked(logits_KV, targets_K), picked(start_KV, targets_K)
+    return -log_p_K + 0.5 * (start_p_KV * (start_p_KV / p_KV).log()).sum(1)
+
+
 DEFINITIONS: dict[str, tuple[dict[str, float], Definition]] = {
     "nll": ({}, lambda logits_KV, targets_K: -picked(logits_KV, targets_K)[1]),
     "label_smoothing": ({"epsilon": 0.2}, smoothed),
     "z_loss": ({"strength": 0.01}, near_zero),
     "dft": ({}, likely),
     "entropy_weighted": ({}, unsure),
+    "kl": ({"beta": 0.5}, held),
 }
 
 
@@ -68,15 +80,17 @@ def test_values_and_gradients(name: str, softcap: float | None, monkeypatch: pyt
     options, definition = DEFINITIONS[name]
     draw = torch.Generator().manual_seed(0)
     sizes = ((50, 6), (13, 6), (13,))
-    leaves = [torch.randn(*size, generator=draw, dtype=torch.float64).requires_grad_() for size in sizes]
-    hidden_KH, weight_VH, bias_V = leaves
+    of_start, leaves = ([torch.randn(*size, generator=draw, dtype=torch.float64) for size in sizes] for _ in range(2))
+    hidden_KH, weight_VH, bias_V = (leaf.requires_grad_() for leaf in leaves)
     targets_K, weights_K = torch.randint(13, (50,), generator=draw), torch.rand(50, generator=draw).double()
     objective = objectives.load(name, options)
-    ours = objective(hidden_KH, Head(weight_VH, bias_V, 0.7, softcap), targets_K, weights_K).nll_sum
-    logits_KV = 0.7 * (hidden_KH @ weight_VH.T + bias_V)
-    logits_KV = logits_KV if softcap is None else softcap * torch.tanh(logits_KV / softcap)
-    meant = (weights_K * definition(logits_KV, targets_K)).sum()
-    whole = objective.from_logits(logits_KV, targets_K, weights_K).nll_sum
+    heads = Head(weight_VH, bias_V, 0.7, softcap), Head(*of_start[1:], 0.7, softcap)
+    start = (of_start[0], heads[1]) if objective.uses_start else None
+    ours = objective(hidden_KH, heads[0], targets_K, weights_K, start).nll_sum
+    logits_KV, start_KV = final(hidden_KH, heads[0]), final(of_start[0], heads[1])
+    more = [start_KV] if objective.uses_start else []
+    meant = (weights_K * definition(logits_KV, targets_K, *more)).sum()
+    whole = objective.from_logits(logits_KV, targets_K, weights_K, *more).nll_sum
     expected = torch.autograd.grad(meant, leaves, retain_graph=True)
     for total in (ours, whole):
         assert abs(total.item() - meant.item()) <= 1e-12 * abs(meant.item())

@@ -157,6 +157,8 @@ def test_a_look_at_a_bad_step_that_is_broken_off_draws_no_random_number(
         torch.rand(1)
         raise KeyboardInterrupt
 
+    assert all(len(batch.seeds) == len(batch.documents) for batch in badstep.read(folder)[0].micro_batches)
+    broken.uses_start = False  # type: ignore[attr-defined]
     before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
         badstep.examine(state.causal_lm, badstep.read(folder)[0], broken)  # type: ignore[arg-type]

@@ -64,7 +64,9 @@ def leaf(*shape: int, seed: int) -> Tensor:
 def from_hidden(objective: Objective, weights_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, and the gradients of the hidden states [5, 4] and of the head's weight [11, 4]."""
     hidden_KH, weight_VH = leaf(5, 4, seed=1), leaf(11, 4, seed=2)
-    tally = objective(hidden_KH, Head(weight_VH, softcap=3.0), torch.arange(5), weights_K)
+    start = (leaf(5, 4, seed=3).detach(), Head(leaf(11, 4, seed=4).detach(), softcap=3.0))
+    more = [start] if objective.uses_start else []
+    tally = objective(hidden_KH, Head(weight_VH, softcap=3.0), torch.arange(5), weights_K, *more)
     assert float(tally.weight_sum) == pytest.approx(float(weights_K.sum()))
     return tally.nll_sum, *torch.autograd.grad(tally.nll_sum, (hidden_KH, weight_VH))
 
@@ -91,7 +93,9 @@ def test_from_hidden_states_is_from_logits(objective: Objective) -> None:
     total, d_hidden_KH, d_weight_VH = from_hidden(objective, WEIGHTS)
     hidden_KH, weight_VH = leaf(5, 4, seed=1), leaf(11, 4, seed=2)
     logits_KV = 3.0 * torch.tanh(hidden_KH @ weight_VH.T / 3.0)
-    tally = objective.from_logits(logits_KV, torch.arange(5), WEIGHTS)
+    start_KV = 3.0 * torch.tanh(leaf(5, 4, seed=3) @ leaf(11, 4, seed=4).T / 3.0).detach()
+    more = [start_KV] if objective.uses_start else []
+    tally = objective.from_logits(logits_KV, torch.arange(5), WEIGHTS, *more)
     expected = tally.nll_sum, *torch.autograd.grad(tally.nll_sum, (hidden_KH, weight_VH))
     for mine, theirs in zip((total, d_hidden_KH, d_weight_VH), expected, strict=True):
         assert torch.allclose(mine, theirs)

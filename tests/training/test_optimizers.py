@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from resumed_runs import differences, folder, settings
+from safetensors.torch import load_file
+from tiny_training import dropout_model, planned
 from torch import Tensor, nn
 
 from deft.core import registry
 from deft.core.errors import InputError
+from deft.run import config
+from deft.run.train import train
 from deft.training import optim, optimizers
+from deft.training.chunked import NLL, Chunked
 from deft.training.config import OptimizerConfig
-from deft.training.masters import Masters
-from deft.training.state import Optimizer
+from deft.training.masters import Masters, compose
+from deft.training.state import Optimizer, TrainState
+from deft.training.step import optimizer_step
 
+__all__ = ["folder"]
 LR = 1e-2
 
 
-FOREIGN = ("torch.optim:NAdam", "torch.optim:RMSprop", "torch.optim:Adagrad")
-"""Rules that keep tensors, numbers, and state before their first step."""
+SCHEDULE_FREE, EIGHT_BIT = "schedulefree:AdamWScheduleFree", "torchao.optim:AdamW8bit"
+FOREIGN = ("torch.optim:NAdam", "torch.optim:RMSprop", "torch.optim:Adagrad", SCHEDULE_FREE, EIGHT_BIT)
+"""Rules that keep tensors, numbers, state before their first step, numbers in their group, and quantised tensors."""
 
 
 @pytest.fixture(params=[*registry.names(optim), *FOREIGN])
-def make(request: pytest.FixtureRequest) -> Any:
-    return lambda masters: optimizers.make(OptimizerConfig(name=request.param), masters)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    found: str = request.param
+    if registry.is_own(found):
+        pytest.importorskip(found.partition(":")[0])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute of torchao's
+    return found
+
+
+@pytest.fixture
+def make(name: str) -> Any:
+    return lambda masters, **settings: optimizers.make(OptimizerConfig(name=name, **settings), masters)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def masters(request: pytest.FixtureRequest) -> Masters:
-    return masters_of(request.param)
+def masters(request: pytest.FixtureRequest, name: str) -> Masters:
+    """What has fewer than 4,096 elements, 8-bit rules leave in fp32."""
+    return masters_of(request.param, 1024 if name == EIGHT_BIT else 6)
 
 
-def masters_of(dtype: torch.dtype) -> Masters:
+def masters_of(dtype: torch.dtype, width: int = 6) -> Masters:
     """A matrix, a bias, a norm, and a frozen matrix."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
+    net = nn.Sequential(nn.Linear(width, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
     net[2].weight.requires_grad_(False)
     return Masters(net.named_parameters(), dtype)
 
@@ -105,6 +125,100 @@ def test_its_state_is_restored_to_the_bit(make: Any, masters: Masters) -> None:
     assert_same(again.state() | masters.state(), expected)
 
 
+def test_a_bad_step_changes_nothing(make: Any) -> None:
+    causal_lm, batches = dropout_model(), planned()
+    masters = Masters(causal_lm.model.named_parameters(), torch.float32)
+    state = TrainState(causal_lm, masters, make(masters))
+    optimizer_step(state, batches.step(0), NLL, lr=LR, clip=1.0)
+    before = copies(state.optimizer.state() | masters.state())
+    bad = Chunked(lambda logits_SV, targets_S: logits_SV.sum(1) * float("nan"))
+    assert not optimizer_step(state, batches.step(1), bad, lr=LR, clip=1.0).are_finite
+    assert_same(state.optimizer.state() | masters.state(), before)
+
+
+def test_each_group_has_its_rate(make: Any) -> None:
+    """A rule whose step follows the rate moves ten times as far; what is not named moves as it did."""
+    plain, changed = masters_of(torch.float32), masters_of(torch.float32)
+    start = {key: plain[key].clone() for key in plain}
+    step(plain, make(plain), seed=1)
+    step(changed, make(changed, rates={r"0\.weight": 10.0}), seed=1)
+    assert torch.equal(plain["0.bias"], changed["0.bias"])
+    moved, further = (float((each["0.weight"] - start["0.weight"]).norm()) for each in (plain, changed))
+    assert further == pytest.approx(10 * moved, rel=1e-3)
+
+
+def test_decay_is_of_matrices_alone(make: Any) -> None:
+    plain, decayed = masters_of(torch.float32), masters_of(torch.float32)
+    step(plain, make(plain, weight_decay=0.0), seed=1)
+    step(decayed, make(decayed, weight_decay=0.5), seed=1)
+    assert {key for key in plain if not torch.equal(plain[key], decayed[key])} == {"0.weight"}
+
+
+def test_eight_bits_are_two_bytes_of_state_a_parameter() -> None:
+    pytest.importorskip("torchao")
+    masters = Masters([("weight", nn.Parameter(torch.zeros(256, 512)))], torch.float32)
+    optimizer = optimizers.make(OptimizerConfig(name=EIGHT_BIT), masters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        step(masters, optimizer, seed=1)
+    assert sum(each.nbytes for each in optimizer.state().values()) <= 2.2 * 256 * 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_schedule_free_rule_serves_is_its_average(dtype: torch.dtype) -> None:
+    """As by the package alone; what is trained is then as it was, to the bit."""
+    schedulefree = pytest.importorskip("schedulefree")
+    ours, theirs = masters_of(dtype), masters_of(torch.float32)
+    optimizer = optimizers.make(OptimizerConfig(name=SCHEDULE_FREE), ours)
+    state = TrainState(dropout_model(), ours, optimizer)
+    rule = schedulefree.AdamWScheduleFree([*theirs.parameters.values()], lr=LR, betas=(0.9, 0.95), foreach=False)
+    rule.train()
+    for seed in range(4):
+        step(ours, optimizer, seed)
+        put_gradients(theirs, seed)
+        for parameter in theirs.parameters.values():
+            parameter.grad = parameter.grad.to(dtype).float()  # type: ignore[union-attr]
+        rule.step()
+    trained = copies(ours.state())
+    with state.as_served():
+        rule.eval()
+        assert all(torch.allclose(ours[key], theirs[key], rtol=1e-6, atol=1e-7) for key in ours.parameters)
+        assert not torch.allclose(ours["0.weight"], ours_master(trained, "0.weight"), rtol=1e-4)
+    assert_same(ours.state(), trained)
+    again = dict(optimizer.served())
+    assert again.keys() == ours.parameters.keys()
+    assert torch.allclose(again["0.weight"], theirs["0.weight"], rtol=1e-6, atol=1e-7)
+    step(ours, optimizer, seed=5)
+
+
+def test_a_run_evaluates_and_hands_over_the_average_and_resumes_what_it_trains(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("schedulefree")
+    more = {"optimizer__name": SCHEDULE_FREE, "schedule__name": "constant", "epochs": 1, "precision": "fp32"}
+    seen: list[dict[str, Tensor]] = []
+
+    def loss(causal_lm: Any, *_: Any) -> float:
+        seen.append(copies(dict(causal_lm.model.state_dict())))
+        return 1.0
+
+    monkeypatch.setattr("deft.evaluation.evaluate.held_out_loss", loss)
+    for name in ("whole", "cut"):
+        train(config.make(settings(folder, name, **more)))
+    final = load_file(folder / "whole" / "final" / "model.safetensors")
+    stored = load_file(folder / "whole" / "checkpoints" / "step-000005" / "model-00001.safetensors")
+    assert all(torch.equal(seen[-1][key], each) for key, each in final.items())
+    assert not any(torch.equal(stored[f"weight.{key}"], each) for key, each in final.items() if each.ndim == 2)
+    for part in ("final", "checkpoints/step-000005"):
+        (folder / "cut" / part).rename(folder / part.replace("/", "_"))
+    train(config.make(settings(folder, "cut", **more)))
+    assert differences(folder, "whole", "cut") == []
+
+
+def ours_master(state: dict[str, Tensor], key: str) -> Tensor:
+    return compose(state[f"weight.{key}"], state[f"low.{key}"]) if f"low.{key}" in state else state[f"weight.{key}"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "dtype"])
 def test_what_does_not_fit_changes_nothing(make: Any, masters: Masters, damage: str) -> None:
     optimizer = make(masters)
@@ -118,7 +232,7 @@ def test_what_does_not_fit_changes_nothing(make: Any, masters: Masters, damage: 
     elif damage == "unknown":
         saved["unknown"] = torch.zeros(1)
     else:
-        saved[last] = torch.zeros(7) if damage == "shape" else saved[last].double()
+        saved[last] = torch.zeros(7) if damage == "shape" else saved[last].half()
     with pytest.raises(ValueError, match=r"unknown" if damage == "unknown" else last):
         optimizer.restore(saved)
     assert_same(optimizer.state(), before)
@@ -184,6 +298,7 @@ def test_muon_takes_matrices_of_layers_alone() -> None:
         ({"name": "lion", "options": {"momentum": 1}}, r"lion has no option momentum; it has betas"),
         ({"name": "adamw", "options": {"betas": (0.1, 0.2)}}, r"say optimizer.betas"),
         ({"name": "torch.optim:Nonsense"}, "Nonsense"),
+        ({"name": "torch.optim:LBFGS"}, "computes the loss several times a step"),
     ],
 )
 def test_what_a_rule_does_not_have_is_refused(settings: dict[str, Any], said: str) -> None:

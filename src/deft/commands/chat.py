@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from deft.core.errors import InputError
+from deft.core.redact import visible
 from deft.encoding import tokenizer as tokenizers
 from deft.evaluation import prompt_form
 from deft.evaluation.generate import check_stops, load, resolve
@@ -125,8 +126,7 @@ def _written(pieces: Iterator[str], write: Callable[[str], None], is_stripped: b
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(visible(text) if sys.stdout and sys.stdout.isatty() else text, end="", file=lasting(sys.stdout), flush=True)
 
 
 def _note(line: str) -> None:

@@ -35,8 +35,6 @@ BAR = 24
 """Width of the longest bar of a histogram."""
 PIPED_WIDTH = 140
 """Cells of a line where there is no terminal."""
-LOST_SHARE = 0.05
-"""From this share of rows on, what max_length takes away is a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,8 @@ def run(
     that are timed do not fit.
     """
     session = Session(console=console or _console())
-    checked = reading.check(config, session, needs_weights=is_timed)
+    has_weights = any(Path(config.model).expanduser().glob("*.safetensors"))
+    checked = reading.check(config, session, needs_weights=is_timed or has_weights)
     data = prepare.encode(config, checked, session)
     fit = prepare.plan(config, checked, data, session) if data.train else None
     found = Checkup(
@@ -134,32 +133,19 @@ def _findings(config: Config, checked: Checked, data: Dataset, fit: Fit | None) 
     """What a user should know, the gravest kinds first: rows, requests, tokens that stop the model, the folder."""
     yield from ledger.findings(data.ledgers)
     yield from requests.unmet(config, checked, data, fit.planned if fit else None)
-    yield from _too_long(checked, data.ledgers)
     if config.data.train_on == "all" and checked.is_chat:
         what = "data.train_on is all: what users and tools say is learnt as well"
         yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
-    if remade := checked.tokenizer.remade:
-        yield Finding("warning", str(remade), "whoever serves the model with transformers gets its ids as well")
+    if checked.base.note:
+        yield Finding(
+            "warning", checked.base.note, "name the model with its own config.json where they should be trained"
+        )
+    if warning := checked.tokenizer.warning:
+        yield Finding("warning", warning, "whoever serves the model with transformers gets its ids as well")
     yield from stop_findings(checked.tokenizer, checked.base.stop_ids, data.marks)
     folder = Path(checked.base.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         yield Finding("warning", f"{folder} has no weights", "deft train needs its *.safetensors files")
-
-
-def _too_long(checked: Checked, ledgers: Sequence[SourceLedger]) -> Iterator[Finding]:
-    """Rows that max_length took something from, or altogether."""
-    rows, longest = sum(source.rows for source in ledgers), checked.policy.max_length
-    is_longest = longest == checked.base.max_positions
-    for fate, what in ((Fate.CUT, "cut"), (Fate.TOO_LONG, "left out")):
-        lost = ledger.met(ledgers, fate)
-        if lost:
-            first = tuple(problem.where for problem in ledger.named(ledgers, fate)[: ledger.FIRST_ROWS])
-            yield Finding(
-                "warning" if lost >= LOST_SHARE * rows else "note",
-                f"{what}, as longer than {longest} tokens: {lost} of {rows} rows",
-                "choose another overflow" if is_longest else "raise max_length, or choose another overflow",
-                first if len(first) == lost else (*first, "..."),
-            )
 
 
 def stop_findings(tokenizer: Tokenizer, stop_ids: Sequence[int], marks: frozenset[str]) -> Iterator[Finding]:
@@ -234,7 +220,9 @@ def _model_lines(config: Config, checked: Checked, found: Checkup) -> Iterator[s
     limit = f"{base.max_positions:,} positions" if base.max_positions else "no limit of positions"
     size = f"{model.parameters / 1e6:,.2f} M parameters,{of_which}"
     yield f"model     {config.model}: {base.model_type}, {size} {base.dtype}, {limit}, vocabulary {base.vocab_size:,}"
-    yield f"computes  in {machine.dtype_name} on {machine.device}; masters are fp32"
+    codes = f"{model.quantized / 1e6:,.2f} M in {config.quantize}, {model.quantized_bytes / 2**20:,.1f} MiB of codes"
+    base_in = f"; {codes}" if model.quantized else ""
+    yield f"computes  in {machine.dtype_name} on {machine.device}; masters are fp32{base_in}"
     yield f"expected  {found.expected or 'the memory of this model shows in the run only'}"
     against = model.against_packing
     packing = f"one document at a time, as {against}" if against else "by all the config says"

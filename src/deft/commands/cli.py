@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import sys
@@ -16,7 +17,8 @@ import typer
 
 from deft.core import signals, versions
 from deft.core.errors import DeftError, InputError
-from deft.core.redact import redacted
+from deft.core.redact import redacted, visible
+from deft.distributed import watch as ranks
 
 if TYPE_CHECKING:
     from deft.run.config import Config
@@ -179,17 +181,44 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # torch then asks for huge pages for tensors of 2 MiB and more.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    signals.open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _stop_at_names(sys.argv[1:])
         versions.check_min_versions()
         app()
     except signals.Preempted as stop:
-        _leave(str(stop), signals.EXIT_CODE)
+        _leave(stop, str(stop), signals.EXIT_CODE)
     except DeftError as error:
-        _leave(str(error), error.exit_code)
+        _leave(error, str(error), error.exit_code)
     except Exception as error:
         from deft.core import crash
 
-        _leave(crash.report(error, _run_folder(sys.argv[2:])), DeftError.exit_code)
+        _leave(error, crash.report(error, _run_folder(sys.argv[2:])), DeftError.exit_code)
+
+
+def _stop_at_names(arguments: list[str]) -> None:
+    """InputError for a file whose name would be taken for an option, a setting or standard input, as `*.jsonl` gives.
+
+    >>> _stop_at_names(["a=b.jsonl", "--rows=3", "model=m"])
+    """
+    for each in arguments:
+        if not os.path.lexists(each):
+            continue
+        key = each.partition("=")[0].strip()
+        if each.startswith("-") or ("=" in each and "/" not in key and _is_key(key)):
+            what = "is the name of a file here, and would be taken for " + (
+                "an option" if each[0] == "-" else "a setting"
+            )
+            raise InputError(f"{each!r} {what}; write ./{each} for the file, or give it another name")
+
+
+def _is_key(name: str) -> bool:
+    from deft.run import config
+
+    return name.partition(".")[0] in config.Config.model_fields
 
 
 @contextmanager
@@ -203,10 +232,11 @@ def _imports() -> Iterator[None]:
         gc.enable()
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def _leave(error: BaseException, message: str, code: int) -> NoReturn:
     from deft.tracking.console import lasting
 
-    print(f"deft: {redacted(message)}", file=lasting(sys.stderr))
+    if ranks.speaks(error):
+        print(f"deft: {visible(redacted(message))}", file=lasting(sys.stderr))
     sys.exit(code)
 
 
@@ -226,8 +256,8 @@ def _config(arguments: list[str] | None) -> Config:
     for number, each in enumerate(arguments or [], 1):
         if each.startswith("-") and each != "-":
             raise InputError(f"{each}: no such option; {_as_setting(each, (arguments or [])[number:])}")
-    files = [each for each in arguments or [] if "=" not in each]
-    overrides = [each for each in arguments or [] if "=" in each]
+    files = [each for each in arguments or [] if "=" not in each or os.path.lexists(each)]
+    overrides = [each for each in arguments or [] if each not in files]
     settings = [file for file in files if file.endswith((".yaml", ".yml", ".toml"))]
     if len(settings) > 1 or (settings and len(files) > 1):
         raise InputError(f"{files[1]}: one configuration file, or data files; other arguments are key=value")
@@ -236,7 +266,10 @@ def _config(arguments: list[str] | None) -> Config:
 
 
 def _warn(line: str) -> None:
-    print(f"deft: {redacted(line)}", file=sys.stderr)
+    from deft.tracking.console import lasting
+
+    if ranks.speaks(None):
+        print(f"deft: {visible(redacted(line))}", file=lasting(sys.stderr))
 
 
 def _as_setting(option: str, following: list[str]) -> str:

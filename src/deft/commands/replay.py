@@ -10,6 +10,7 @@ from deft.core import hardware
 from deft.core.errors import InputError, NumbersError
 from deft.core.types import StepBatch
 from deft.distributed.world import World
+from deft.encoding import tokenizer
 from deft.model import load as models
 from deft.run import config as configuration
 from deft.run.build import build, pretrained
@@ -26,7 +27,8 @@ def run(path: str) -> None:
     config = configuration.load(str(folder.parent / "config.yaml"))
     step_batch, random = badstep.read(folder)
     machine = hardware.resolve(config.device, config.precision, config.microbatch_tokens)
-    state = build(config, lambda: pretrained(models.inspect(config.model), machine), machine, World())
+    base, new_ids = models.inspect(config.model), tokenizer.load(config.model, config.data.add_tokens).new_ids
+    state = build(config, lambda: pretrained(base, machine, config.merge, config.quantize), machine, World(), new_ids)
     badstep.put_weights(folder, state.causal_lm.model)
     randomness.restore(random)
     objective = losses.load(config.loss.name, config.loss.options)

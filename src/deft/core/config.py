@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -40,12 +41,36 @@ PathText = Annotated[str, BeforeValidator(expanded)]
 class Section(BaseModel):
     """A frozen model in which an unknown key is an error, and values are taken as they are meant."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        return as_meant(value, cls.model_fields[str(info.field_name)].annotation)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        found = as_meant(value, annotation)
+        if isinstance(found, str) and any("\ud800" <= each <= "\udfff" for each in found):
+            raise ValueError("should be UTF-8 text: give the file or folder another name")
+        stop_unless_finite(found if get_origin(annotation) is dict or not isinstance(found, Mapping | list) else None)
+        return found
+
+
+LARGEST, LEAST = 3.4028234663852886e38, 2.0**-149
+"""The numbers that fp32 has."""
+
+
+def stop_unless_finite(value: Any) -> None:
+    """Raises ValueError where a number, or one in a mapping or a list, is none that fp32 has but 0.
+
+    >>> stop_unless_finite({"momentum": 1e39})
+    Traceback (most recent call last):
+    ValueError: should be a finite number, of which fp32 has none above 3.4e+38 or, but for 0, below 1.4e-45
+    """
+    if isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            stop_unless_finite(each)
+    elif isinstance(value, int | float) and value != 0 and not LEAST <= abs(value) <= LARGEST:
+        bounds = f"of which fp32 has none above {LARGEST:.1e} or, but for 0, below {LEAST:.1e}"
+        raise ValueError(f"should be a finite number, {bounds}")
 
 
 def as_meant(value: Any, annotation: Any) -> Any:
@@ -61,7 +86,9 @@ def as_meant(value: Any, annotation: Any) -> Any:
     ... )
     ('off', 1000, 0.02, None)
     """
-    kinds = set(_kinds(annotation))
+    kinds = set(kinds_of(annotation))
+    if isinstance(value, date) and str in kinds:  # TOML has dates
+        return str(value)
     if isinstance(value, str):
         if NoneType in kinds and value.lower() in ("none", "null"):
             return None
@@ -75,13 +102,13 @@ def as_meant(value: Any, annotation: Any) -> Any:
     return value
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
+def kinds_of(annotation: Any) -> Iterator[Any]:
     """The types and the words of a union."""
     if get_origin(annotation) in (Union, UnionType):
         for each in get_args(annotation):
-            yield from _kinds(each)
+            yield from kinds_of(each)
     elif get_origin(annotation) is Annotated:
-        yield from _kinds(get_args(annotation)[0])
+        yield from kinds_of(get_args(annotation)[0])
     elif get_origin(annotation) is Literal:
         yield from get_args(annotation)
     else:

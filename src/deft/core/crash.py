@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import tempfile
@@ -24,9 +25,10 @@ def report(error: Exception, folder: Path) -> str:
         + "\n"
         + "".join(traceback.format_exception(error))
     )
+    rank = f"-rank{os.environ['RANK']}" if "RANK" in os.environ else ""
     what = redacted(f"{type(error).__name__}: {error}").partition("\n")[0]
     for place in (folder, Path(tempfile.gettempdir())):
-        path = place / f"deft-crash-{when}.txt"
+        path = place / f"deft-crash-{when}{rank}.txt"
         try:
             files.write_text(path, text)
         except DiskError:

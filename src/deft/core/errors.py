@@ -76,9 +76,15 @@ class DamagedError(DeftError):
 
 
 class LostProcessError(DeftError):
-    """A process of this run was killed, or is gone."""
+    """A process of this run was killed, or is gone.
+
+    rank       of several that compute the run, the one that failed first
+    is_silent  it could not say so itself
+    """
 
     exit_code = 6
+    rank: int | None = None
+    is_silent = False
 
 
 class DiskError(DeftError):
@@ -120,7 +126,8 @@ class Problem:
     def __str__(self) -> str:
         places = ", ".join(self.also + (("...",) if self.others > len(self.also) else ()))
         more = f" (and {self.others} more: {places})" if self.others else ""
-        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "") + more
+        text = f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "") + more
+        return text.replace("\n", "\\n")  # in a name, or in what a template says: a problem is one line
 
 
 SHOWN_PROBLEMS, SHOWN_PLACES = 20, 4

@@ -3,6 +3,9 @@
 A folder is written as `.name.deft-1a2b3c4d` beside its place: each file hashed while it is written, then synced;
 `manifest.json` last; the folder synced, renamed to `name`, and its parent synced. Every operation on the disk is a
 method of `disk`, so that a test can stop before, after or inside any of them.
+
+A link in the place of a file of deft's is neither written through nor read; what an earlier run wrote is set aside, and
+nothing is written to a folder that is `claimed` once it is another's.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import re
 import secrets
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The file of a model folder that people edit."""
+ASIDE = ".aside"
+"""What the names of things that are set aside have at their end."""
 BLOCK = 1 << 24
 """Bytes of a block, the unit in which files are written and checked; an error about a damaged file names its block."""
 
@@ -38,7 +46,7 @@ class Disk:
     """What deft does to a disk, an operation each."""
 
     def open(self, path: Path, mode: str) -> IO[bytes]:
-        return open(path, mode, buffering=0)
+        return open(path, mode, buffering=0, opener=_plainly)
 
     def write(self, file: IO[bytes], data: memoryview) -> None:
         while len(data):
@@ -54,6 +62,10 @@ class Disk:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            # Some file systems know no fsync of folders, and have nothing to do there (SMB, FUSE).
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(handle)
 
@@ -72,6 +84,50 @@ class Disk:
 
 disk = Disk()
 """Replaced by the fault suite."""
+
+_claims: dict[Path, Callable[[], None]] = {}
+"""The folders of runs in this process."""
+
+
+def _plainly(path: str, flags: int) -> int:
+    """Opens a file, and no link to one."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+@contextmanager
+def claimed(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """While the body runs, `check` is called before anything is written below `folder`.
+
+    check  raises DiskError where the folder is another's by now
+    """
+    place = Path(os.path.abspath(folder))
+    _claims[place] = check
+    try:
+        yield
+    finally:
+        del _claims[place]
+
+
+def stop_unless_ours(path: Path) -> None:
+    """Raises DiskError where `path` lies in a folder that was claimed and is another's by now, or behind a link in it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "checkpoints").symlink_to("/tmp")
+    >>> with claimed(folder, lambda: None):
+    ...     try:
+    ...         stop_unless_ours(folder / "checkpoints" / "step-000001")
+    ...     except DiskError as error:
+    ...         print(str(error).removeprefix(f"{folder}/"))
+    checkpoints: is a link, and nothing is written through it
+    """
+    place = Path(os.path.abspath(path))
+    for folder, check in [*_claims.items()]:
+        if place.is_relative_to(folder):
+            check()
+            for parent in place.parents[: len(place.parts) - len(folder.parts) - 1]:
+                if parent.is_symlink():
+                    raise DiskError(f"{parent}: is a link, and nothing is written through it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +152,7 @@ class Manifest:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, _encoded(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -121,9 +177,15 @@ def write_bytes(path: Path, data: Buffer) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds `data` to the end of a file, all of it or, where DiskError is raised, nothing. It is not synced."""
+    """Adds `data` to the end of a file, all of it or, where DiskError is raised, nothing. It is not synced.
+
+    A file that has a second name, as copies of hard links do, is copied first: the other stays as it is.
+    """
     with _complaining(path), disk.open(path, "ab") as file:
-        size = os.fstat(file.fileno()).st_size
+        size, names = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_nlink
+        if names > 1:
+            write_bytes(path, path.read_bytes() + data)
+            return
         try:
             disk.write(file, memoryview(data))
         except OSError:
@@ -165,6 +227,23 @@ def rename(source: Path, target: Path) -> None:
     with _complaining(target):
         disk.rename(source, target)
         disk.sync_folder(target.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what an earlier run wrote to NAME.aside, NAME.aside-2, ...: it is never removed. Returns its new place.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for _ in range(2):
+    ...     write_text(folder / "final", "")
+    ...     print(set_aside(folder / "final").name)
+    final.aside
+    final.aside-2
+    """
+    names = (f"{path.name}{ASIDE}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10000))))
+    target = next(each for name in names if not os.path.lexists(each := path.with_name(name)))
+    rename(path, target)
+    return target
 
 
 class Writer:
@@ -223,17 +302,20 @@ class Staging:
                 file.write(chunk)
 
     def write_text(self, name: str, text: str) -> None:
-        self.write(name, [text.encode("utf-8")])
+        self.write(name, [_encoded(text)])
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, _as_json(value))
 
     def _finish(self) -> None:
+        mode = self.path.stat().st_mode & 0o666  # what the umask leaves; libraries make private files and rename them
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            if path.is_file() and name not in self.files:
+            if not path.is_dir() and name not in self.files:
                 with disk.open(path, "rb") as file:
                     self.files[name] = _hashed(file)
+                    with suppress(OSError):
+                        os.fchmod(file.fileno(), mode)
                     disk.sync(file)
         listed = {"files": {name: asdict(self.files[name]) for name in sorted(self.files)}, "about": self.about}
         with disk.open(self.path / MANIFEST, "xb") as file:
@@ -268,6 +350,7 @@ def staged(folder: Path, about: Mapping[str, Any] | None = None) -> Iterator[Sta
             staging._finish()
             # A rename would take the place of an empty folder without a word.
             _stop_if_there(folder)
+            stop_unless_ours(folder)
             disk.rename(path, folder)
             disk.sync_folder(folder.parent)
         except BaseException:
@@ -278,11 +361,17 @@ def staged(folder: Path, about: Mapping[str, Any] | None = None) -> Iterator[Sta
             os.close(handle)
 
 
+def about(folder: Path) -> Mapping[str, Any]:
+    """What a folder's manifest says of it; nothing where there is none."""
+    return read_manifest(folder).about if (folder / MANIFEST).is_file() else {}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What a folder should hold; DamagedError where its manifest is missing, not readable or leads outside."""
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        with open(path, "rb", opener=_plainly) as file:
+            text = file.read()
         value = json.loads(text)
         if text != _sealed({"files": value["files"], "about": value["about"]}):
             raise ValueError
@@ -297,24 +386,120 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{path}: checksum differs, or not written by deft") from error
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, but: Collection[str] = ()) -> Manifest:
     """The manifest of a folder each of whose files has the bytes that were written.
+
+    but  files that may differ, or be gone
 
     Raises DamagedError that names the first file, and its first block, that has not.
     """
     manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
-        _verify_file(folder / name, record)
+    listed = {folder / name: record for name, record in manifest.files.items() if name not in but}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for _ in pool.map(_verify_file, listed.keys(), listed.values()):
+            pass
     return manifest
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies the files of a folder to a new one."""
+def verify_model(folder: Path) -> None:
+    """`verify` for a model folder, where it is one that deft wrote; its model card may have been edited.
+
+    Raises DamagedError, with what to do about a change that was meant.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return
+    if b'"about"' not in text or b'"sha256"' not in text:
+        return
+    try:
+        verify(folder, but=(CARD,))
+    except DamagedError as error:
+        raise DamagedError(f"{error}; if it was changed on purpose, remove {path}: nothing is compared then") from error
+
+
+def link_outside(folder: Path) -> Path | None:
+    """The first link in a model folder, weights apart, that leads out of it and not into a Hub cache; None without.
+
+    Its content might be anything on this machine, and a model's small files are carried into what is made of it.
+    """
+    inside = folder.resolve()
+    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        target = path.resolve()
+        is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if path.is_symlink() and path.suffix != ".safetensors" and not (target.is_relative_to(inside) or is_of_hub):
+            return path
+    return None
+
+
+def read(path: Path, record: FileRecord) -> bytes:
+    """The bytes of a file as they were written; DamagedError where they are others. They are read once."""
+    return bytes(Blocks(path, record).read(0, record.bytes))
+
+
+class Blocks:
+    """A file whose bytes are checked as they are read, a block at a time: what is used is what was written.
+
+    Raises DamagedError that names the block.
+    """
+
+    def __init__(self, path: Path, record: FileRecord) -> None:
+        self._path, self._record = path, record
+        with _reading(path):
+            self._file = open(path, "rb", buffering=0, opener=_plainly)  # noqa: SIM115  closed with what reads it
+        self._edge, self._room = -1, memoryview(bytearray(min(BLOCK, record.bytes)))
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """The bytes from `start` to `stop`; whole blocks go to their place without a copy."""
+        if not 0 <= start <= stop <= self._record.bytes:
+            raise DamagedError(f"{self._path}: {self._record.bytes} bytes long, {stop} are asked for")
+        found, place = bytearray(stop - start), start
+        view = memoryview(found)
+        while place < stop:
+            block, inner = divmod(place, BLOCK)
+            size = min(BLOCK, self._record.bytes - block * BLOCK)
+            if inner == 0 and place + size <= stop:
+                self._fill(block, view[place - start : place - start + size])
+                place += size
+                continue
+            if self._edge != block:
+                self._edge = -1
+                self._fill(block, self._room[:size])
+                self._edge = block
+            end = min(stop, block * BLOCK + size)
+            view[place - start : end - start] = self._room[inner : inner + end - place]
+            place = end
+        return found
+
+    def _fill(self, block: int, into: memoryview) -> None:
+        done = 0
+        with _reading(self._path):
+            self._file.seek(block * BLOCK)
+            while done < len(into) and (count := self._file.readinto(into[done:])):
+                done += count
+        if done < len(into) or not self._is_written(block, into):
+            raise DamagedError(f"{self._path}: checksum differs (block {block + 1})")
+
+    def _is_written(self, block: int, data: memoryview) -> bool:
+        return zlib.crc32(data) == self._record.blocks[block]
+
+
+def copy(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Copies what the manifest of a folder names to a new folder, each file verified as it is copied.
+
+    but  files that may differ, and are copied as they are
+
+    Raises DamagedError where one is not as it was written.
+    """
+    records = read_manifest(source).files
     with staged(target) as staging:
-        for path in sorted(source.rglob("*")):
-            if path.is_file() and path != source / MANIFEST:
-                with path.open("rb") as file:
-                    staging.write(path.relative_to(source).as_posix(), iter(lambda: file.read(BLOCK), b""))
+        for name, record in records.items():
+            with _reading(source / name), open(source / name, "rb", buffering=0, opener=_plainly) as file:
+                data = iter(lambda file=file: file.read(BLOCK), b"")  # type: ignore[misc]
+                staging.write(name, data)
+            if name not in but and staging.files[name] != record:
+                raise DamagedError(f"{source / name}: checksum differs")
 
 
 def remove(folder: Path) -> None:
@@ -353,7 +538,7 @@ def _remove_if_ownerless(path: Path) -> bool:
         except FileNotFoundError:
             return False
         try:
-            if not _is_owned(handle):
+            if not _is_owned(handle, where_no_locks=False):
                 return False
             _remove_tree(path)
         finally:
@@ -373,13 +558,15 @@ def _new_folder(folder: Path) -> tuple[Path, int]:
             os.close(handle)
 
 
-def _is_owned(handle: int) -> bool:
-    """Takes the lock that shows that a writer is alive; False where another has it."""
+def _is_owned(handle: int, where_no_locks: bool = True) -> bool:
+    """Takes the lock that shows that a writer is alive; False where another has it.
+
+    where_no_locks  the answer on a file system without locks, where everything may have a living writer
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # On a file system without locks, every staging folder is taken to have a living writer.
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return where_no_locks and error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
 
@@ -408,7 +595,7 @@ def _verify_file(path: Path, record: FileRecord) -> None:
             raise DamagedError(f"{path}: is not a plain file")
         if status.st_size != record.bytes:
             raise DamagedError(f"{path}: {status.st_size} bytes long, {record.bytes} were written")
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_plainly) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
                 return
             file.seek(0)
@@ -444,8 +631,17 @@ def _inside(name: str) -> str:
 
 def _sealed(listed: Mapping[str, Any]) -> bytes:
     """A manifest with the digest of what it says, so that it is whole or not one."""
-    digest = hashlib.sha256(_as_json(listed).encode("utf-8")).hexdigest()
-    return json.dumps({**listed, "sha256": digest}, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+    digest = hashlib.sha256(_encoded(_as_json(listed))).hexdigest()
+    return _encoded(json.dumps({**listed, "sha256": digest}, indent=1, ensure_ascii=False)) + b"\n"
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8, with an escape that JSON and YAML know in place of half a surrogate pair, as names that are no UTF-8 have.
+
+    >>> _encoded("a" + chr(0xDCFF))
+    b'a\\\\udcff'
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _as_json(value: Any) -> str:
@@ -454,8 +650,20 @@ def _as_json(value: Any) -> str:
 
 @contextmanager
 def _complaining(path: Path) -> Iterator[None]:
-    """Turns the system's errors into DiskError, which names the path."""
+    """Turns the system's errors into DiskError, which names the path; nothing is written that is another's."""
+    stop_unless_ours(path)
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DiskError(f"{path}: is a link, and nothing is written through it") from error
         raise DiskError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns the system's errors into DamagedError, which names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror or error})") from error

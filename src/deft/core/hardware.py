@@ -134,6 +134,17 @@ def describe(device: torch.device) -> str:
     return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {version('torch')}"
 
 
+def computing(device: torch.device) -> dict[str, str]:
+    """What the last bits of sums depend on beside versions: the order in which they are taken.
+
+    >>> sorted(computing(torch.device("cpu")))
+    ['processor', 'threads']
+    """
+    if device.type != "cpu":
+        return {"processor": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    return {"processor": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor in host memory, on a device; on CUDA the copy is asynchronous, from pinned memory."""
     is_cuda = device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
@@ -155,13 +166,13 @@ def within_memory(what: Callable[[], str]) -> Iterator[None]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The memory that is built in, as far as this process may use it; free or not."""
+    """The memory that is built in, free or not, that this process may use; ranks on CPUs of one machine share it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
-        return min(built_in, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return built_in
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return found // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

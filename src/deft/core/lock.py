@@ -9,12 +9,16 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from deft.core import files
 from deft.core.errors import DiskError, InputError
 
 NAME = ".lock"
@@ -25,24 +29,70 @@ def held(folder: Path) -> Iterator[str]:
     """Holds the folder for this process; it is made if it is missing, and removed again if nothing was written to it.
 
     Yields what a user should know: whose lock was left behind, or that this file system has no locks; else "". Raises
-    InputError where another process holds it. A folder that cannot be made or written to is not locked: nothing can
-    happen to it, and the checks of the run say why.
+    InputError where another process holds it, or `.lock` is no lock of deft's. A folder that cannot be made or written
+    to is not locked: nothing can happen to it, and the checks of the run say why. Where the folder is another's by the
+    end, all in it stays as it is.
     """
     path = folder / NAME
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    lock: int | None = None
     try:
-        lock, left = _take(path)
+        lock, note = _take(path)
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        _remove(made)
-        yield f"{folder} is not locked ({error.strerror}): start no second run in it" if folder.is_dir() else ""
-        return
+        note = f"{folder} is not locked ({error.strerror}): start no second run in it"
+        if not folder.is_dir():
+            _remove(made)
+            yield ""
+            return
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    hold = _Hold(path, place, lock)
     try:
-        yield left
+        with files.claimed(folder, hold.check):
+            yield note
     finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(lock)
-        _remove(made)
+        hold.let_go(made)
+
+
+@dataclass
+class _Hold:
+    """A folder while a run has it: open, so that one made in its place is another; `lock` is None without locks."""
+
+    path: Path
+    place: int
+    lock: int | None
+    _turn: Lock = field(default_factory=Lock)
+
+    def check(self) -> None:
+        """Raises DiskError where the folder is gone, or another's; a lock that somebody took away is made again."""
+        if not _is_still_there(self.place, self.path.parent):
+            raise DiskError(
+                f"{self.path.parent}: was removed or replaced while the run went on; it writes no more there"
+            )
+        with self._turn:
+            if self.lock is None or _is_still_there(self.lock, self.path):
+                return
+            try:
+                again = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                what = "is another run's by now; this one writes no more there"
+                raise DiskError(f"{self.path.parent}: {what}") from error
+            os.close(self.lock)
+            self.lock = again
+            _sign(again)
+
+    def let_go(self, made: list[Path]) -> None:
+        """Takes away the lock and the folders that were made, as far as they are empty and still those."""
+        is_there = _is_still_there(self.place, self.path.parent)
+        if self.lock is not None:
+            if is_there and _is_still_there(self.lock, self.path):
+                with suppress(OSError):
+                    self.path.unlink()
+            os.close(self.lock)
+        os.close(self.place)
+        if is_there:
+            _remove(made)
 
 
 @contextmanager
@@ -52,7 +102,7 @@ def turn(path: Path, busy: Callable[[], None]) -> Iterator[None]:
     Where there are no locks, all have their turn at once. Raises DiskError where it cannot be made.
     """
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise DiskError(f"{path}: cannot be written ({error.strerror})") from error
     try:
@@ -72,8 +122,13 @@ def _take(path: Path) -> tuple[int, str]:
     """The locked file, with this process's name in it, and a note if a dead process had left its own."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or path.is_dir():
+            raise _no_lock(path, "a link" if path.is_symlink() else "a folder")
         with suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            if (what := _odd(lock)) is not None:
+                os.close(lock)
+                raise _no_lock(path, what)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -88,11 +143,24 @@ def _take(path: Path) -> tuple[int, str]:
             os.close(lock)
 
 
-def _is_still_there(lock: int, path: Path) -> bool:
-    """False where its last holder took the file away between our opening and our locking it."""
+def _odd(lock: int) -> str | None:
+    """What a file is that is no lock of deft's: another name of some file, or a text of somebody's; else None."""
+    status = os.fstat(lock)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return "a second name of another file" if stat.S_ISREG(status.st_mode) else "no plain file"
+    text = os.pread(lock, 1, 0)
+    return None if text in (b"", b"{") else "a file of somebody's"
+
+
+def _no_lock(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: is {what}, not a lock of deft's; move it away, or name another output=")
+
+
+def _is_still_there(handle: int, path: Path) -> bool:
+    """False where what was opened has been taken away since, or something else has its name."""
     try:
-        return os.path.samestat(os.fstat(lock), os.stat(path))
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -45,6 +45,18 @@ def redacted(text: str) -> str:
     return _ASSIGNED.sub(lambda found: (found["a"] or found["b"] or found["c"]) + MARK, text)
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters shown, but for tabs and ends of lines: none of a stranger's acts on a terminal.
+
+    >>> visible("a" + chr(27) + "[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def redacted_json(value: Any) -> Any:
     """JSON without secrets: in its strings, and the values of keys that are called like one.
 

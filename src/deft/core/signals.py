@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from types import FrameType
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODE = 75
+REPEATED = 2.0
 _TERMINALS = (0, 1, 2)
 
 
@@ -35,6 +38,9 @@ class Preempted(BaseException):
 class Signals:
     """The signal that has come, if one has, and whether it may end the run wherever the run is.
 
+    since            the time.monotonic() at which it came
+    repeated_within  seconds in which another SIGINT is the same one: torchrun sends on what a terminal has sent to all
+
     >>> signals = Signals()
     >>> with signals.deferred():
     ...     signals.arrive(signal.SIGTERM)
@@ -45,14 +51,16 @@ class Signals:
 
     arrived: int | None = None
     is_deferred: bool = False
+    since: float = 0.0
+    repeated_within: float = 0.0
 
     def arrive(self, number: int, frame: FrameType | None = None) -> None:
         """The handler. A second Ctrl-C leaves at once: whatever is being written is written beside its place."""
         if self.arrived is not None:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and time.monotonic() - self.since >= self.repeated_within:
                 self._leave(number)
             return
-        self.arrived = number
+        self.arrived, self.since = number, time.monotonic()
         if not self.is_deferred:
             raise self._ending(number)
         if number == signal.SIGINT:
@@ -139,7 +147,7 @@ def is_reached_by_interrupts() -> bool:
 @contextmanager
 def handled() -> Iterator[Signals]:
     """Handles signals while the body runs; those that are ignored, as under nohup, stay so. In the main thread only."""
-    signals = Signals()
+    signals = Signals(repeated_within=REPEATED if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
     terminals = [number for number in _TERMINALS if os.isatty(number)]
 
     def arrive(number: int, frame: FrameType | None) -> None:
@@ -164,3 +172,18 @@ def let_go_of(numbers: list[int]) -> None:
     for number in numbers:
         os.dup2(nowhere, number)
     os.close(nowhere)
+
+
+def open_streams() -> None:
+    """Opens /dev/null for those of standard input, output and error that are closed.
+
+    The next file would have their number else, and get what some library writes to it.
+    """
+    for number in _TERMINALS:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115

@@ -107,6 +107,7 @@ class Conversation:
     tools            JSON schemas, as OpenAI writes them, that the assistant may call
     weight           of the row: it multiplies the weight of every token
     template_kwargs  variables that the chat template gets for this row, before those of the run
+    doubts           names of warnings about it that its format found
     """
 
     origin: Origin
@@ -115,6 +116,7 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,7 @@ class MicroBatch:
     rows       int64   [K]   ascending indices into [M]: the positions whose hidden state predicts a target
     targets    int64   [K]   the token that follows each of them
     weights    float32 [K]   > 0
+    seeds      of what is drawn for each document in training, the same whatever it is packed with
     """
 
     tokens: torch.Tensor
@@ -193,6 +196,7 @@ class MicroBatch:
     rows: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +247,32 @@ class Objective(Protocol):
     """What is minimised, as a sum over the targets of a micro-batch: nothing in it is divided.
 
     hidden_KH float [K, H], logits_KV float [K, V], targets_K int64 [K], weights_K float32 [K]. K may be 0.
+
+    uses_start  whether it is to be given what the model that the run began with says of the same targets: its hidden
+                states and head, or its logits
     """
 
-    def __call__(self, hidden_KH: torch.Tensor, head: Head, targets_K: torch.Tensor, weights_K: torch.Tensor) -> Tally:
+    @property
+    def uses_start(self) -> bool: ...
+
+    def __call__(
+        self,
+        hidden_KH: torch.Tensor,
+        head: Head,
+        targets_K: torch.Tensor,
+        weights_K: torch.Tensor,
+        start: tuple[torch.Tensor, Head] | None = None,
+    ) -> Tally:
         """From hidden states and the head to apply to them."""
         ...
 
-    def from_logits(self, logits_KV: torch.Tensor, targets_K: torch.Tensor, weights_K: torch.Tensor) -> Tally:
+    def from_logits(
+        self,
+        logits_KV: torch.Tensor,
+        targets_K: torch.Tensor,
+        weights_K: torch.Tensor,
+        start_KV: torch.Tensor | None = None,
+    ) -> Tally:
         """From final logits, where the head is not understood: no scale or softcap is applied."""
         ...
 

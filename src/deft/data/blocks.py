@@ -1,4 +1,4 @@
-"""Content blocks as APIs write them -> OpenAI's: Anthropic's tool results, Bedrock's and Gemini's untyped parts."""
+"""Messages and content blocks as APIs write them -> OpenAI's chats: Anthropic, Bedrock, Gemini, OpenAI's Responses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ _RESULT = "tool_result"
 def unfolded(value: Any) -> list[Any]:
     """A message as OpenAI would write it: each result of a tool that its content holds is a message of its own.
 
+    An item of the Responses API is a message: a call, its output, or reasoning for what the assistant says next.
+
     >>> parts = [{"toolResult": {"toolUseId": "c1", "content": [{"json": {"t": 3}}]}}, {"text": "And Rome?"}]
     >>> for message in unfolded({"role": "user", "content": parts}):
     ...     print(message)
     {'role': 'tool', 'content': '{"t": 3}', 'tool_call_id': 'c1', 'name': None}
     {'role': 'user', 'content': [{'type': 'text', 'text': 'And Rome?'}]}
     """
-    content = value.get("content") if isinstance(value, Mapping) else None
+    if not isinstance(value, dict):
+        return [value]
+    if "type" in value and value["type"] in _ITEMS and value.get("role") is None:
+        return _of_item(value)
+    content = value.get("content")
     if not isinstance(content, list | tuple):
         return [value]
     parts = [typed(part) for part in content]
@@ -30,6 +36,26 @@ def unfolded(value: Any) -> list[Any]:
         run = list(group)
         found += map(_result, run) if is_result else [{**value, "content": run}]
     return found
+
+
+OF_ITEMS = ("type", "call_id", "arguments", "output", "summary")
+"""The fields of items of the Responses API that are read."""
+_ITEMS = ("function_call", "function_call_output", "reasoning")
+
+
+def _of_item(item: Mapping[str, Any]) -> list[Any]:
+    """
+    >>> _of_item({"type": "function_call_output", "call_id": "c1", "output": "3"})
+    [{'role': 'tool', 'content': '3', 'tool_call_id': 'c1'}]
+    """
+    if item["type"] == "function_call_output":
+        return [{"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")}]
+    if item["type"] == "function_call":
+        call = {"name": item.get("name"), "arguments": item.get("arguments"), "id": item.get("call_id")}
+        return [{"role": "function_call", "content": call}]
+    pieces = item.get("content") or item.get("summary") or ()
+    thought = "\n\n".join(map(_text, pieces))
+    return [{"role": "assistant", "channel": "analysis", "content": thought}] if thought else []
 
 
 def typed(part: Any) -> Any:
@@ -48,20 +74,15 @@ def typed(part: Any) -> Any:
     inner = part[kind] if kind else None
     if kind is None or not isinstance(inner, Mapping):
         return {"type": next(iter(part), ""), **part}
+    get = inner.get
     if kind in ("functionResponse", "function_response"):
-        return {"type": _RESULT, "content": inner.get("response"), "tool_use_id": inner.get("id"), **_named(inner)}
+        return {"type": _RESULT, "content": get("response"), "tool_use_id": get("id"), "name": get("name")}
     if kind in ("functionCall", "function_call"):
-        call = {"name": inner.get("name"), "arguments": inner.get("args"), "id": inner.get("id")}
-        return {"type": "tool_call", "value": call}
+        return {"type": "tool_call", "value": {"name": get("name"), "arguments": get("args"), "id": get("id")}}
     if kind == "toolUse":
-        return {
-            "type": "tool_use",
-            "id": inner.get("toolUseId"),
-            "name": inner.get("name"),
-            "input": inner.get("input"),
-        }
+        return {"type": "tool_use", "id": get("toolUseId"), "name": get("name"), "input": get("input")}
     if kind == "toolResult":
-        return {"type": _RESULT, "tool_use_id": inner.get("toolUseId"), "content": inner.get("content")}
+        return {"type": _RESULT, "tool_use_id": get("toolUseId"), "content": get("content")}
     return {"type": "reasoning", "text": _reasoning(inner)}
 
 
@@ -71,10 +92,6 @@ _GEMINI = ("functionCall", "function_call", "functionResponse", "function_respon
 
 def _is_result(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == _RESULT
-
-
-def _named(inner: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": inner["name"]} if inner.get("name") else {}
 
 
 def _reasoning(inner: Mapping[str, Any]) -> Any:

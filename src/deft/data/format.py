@@ -10,6 +10,7 @@ format is a function named `pkg.mod:fn`: from a row to a row in a shape deft rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -239,19 +240,64 @@ def _words(conversations: Sequence[Conversation], *roles: str) -> list[str]:
     return [words for message in messages if (words := " ".join(message.content.split()))]
 
 
-def plainly_named(value: Any) -> Mapping[str, str]:
-    """The fields of a row whose names are those of a format but for the case of letters: name -> the row's own.
+def plain(value: Any) -> tuple[Any, Mapping[str, str]]:
+    """A row under the names that formats read, however it spells them, and its messages too; name -> the row's own.
 
-    >>> plainly_named({"Question": "2+2?", "Response": "4", "ID": 7})
-    {'question': 'Question', 'response': 'Response'}
+    >>> plain({"Question": "2+2?", "Response": "4", "ID": 7})
+    ({'question': '2+2?', 'response': '4', 'ID': 7}, {'question': 'Question', 'response': 'Response'})
+    >>> plain([{"Role": "user", "Content": "Hi"}])[0]
+    [{'role': 'user', 'content': 'Hi'}]
     """
-    return _renaming(frozenset(value)) if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return _plain_items(value), {}
+    own = _renaming(frozenset(value), known_fields())
+    value = {own.get(key, key): each for key, each in value.items()} if own else value
+    changed = {}
+    for key, each in value.items():
+        if isinstance(each, str | list | tuple) and each and key not in row_fields.TOOLS:
+            items = _plain_items(each)
+            if items is not each:
+                changed[key] = items
+    return {**value, **changed} if changed else value, {name: key for key, name in own.items()} if own else own
+
+
+def _plain_items(value: Any) -> Any:
+    """A list of objects under the names that formats read, from JSON text too; the same where nothing is renamed."""
+    known = _message_fields()
+    if isinstance(value, str):
+        first = _FIRST_NAME.match(value)
+        items = row_fields.as_list(value) if first and first[1] not in known else ()
+    else:
+        items = value if isinstance(value, list | tuple) else ()
+    for each in items:
+        if isinstance(each, dict) and not known.issuperset(each) and _renaming(frozenset(each), known):
+            break
+    else:
+        return value
+    found = [(each, _renaming(frozenset(each), known) if isinstance(each, dict) else {}) for each in items]
+    return [{own.get(key, key): one for key, one in each.items()} if own else each for each, own in found]
 
 
 @lru_cache(maxsize=10_000)
-def _renaming(keys: frozenset[Any]) -> Mapping[str, str]:
-    texts = sorted(key for key in keys if isinstance(key, str) and key.lower() != key)
-    return {key.lower(): key for key in texts if key.lower() in known_fields() and key.lower() not in keys}
+def _renaming(keys: frozenset[Any], known: frozenset[str]) -> Mapping[str, str]:
+    """The fields that are other spellings of known ones, which are not there: their own names -> the known ones."""
+    others = sorted((key for key in keys - known if isinstance(key, str)), reverse=True)
+    meant = {name: key for key in others if (name := _spelt(known).get(field_names.folded(key))) and name not in keys}
+    return {key: name for name, key in sorted(meant.items())}
+
+
+@cache
+def _spelt(known: frozenset[str]) -> Mapping[str, str]:
+    return {field_names.folded(name): name for name in known}
+
+
+_FIRST_NAME = re.compile(r'\s*\[\s*\{\s*"([^"\\]*)"')
+
+
+@cache
+def _message_fields() -> frozenset[str]:
+    """The names of fields that formats read of the objects in a row."""
+    return frozenset().union(*(form.parts for form in map(load, names())))
 
 
 @cache
@@ -348,7 +394,7 @@ def _by_user(row: Row, choices: Choices, function: Callable[[Any], Any], name: s
         raise RowError("", shortened(error.brief, 300), "mend it") from error
     if value is None:
         raise LeftOut(f"{name} gave None")
-    value = row_fields.ignoring(value, choices.ignore) if choices.ignore else value
+    value, _ = plain(row_fields.ignoring(value, choices.ignore) if choices.ignore else value)
     found, _ = fitting(value)
     if not found:
         raise RowError("", f"{name} gave {described(value)}, no shape that deft knows", "mend it")

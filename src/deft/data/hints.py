@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,11 @@ from deft.data import documents, names
 from deft.data.fields import shortened
 from deft.data.format import is_null, known_fields, load
 from deft.data.format import names as formats
+
+_TURNS = re.compile(
+    r"^(?:USER|Human|User|HUMAN|### ?(?:User|Human)): ?.*?^\W*(?:ASSISTANT|Assistant|GPT): ?", re.M | re.S
+)
+"""A question and its answer in one text, as Glaive and older corpora write them."""
 
 A_ROW_A_LINE = "write a row a line, as pandas does with orient='records', lines=True"
 
@@ -29,6 +35,10 @@ def near(value: Any) -> str:
         return f"the rows stand in the list under {under[0]!r}: {A_ROW_A_LINE}"
     if documents.of_table(value):
         return f"these are columns, not a row: {A_ROW_A_LINE}"
+    told = next((key for key, each in value.items() if isinstance(each, str) and _TURNS.search(each)), None)
+    if told:
+        how = 'make {"messages": [...]} of them by a function of yours: format: pkg.mod:fn'
+        return f"the turns stand in one text, {shortened(told)!r}, behind headers such as USER: and ASSISTANT:; {how}"
     if not {"role", "from"}.isdisjoint(value):
         return 'a message alone is no row: put those of a chat in one list, {"messages": [...]}'
     line, found = names.mapping(value), _closest(value)

@@ -26,7 +26,7 @@ from deft.data.fields import (
     unusable,
     value_of,
 )
-from deft.data.row_fields import REASONING, REFUSED, TOOLS
+from deft.data.row_fields import IN_MESSAGE, REASONING, REFUSED, TOOLS
 
 CALL = "call"
 CALLERS = dict.fromkeys(("function_call", "tool_call", "function-call"), CALL)
@@ -37,7 +37,9 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bo
 
 _PLAIN = frozenset({"role", "content", "name", "tool_call_id", "tool_calls", "function_call", "from", "value"})
 _WEIGHED = _PLAIN | row_fields.LEARNT
-READS = _PLAIN.difference({"from", "value"}).union(row_fields.LEARNT, REASONING, REFUSED, TOOLS, ("channel", "refusal"))
+READS = _PLAIN.difference({"from", "value"}).union(
+    row_fields.LEARNT, REASONING, IN_MESSAGE, TOOLS, blocks.OF_ITEMS, ("channel", "refusal")
+)
 """The fields of a message that are read."""
 
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
@@ -107,7 +109,7 @@ def _with_more(parts: _Parts, value: Mapping[str, Any], role: str, field: str) -
     """What a message says, with what few do: reasoning, a refusal, a channel. RowError for what is of no use."""
     if _WEIGHED.issuperset(value):
         return parts
-    row_fields.refuse(value, REFUSED, field)
+    row_fields.refuse(value, IN_MESSAGE, field)
     for key in TOOLS:
         if role not in ("system", "developer") and not is_absent(value.get(key)):
             raise unusable(f"{field}.{key}", f"the {role} offers tools; they belong to the row")
@@ -346,7 +348,7 @@ def _reasoning(value: Mapping[str, Any], role: str, field: str) -> str:
         return ""
     if role != "assistant":
         raise RowError(f"{field}.{key}", f"the {role} reasons", "only the assistant does; mend the role")
-    found = [row_fields.text(value[each], f"{field}.{each}") for each in REASONING if value.get(each)]
+    found = [row_fields.thought(value[each], f"{field}.{each}") for each in REASONING if value.get(each)]
     if any(text != found[0] for text in found):
         raise unusable(f"{field}.{key}", "two fields of reasoning that differ")
     return found[0]

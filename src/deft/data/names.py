@@ -1,7 +1,7 @@
 """What data sets call a question and an answer: the names of fields, and the value of the one that a row has.
 
-Names that mean a question to an assistant make a chat; names that say nothing of roles are a pair of strings. The case
-of letters does not matter: `format.plainly_named` gives a row the names that stand here.
+Names that mean a question to an assistant make a chat; names that say nothing of roles are a pair of strings. Case and
+underscores do not matter: `format.plain` gives a row and its messages the names that stand here.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ REPLIER = ("assistant", "gpt", "bot")
 CHAT = ("conversations", "conversation", "dialog", "dialogue", "data")
 BESIDE = ("system", "tools", "history", "weight", "loss_weight", "label")
 """Names that formats read beside those that they are found by."""
+
+
+def folded(name: str) -> str:
+    """A name without what does not matter of its spelling.
+
+    >>> folded("lossWeight") == folded("Loss_Weight") == folded("loss-weight")
+    True
+    """
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def sets(*groups: Sequence[str]) -> tuple[set[str], ...]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from deft.core.types import Conversation, Message
-from deft.data import json_text, tool_forms
+from deft.data import calls, json_text, tool_forms
 from deft.data.fields import (
     LARGEST_WEIGHT,
     RowError,
@@ -27,18 +27,19 @@ from deft.data.fields import (
     unusable,
     value_of,
 )
+from deft.data.names import folded
 
 WEIGHTS = ("loss_weight", "weight", "sample_weight", "loss_scale")
-FLAGS = ("loss", "loss_mask", "train", "training", "trainable", "learn")
+FLAGS = ("loss", "loss_mask", "train", "training", "trainable", "learn", "train_on_turn")
 MASKS = ("masked", "mask")
 """Numbers of 0 or more; true where it is learnt; true where it is not."""
 LEARNT = frozenset((*WEIGHTS, *FLAGS, *MASKS))
-SYSTEM = (
-    *("system", "system_prompt", "system_message", "system_instruction"),
-    *("systemPrompt", "systemMessage", "systemInstruction"),
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "instructions")
+TOOLS = ("tools", "functions", "available_tools", "tool_config")
+REASONING = (
+    *("reasoning_content", "reasoning", "thinking", "reasoning_details", "rationale", "chain_of_thought"),
+    *("complex_cot", "thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory"),
 )
-TOOLS = ("tools", "functions", "toolConfig")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 TEMPLATE_KWARGS = ("chat_template_kwargs", "template_kwargs")
 
 _UNSEEN = "deft trains on text, and the answer may rest on what is seen or heard"
@@ -49,15 +50,23 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("train_detail", "training_detail", "completion_mask", "assistant_masks"), _APART),
 }
 """What refuses a row that has it, there or in a message, and why."""
+_BESIDE = "rows of this shape have none, and the answer may rest on it"
 CONTEXT = {
-    **dict.fromkeys(("context", "history"), "rows of this shape have none, and the answer may rest on it"),
+    **dict.fromkeys(("context", "history", "chat_history", "conversation_history"), _BESIDE),
+    **dict.fromkeys(("document", "passage", "passages", "paragraph", "article"), _BESIDE),
+    **dict.fromkeys(("options", "choices"), _BESIDE),
     "documents": "deft hands no documents to a template, and the answer may rest on them",
 }
-"""What refuses a row whose format does not read it."""
+"""What refuses a row whose format does not read it, and any message."""
+_UNCLOSED = "the turn goes on, and deft teaches the model to stop behind each"
+IN_MESSAGE = {**REFUSED, **CONTEXT, "prefix": _UNCLOSED, "end_turn": _UNCLOSED}
+"""What refuses a row where one of its messages has it."""
 
 COMMON = LEARNT.union(SYSTEM, TOOLS, REASONING, TEMPLATE_KWARGS, REFUSED, CONTEXT)
 """All that this module reads of a row."""
 
+_HARMLESS = {**dict.fromkeys(LEARNT), "end_turn": True}
+"""The value with which a field refuses nothing, where it is another one than false."""
 _SWITCHES = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
 _MESSAGES_AS_TEXT = '[{"'
@@ -67,7 +76,7 @@ def refuse(value: Mapping[str, Any], reasons: Mapping[str, str], field: str = ""
     """RowError for the first field of a row or message that keeps it from being learnt."""
     if not reasons.keys().isdisjoint(value):
         for key, why in reasons.items():
-            if key in value and not is_absent(value[key]) and (value[key] is not False or key in LEARNT):
+            if key in value and not is_absent(value[key]) and value[key] is not _HARMLESS.get(key, False):
                 raise unusable(_under(field, key), why)
 
 
@@ -123,11 +132,11 @@ def spread(value: dict[str, Any], own: frozenset[str]) -> dict[str, Any]:
     >>> spread({"messages": [{"role": "user"}, {"role": "assistant"}], "loss_mask": [0, 1]}, frozenset({"messages"}))
     {'messages': [{'role': 'user', 'loss_mask': 0}, {'role': 'assistant', 'loss_mask': 1}]}
     """
-    listed = {key: _as_list(value[key], "[") for key in sorted(LEARNT.intersection(value))}
+    listed = {key: as_list(value[key], "[") for key in sorted(LEARNT.intersection(value))}
     found = {key: weights for key, weights in listed.items() if weights}
     if not found:
         return value
-    lists = {key: each for key in own if (each := _as_list(value[key], _MESSAGES_AS_TEXT)) and _are_objects(each)}
+    lists = {key: each for key in own if (each := as_list(value[key])) and _are_objects(each)}
     value = {key: each for key, each in value.items() if key not in found}
     for key, weights in found.items():
         if len(lists) != 1:
@@ -148,7 +157,7 @@ def _weighed(message: dict[str, Any], key: str, weight: Any, field: str) -> dict
     return {**message, key: weight}
 
 
-def _as_list(value: Any, start: str) -> list[Any]:
+def as_list(value: Any, start: str = _MESSAGES_AS_TEXT) -> list[Any]:
     """A list, from JSON text too where it begins with `start`; empty for anything else."""
     if isinstance(value, str) and value.lstrip().startswith(start):
         try:
@@ -168,19 +177,19 @@ def ignoring(value: Any, names: Iterable[str]) -> Any:
     >>> ignoring({"id": 7, "messages": [{"role": "user", "id": 8}]}, ["id"])
     {'messages': [{'role': 'user'}]}
     """
-    return _without(value, {*names, *(name.rpartition("[].")[2] for name in names)})
+    return _without(value, {folded(part) for name in names for part in (name, name.rpartition("[].")[2])})
 
 
 def _without(value: Any, keys: set[str]) -> Any:
     if isinstance(value, dict):
-        kept = ((key, each) for key, each in value.items() if key not in keys)
+        kept = ((key, each) for key, each in value.items() if not isinstance(key, str) or folded(key) not in keys)
         return {key: each if key in (*TOOLS, "tool_calls") else _without_in(each, keys) for key, each in kept}
     return _without_in(value, keys)
 
 
 def _without_in(value: Any, keys: set[str]) -> Any:
     """A list of objects without some fields, from JSON text too; what is none stays as it is."""
-    listed = _as_list(value, _MESSAGES_AS_TEXT)
+    listed = as_list(value)
     return [_without(each, keys) for each in listed] if listed and _are_objects(listed) else value
 
 
@@ -204,7 +213,7 @@ def applied(
             raise unusable(_first(said, TOOLS), "a text has no place for tools")
     if offered:
         found = [replace(each, tools=offered) for each in found]
-    return tuple(map(_without_padding, found))
+    return tuple(map(calls.mended, found))
 
 
 def _with_all(found: Sequence[Conversation], said: Mapping[str, Any]) -> Sequence[Conversation]:
@@ -274,6 +283,24 @@ def text(value: Any, field: str) -> str:
     return text_of(value, field)
 
 
+def thought(value: Any, field: str) -> str:
+    """Reasoning as text, as a list of texts that is one, or as OpenRouter's details, whose texts follow each other.
+
+    >>> thought(["Easy."], "thinking_trajectories")
+    'Easy.'
+    >>> thought([{"type": "reasoning.text", "text": "Ea"}, {"type": "reasoning.text", "text": "sy."}], "details")
+    'Easy.'
+    """
+    if isinstance(value, list | tuple) and value and _are_objects(value):
+        pieces = [each.get("text") or each.get("summary") for each in value]
+        if not all(isinstance(each, str) for each in pieces):
+            raise unusable(field, "has a part without text, as encrypted ones are")
+        return "".join(text(each, field) for each in pieces)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return text(value[0], f"{field}[0]")
+    return text(value, field)
+
+
 def _tools(value: Any, own: frozenset[str], odd: Sequence[Odd]) -> tuple[Mapping[str, Any], ...]:
     """The tools that a row offers, itself or in a system message."""
     if not odd and not any(key in value for key in TOOLS):
@@ -298,54 +325,12 @@ def tools(value: Any, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
 
 
 def _tool(value: Any, field: str) -> Mapping[str, Any]:
-    value = without_nulls(object_of(value_of(value, field), field, "a tool"))
+    value = calls.without_nulls(object_of(value_of(value, field), field, "a tool"))
     inner = value.get("function", value.get("toolSpec", value))
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
         raise RowError(f"{field}.name", "missing or not text", "a tool needs a name")
     refuse_nan(value, field)
     return tool_forms.as_openai(value)
-
-
-def without_nulls(value: Any, schema: Any = None) -> Any:
-    """A JSON value without the null fields of its objects, but for those that their JSON schema requires.
-
-    >>> without_nulls({"city": "Oslo", "unit": None, "day": None}, {"required": ["city", "day"]})
-    {'city': 'Oslo', 'day': None}
-    """
-    if isinstance(value, Mapping):
-        inside, required = _part(schema, "properties"), _part(schema, "required") or ()
-        kept = ((key, each) for key, each in value.items() if each is not None or key in required)
-        return {key: without_nulls(each, _part(inside, key)) for key, each in kept}
-    if isinstance(value, list | tuple):
-        return [without_nulls(each, _part(schema, "items")) for each in value]
-    return value
-
-
-def _part(schema: Any, key: str) -> Any:
-    return schema.get(key) if isinstance(schema, Mapping) else None
-
-
-def _without_padding(conversation: Conversation) -> Conversation:
-    """The conversation without the null arguments by which tables give all calls the same fields.
-
-    A null that the tool's schema requires was said, as is one in arguments that are JSON text: both stay.
-    """
-    padded = [index for index, each in enumerate(conversation.messages) if each.tool_calls and _is_padded(each)]
-    if not padded:
-        return conversation
-    functions = [tool.get("function", tool) for tool in conversation.tools]
-    schemas = {each.get("name"): each.get("parameters") for each in functions if isinstance(each, Mapping)}
-    whole = list(conversation.messages)
-    for index in padded:
-        calls = whole[index].tool_calls
-        mended = (replace(each, arguments=without_nulls(each.arguments, schemas.get(each.name))) for each in calls)
-        whole[index] = replace(whole[index], tool_calls=tuple(mended))
-    return replace(conversation, messages=tuple(whole))
-
-
-def _is_padded(message: Message) -> bool:
-    """False where no argument is null."""
-    return any(not isinstance(call.arguments, str) and "None" in repr(call.arguments) for call in message.tool_calls)
 
 
 def _template_kwargs(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,12 +351,14 @@ def _template_kwargs(said: Mapping[str, Any]) -> dict[str, Any]:
 def _thinking(found: Sequence[Conversation], said: Mapping[str, Any]) -> Sequence[Conversation]:
     """The conversations, whose one answer has the reasoning of the row."""
     given = {key: said[key] for key in REASONING if key in said and not is_switch(said[key])}
-    reasoning = _agreed({key: text(value, key) for key, value in given.items()})
+    reasoning = _agreed({key: thought(value, key) for key, value in given.items()})
     if not reasoning:
         return found
     field = next(iter(given))
     answers = [message for each in found for message in each.messages if _is_answer(message)]
-    if len(answers) != 1 or found[0].kind == "text":
+    if found[0].kind == "text":
+        raise unusable(field, "a text has no place for reasoning")
+    if len(answers) != 1:
         raise unusable(field, f"reasoning beside {len(answers)} answers: it belongs to one answer of a prompt")
     if answers[0].reasoning and answers[0].reasoning.strip() != reasoning.strip():
         raise unusable(field, "the answer has other reasoning")
@@ -409,7 +396,7 @@ def odd_ones(value: Any, own: frozenset[str], usual: frozenset[str]) -> list[Odd
     for name in own if isinstance(value, dict) else ("",):
         each = value[name] if name else value
         if isinstance(each, str):
-            each = _as_list(each, _MESSAGES_AS_TEXT) if _MESSAGES_AS_TEXT in each else ()
+            each = as_list(each) if _MESSAGES_AS_TEXT in each else ()
         for index, item in enumerate(each if isinstance(each, list | tuple) else ()):
             if isinstance(item, dict) and not usual.issuperset(item):
                 found.append((name, index, item))

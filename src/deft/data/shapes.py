@@ -15,7 +15,7 @@ from deft.core.types import Conversation, Origin, Row
 from deft.data import row_fields, sources
 from deft.data.chunks import Chunk
 from deft.data.fields import LeftOut, RowError, described, is_absent, kind_of
-from deft.data.format import Choices, Format, fitting, load, names, plainly_named, the_one
+from deft.data.format import Choices, Format, fitting, load, names, plain, the_one
 from deft.data.hints import near
 
 T = TypeVar("T")
@@ -293,11 +293,8 @@ def _as_read(row: Row, choices: Choices) -> tuple[Row, Mapping[str, str]]:
     """
     value = row_fields.ignoring(row.value, choices.ignore) if choices.ignore else row.value
     value = _mapped(value, choices.columns) if choices.columns else value
-    plain = plainly_named(value)
-    if plain:
-        names_of = {own: name for name, own in plain.items()}
-        value = {names_of.get(key, key): each for key, each in value.items()}
-    return row if value is row.value else replace(row, value=value), {**plain, **choices.columns}
+    value, own = plain(value)
+    return row if value is row.value else replace(row, value=value), {**own, **choices.columns}
 
 
 def _mapped(value: Any, columns: Mapping[str, str]) -> dict[str, Any]:

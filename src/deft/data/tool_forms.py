@@ -49,6 +49,7 @@ def as_openai(value: Mapping[str, Any]) -> Mapping[str, Any]:
         return value
     inner = value.get("toolSpec", value)
     key = next((key for key in _SCHEMAS if isinstance(inner.get(key), Mapping)), None)
+    inner = {name: each for name, each in inner.items() if name != "type" or each != "function"}
     if key is None:
         return {"type": "function", "function": inner}
     schema = inner[key].get("json", inner[key])

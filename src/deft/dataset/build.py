@@ -33,7 +33,6 @@ from deft.dataset.survey import NOT_KEPT, Execution
 from deft.encoding import tokenizer as edge
 from deft.encoding.raw import Side
 from deft.encoding.render.chat import AnswerRules, Reasoning
-from deft.encoding.render.template import choose
 from deft.encoding.rows import Overflow, Policy, Render, RowEncoder, TrainOn
 
 Surveyed = tuple[SourceSpec, Survey]
@@ -108,13 +107,16 @@ def store(
     if execution.cache is None or not found.content:
         return Store.in_memory(chunks())
     key = caches.digest([survey.key(source, found.content), identity or _identity(row_encoder)])
-    return stores.read(*execution.cache.get(key, lambda staging: _write(staging, source, found, chunks())))
+    folder, manifest = execution.cache.get(key, lambda staging: _write(staging, source, found, chunks()))
+    return stores.read(folder, manifest.about)
 
 
 def _write(staging: Staging, source: SourceSpec, found: Survey, chunks: Iterable[EncodedChunk]) -> None:
+    stop_if_changed = caches.watch(source.path, source.files())
     stores.write(staging, chunks)
     if not sources.is_on_the_hub(source.path) and caches.file_digests(found.content) != found.content:
         raise InputError(f"{source.path}: changed while it was read; start again")
+    stop_if_changed()
 
 
 def _chunks(source: SourceSpec, found: Survey, row_encoder: RowEncoder, execution: Execution) -> Iterator[EncodedChunk]:
@@ -128,8 +130,7 @@ def _identity(row_encoder: RowEncoder) -> str:
     """The digest of all that tokens depend on beside their rows."""
     tokenizer, template = row_encoder.tokenizer, row_encoder.renderer.template
     special = [tokenizer.special_tokens, tokenizer.bos_id, tokenizer.eos_id, tokenizer.puts_bos, tokenizer.hf.eos_token]
-    today = template.now.date().isoformat() if "strftime_now" in template.source else ""
-    texts = [tokenizer.hf.backend_tokenizer.to_str(), special, template.source, template.tokens, today]
+    texts = [tokenizer.hf.backend_tokenizer.to_str(), special, template.source, template.tokens]
     return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code(examples)])
 
 
@@ -162,15 +163,15 @@ def encode(
     An item has `input_ids`, `attention_mask` and `labels` as a mapping has them, and `.tokens`, `.weights`, `.labels`
     and `.origin`. A row that its template forces into several texts, or that holds several conversations, gives several
     items with one origin; rows that are refused, left out, too long or without a target are in `refused` with their
-    reason. Warns where weights say more than labels can. Raises InputError for what is no list of rows or an unknown
-    value, Problems where the rows have no common shape.
+    reason. Warns of fields that nothing reads, and where weights say more than labels can. Raises InputError for what
+    is no list of rows or an unknown value, Problems where the rows have no common shape.
     """
     _stop_if_unknown(train_on=train_on, render=render, overflow=overflow, truncation_side=truncation_side)
     _stop_if_unknown(reasoning=reasoning)
     if not isinstance(max_length, int) or max_length < 2:
         raise InputError(f"max_length: {max_length!r} is no length of an example; at least 2")
     held = edge.of(tokenizer)
-    chosen = choose(template, held.chat_template, held.puts_bos, held.special_tokens)
+    chosen = examples.template_of(held, template)
     rules = AnswerRules(reasoning, learn_reasoning, learn_tool_calls)
     policy = Policy(max_length, train_on, render, overflow, truncation_side, rules, template_kwargs or {})
     alone = Execution(processes=1)
@@ -181,11 +182,14 @@ def encode(
     every = [done.examples_of(row) for row in range(len(done))]
     refused = tuple((done.origin(row), str(done.value(row, "reason"))) for row, found in enumerate(every) if not found)
     kept = [TrainerRow(part.origin, part.tokens, part.weights) for found in every for each in found for part in each]
-    _warn_of_weights(kept)
+    _warn(survey.not_read([(source, found)]), kept)
     return EncodedRows(tuple(kept), refused)
 
 
-def _warn_of_weights(rows: Sequence[TrainerRow]) -> None:
+def _warn(lines: Sequence[str], rows: Sequence[TrainerRow]) -> None:
+    """Warns of each line, and of weights that labels cannot say."""
+    for line in lines:
+        warnings.warn(line, stacklevel=3)
     if weighed := [row for row in rows if not row.is_in_labels]:
         what = f"{weighed[0].origin} has weights other than 0 and 1 (of {len(weighed)} such rows the first)"
         warnings.warn(f"{what}, which labels cannot say: a trainer learns all its labels alike", stacklevel=3)

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache as once
@@ -23,7 +24,7 @@ from typing import Any
 
 from deft.core import files, lock
 from deft.core.errors import DamagedError, DiskError, InputError
-from deft.core.files import Staging
+from deft.core.files import Manifest, Staging
 
 _IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w.]+))", re.MULTILINE)
 _FOR_TYPES = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t].*\n|\n)*", re.MULTILINE)
@@ -33,10 +34,17 @@ _STANDARD = Path(hashlib.__file__).resolve().parent
 
 
 def root() -> Path:
-    """Where it is kept: DEFT_CACHE, or deft's folder among the user's caches."""
+    """Where it is kept: DEFT_CACHE, or deft's folder among the user's caches, or the temporary files."""
     named = os.environ.get("DEFT_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.path.expanduser(named)) if named else Path(shared) / "deft"
+    if named:
+        return Path(os.path.expanduser(named))
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deft"
+    except RuntimeError:  # no HOME, and a user without a name, as containers have
+        shared = Path(tempfile.gettempdir()) / f"deft-cache-{os.getuid()}"
+        if os.path.lexists(shared) and shared.lstat().st_uid != os.getuid():
+            raise InputError(f"{shared}: is another user's; DEFT_CACHE names another folder for the cache") from None
+        return shared
 
 
 def digest(value: Any) -> str:
@@ -134,14 +142,14 @@ class Cache:
     root: Path
     say: Callable[[str], None] = lambda text: None
 
-    def get(self, key: str, make: Callable[[Staging], None]) -> tuple[Path, Mapping[str, Any]]:
-        """The folder of `key` and what its maker said of it, made by `make` unless it is there and whole."""
+    def get(self, key: str, make: Callable[[Staging], None]) -> tuple[Path, Manifest]:
+        """The folder of `key` and its manifest, made by `make` unless it is there and whole."""
         folder = self.root / key
         with suppress(DamagedError):
-            return folder, files.verify(folder).about
+            return folder, files.verify(folder)
         with self._complaining(), self._turn(key):
             try:
-                return folder, files.verify(folder).about
+                return folder, files.verify(folder)
             except DamagedError as error:
                 if folder.is_dir():
                     self.say(f"the cache is damaged and is made again ({error})")
@@ -149,7 +157,7 @@ class Cache:
             files.sweep(self.root)
             with files.staged(folder) as staging:
                 make(staging)
-            return folder, files.read_manifest(folder).about
+            return folder, files.read_manifest(folder)
 
     def has(self, key: str) -> bool:
         """Whether there is something of `key`, be it damaged."""
@@ -178,3 +186,26 @@ def file_digests(paths: Iterable[str]) -> dict[str, str]:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return found
+
+
+def marks(paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """What changes of a file when it is written to, by its name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        found[path] = ()
+        with suppress(OSError):
+            status = os.stat(path)
+            found[path] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def watch(source: str, paths: Iterable[str]) -> Callable[[], None]:
+    """To be called before files are hashed and read. What it returns raises InputError, after that, where one of them
+    has been written to since: what was made of it is nobody's."""
+    before = marks(paths := [*paths])
+
+    def check() -> None:
+        if odd := [path for path, mark in marks(paths).items() if before.get(path) != mark]:
+            raise InputError(f"{source}: {odd[0]} changed while it was read; start again")
+
+    return check

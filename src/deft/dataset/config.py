@@ -44,8 +44,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The rows. `eval` is a share of the training rows by content hash, or sources of its own.
 
-    format  of every source that names none
-    split   of every training source that names none
+    format      of every source that names none
+    split       of every training source that names none
+    add_tokens  new tokens, for which the model gets rows: texts that are one token wherever they stand in a row
     """
 
     train: tuple[SourceConfig, ...]
@@ -57,6 +58,22 @@ class DataConfig(Section):
     learn_tool_calls: bool = True
     render: Render = "auto"
     allow_refused: int = Field(0, ge=0)
+    add_tokens: tuple[str, ...] = ()
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _one_token(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _are_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for at, token in enumerate(value):
+            if not token.strip() or token != token.strip():
+                raise ValueError(f"{token!r} is blank or has white space at an end")
+            if token in value[:at]:
+                raise ValueError(f"{token!r} stands twice")
+        return value
 
     @field_validator("train", mode="before")
     @classmethod

@@ -117,6 +117,19 @@ WARNINGS: Mapping[str, DataWarning] = {
     "in_evaluation": DataWarning(
         "note", "stand{s} in the evaluation data too", "it is not trained, so that both stay apart"
     ),
+    "undeclared_tools": DataWarning(
+        "warning",
+        "call{s} a tool that is not among the row's tools: the model learns to call what it is not offered",
+        "declare the tool, or remove the call",
+    ),
+    "marks_of_media": DataWarning(
+        "warning",
+        "{have} a mark of a picture, sound or video in a text: deft trains on text, and the answer may rest on it",
+        "remove the rows, or the marks where nothing was meant to be seen",
+    ),
+    "contrary_rating": DataWarning(
+        "warning", "rate{s} the chosen answer below the rejected one", "turn them round, or remove the rows"
+    ),
     "dropped_content": DataWarning(
         "warning", "{have} an earlier answer that the chat template does not show", "choose another with template="
     ),
@@ -223,9 +236,22 @@ def _of_row(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
         yield "double_bos"
     if any(_is_empty_answer(message) for message in row.conversation.messages):
         yield "empty_answer"
+    yield from row.conversation.doubts
+    declared = {name for tool in row.conversation.tools if (name := tool.get("function", tool).get("name"))}
+    called = {call.name for message in row.conversation.messages for call in message.tool_calls}
+    if declared and not called <= declared:
+        yield "undeclared_tools"
+    if any(map(_MEDIA.search, (message.content for message in row.conversation.messages))):
+        yield "marks_of_media"
     yield from _reasoning(row_encoder, row)
 
 
+_MEDIA = re.compile(
+    r"[<\[]\|?(?:start_of_|begin_of_)?(?:image|img|audio|video|vision)"
+    r"(?:_(?:\d+|pad|start|token|placeholder|soft_token))?\|?[>\]]",
+    re.IGNORECASE,
+)
+"""What corpora and models write where something is seen or heard."""
 _MARKED = {"reasoning": "moved_reasoning", "empty": "empty_block", "text": "reasoning_as_text"}
 _SWITCHED_OFF = re.compile(r"\b\w+=false\b")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -19,18 +18,32 @@ from deft.data.format import Choices
 from deft.data.shapes import Outcome
 from deft.dataset import data_warnings
 from deft.dataset.source import Item, SourceSpec
-from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage
+from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage, example_digest
 from deft.encoding import tokenizer as edge
 from deft.encoding.edges import Coder
 from deft.encoding.render.chat import ChatRenderer
 from deft.encoding.render.stop import Marks
-from deft.encoding.render.template import Chosen, Template
-from deft.encoding.rows import EncodedRow, Example, Policy, RowEncoder
+from deft.encoding.render.template import Chosen, Template, choose
+from deft.encoding.rows import EncodedRow, Policy, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 
 
-def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequence[int] = ()) -> RowEncoder:
-    """What turns conversations into tokens; `stop_ids` are those of the model's generation_config."""
+def template_of(tokenizer: Tokenizer, setting: str) -> Chosen:
+    """The chat template that `template` asks for. Raises InputError as `choose` does."""
+    held = tokenizer
+    return choose(setting, held.chat_template, held.puts_bos, held.special_tokens, held.named_templates)
+
+
+def encoder(
+    tokenizer: Tokenizer,
+    chosen: Chosen,
+    policy: Policy,
+    stop_ids: Sequence[int] = (),
+) -> RowEncoder:
+    """What turns conversations into tokens.
+
+    stop_ids  those of the model's generation_config
+    """
     template = Template(chosen.source, tokenizer.template_tokens, policy.template_kwargs)
     return RowEncoder(ChatRenderer(template, tokenizer.marks(stop_ids), policy.rules), Coder(tokenizer), policy)
 
@@ -40,13 +53,11 @@ class Recipe:
     """What a process needs to encode the rows of a source.
 
     hf     the Hugging Face tokenizer
-    now    the moment that the template calls now
     shape  of all rows of the source
     """
 
     hf: Any
     template: str
-    now: datetime
     marks: Marks
     policy: Policy
     source: str
@@ -59,7 +70,6 @@ class Recipe:
         return cls(
             row_encoder.tokenizer.hf,
             template.source,
-            template.now,
             row_encoder.renderer.marks,
             row_encoder.policy,
             source.path,
@@ -69,7 +79,7 @@ class Recipe:
 
     def encoder(self) -> RowEncoder:
         tokenizer = edge.wrap(self.hf)
-        template = Template(self.template, tokenizer.template_tokens, self.policy.template_kwargs, self.now)
+        template = Template(self.template, tokenizer.template_tokens, self.policy.template_kwargs)
         return RowEncoder(ChatRenderer(template, self.marks, self.policy.rules), Coder(tokenizer), self.policy)
 
 
@@ -229,7 +239,7 @@ def _examples(fated: Sequence[FatedRow]) -> pa.ListArray:
     examples = [example for each in fated for example in each.row.examples]
     parts = [part for example in examples for part in example]
     kind = SCHEMA.field("examples").type
-    digests = np.array([_example_digest(*each) for each in zip(examples, scales, strict=True)], np.uint64)
+    digests = np.array([example_digest(*each) for each in zip(examples, scales, strict=True)], np.uint64)
     lists = _lists(
         [len(example) for example in examples], _parts(parts, kind.value_type.field("parts").type.value_type)
     )
@@ -265,12 +275,3 @@ def _lists(lengths: Sequence[int] | np.ndarray, values: Any) -> pa.ListArray:
 def _struct(kind: pa.StructType, *fields: Any) -> pa.StructArray:
     arrays = [each if isinstance(each, pa.Array) else pa.array(each) for each in fields]
     return pa.StructArray.from_arrays(arrays, fields=list(kind))
-
-
-def _example_digest(example: Example, scale: float) -> int:
-    found = hashlib.blake2b(np.float64(scale).tobytes(), digest_size=8)
-    for part in example:
-        found.update(len(part.tokens).to_bytes(8, "little"))
-        found.update(part.tokens.astype("<i4", copy=False).tobytes())
-        found.update(part.weights.astype("<f4", copy=False).tobytes())
-    return int.from_bytes(found.digest(), "little")

@@ -7,10 +7,11 @@ Every array that is handed out is a view of Arrow's memory.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from deft.core.errors import DamagedError
 from deft.core.files import Staging, Writer
 from deft.core.types import Encoded, Fate, Origin
 from deft.encoding.rows import Example
@@ -114,10 +116,18 @@ class RowGroup:
         return Origin(self.files[file], line, item)
 
     def example(self, number: int, loss_weight: float = 1.0) -> Example:
-        """The parts of an example; `loss_weight` is that of the source."""
+        """The parts of an example; `loss_weight` is that of the source.
+
+        Raises DamagedError where it has other numbers than were written: a store is read page by page, long after its
+        file was verified.
+        """
         origin = self.origin(bisect_right(self.arrays["examples_offsets"].data, number) - 1)
-        scale = self.arrays["scale"].item(number) * loss_weight
-        return tuple(self._part(part, origin, scale) for part in self.numbers("parts", number))
+        scale = self.arrays["scale"].item(number)
+        parts = tuple(self._part(part, origin) for part in self.numbers("parts", number))
+        if example_digest(parts, scale) != self.arrays["example_digest"].item(number):
+            raise DamagedError(f"{origin}: its tokens are not those that were written to the cache; start again")
+        factor = np.float32(scale * loss_weight)
+        return parts if factor == 1.0 else tuple(replace(part, weights=part.weights * factor) for part in parts)
 
     def numbers(self, name: str, element: int) -> range:
         """The numbers of the values of a list."""
@@ -133,10 +143,20 @@ class RowGroup:
         offsets = self.arrays[f"{name}_offsets"]
         return slice(offsets.item(element), offsets.item(element + 1))
 
-    def _part(self, part: int, origin: Origin, scale: float) -> Encoded:
+    def _part(self, part: int, origin: Origin) -> Encoded:
         tokens, runs = self._span("tokens", part), self._span("runs", part)
         weights = self.arrays["weight"][runs].repeat(self.arrays["length"][runs])
-        return Encoded(origin, self.arrays["tokens"][tokens], weights if scale == 1.0 else weights * np.float32(scale))
+        return Encoded(origin, self.arrays["tokens"][tokens], weights)
+
+
+def example_digest(example: Example, scale: float) -> int:
+    """64 bits of the tokens of an example, their weights, and what these are multiplied by."""
+    found = hashlib.blake2b(np.float64(scale).tobytes(), digest_size=8)
+    for part in example:
+        found.update(len(part.tokens).to_bytes(8, "little"))
+        found.update(part.tokens.astype("<i4", copy=False).tobytes())
+        found.update(part.weights.astype("<f4", copy=False).tobytes())
+    return int.from_bytes(found.digest(), "little")
 
 
 def _views(name: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
@@ -337,6 +357,16 @@ class Examples(Sequence[Example]):
                 example = group.example(number)
                 largest = max(int(part.tokens.max()) for part in example)
                 found[example[0].origin] = max(largest, found.get(example[0].origin, 0))
+        return found
+
+    def token_counts(self, ids: range) -> dict[int, int]:
+        """How often each of some tokens stands in the rows that these are a selection of."""
+        found = dict.fromkeys(ids, 0)
+        for group in {id(group): group for each in self.selections for group in each.store.groups}.values():
+            tokens = group.arrays["tokens"]
+            present, times = np.unique(tokens[(tokens >= ids.start) & (tokens < ids.stop)], return_counts=True)
+            for index, number in zip(present.tolist(), times.tolist(), strict=True):
+                found[index] += number
         return found
 
     def lengths(self, index: int) -> list[int]:

@@ -8,7 +8,7 @@ from itertools import islice
 
 from pydantic import TypeAdapter
 
-from deft.core import workers
+from deft.core import files, workers
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.files import Staging
 from deft.core.types import Message
@@ -106,11 +106,18 @@ def _glanced(source: SourceSpec, execution: Execution) -> Survey:
 
 
 def _surveyed(source: SourceSpec, execution: Execution) -> Survey:
+    stop_if_changed = caches.watch(source.path, source.files())
     content = _content(source)
+
+    def survey() -> Survey:
+        found = _survey(source, execution)
+        stop_if_changed()
+        return found
+
     if execution.cache is None or not content:
-        return replace(_survey(source, execution), content=content)
-    folder, _ = execution.cache.get(key(source, content), lambda staging: _write(staging, _survey(source, execution)))
-    return replace(_AS_JSON.validate_json((folder / FILE).read_bytes()), content=content)
+        return replace(survey(), content=content)
+    folder, manifest = execution.cache.get(key(source, content), lambda staging: _write(staging, survey()))
+    return replace(_AS_JSON.validate_json(files.read(folder / FILE, manifest.files[FILE])), content=content)
 
 
 def _write(staging: Staging, survey: Survey) -> None:

@@ -1,45 +1,210 @@
-"""The ranks that compute one run together, and what they share. A world of one rank is a world."""
+"""The ranks that compute one run together, and what they share. A world of one rank is a world.
+
+torchrun starts a process for each rank and says in the environment which one it is. Every rank holds the whole model;
+the ranks share out a step's micro-batches, and add their gradients up in the order of those, as one rank does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from deft.core.errors import InputError, LostProcessError
+from deft.core.signals import Preempted
+from deft.distributed.watch import KeyStore, Watch
 
 Made = TypeVar("Made")
+
+_GATHER: Callable[[Tensor, Tensor], Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""As torch calls it from 2.13 on, and before."""
+
+PARTING = 5.0
+"""Seconds that rank 0, which may keep the store, waits for the others at the end."""
+WAIT = timedelta(days=7)
+"""Of collectives: a rank evaluates for as long as it takes, and one that is lost is found by its signs of life."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One rank's view of all ranks. So far there is one.
+    """One rank's view of all ranks.
 
-    rank  from 0
-    mesh  how the ranks share weights; None where each has them whole
+    rank        from 0; rank 0 alone writes and speaks
+    local_rank  among those of its machine, and the number of its GPU
+    watch       None in a world of one
 
     >>> world = World()
-    >>> world.rank, world.size, world.sum(2.5), world.from_first(lambda: "runs/today")
+    >>> world.rank, world.size, world.sum(2.5), world.from_first("output", lambda: "runs/today")
     (0, 1, 2.5, 'runs/today')
     """
 
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None
+    local_rank: int = 0
+    watch: Watch | None = None
 
-    def __post_init__(self) -> None:
-        if (self.rank, self.size) != (0, 1):
-            raise NotImplementedError("a world of several ranks")
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def at(self, step: int) -> None:
+        """This rank is at a step, which is told where it is lost."""
+        if self.watch is not None:
+            self.watch.step = step
+
+    def check(self) -> None:
+        """Raises LostProcessError or Preempted where another rank has failed, or was ended."""
+        if self.watch is not None:
+            self.watch.check()
+
+    def see_off_first(self) -> None:
+        """Returns once rank 0 has ended: torchrun kills it soon after another rank has, and it may have to save."""
+        if self.watch is not None:
+            with suppress(LostProcessError, Preempted):
+                self.watch.wait_for("left/0")
+
+    def start(self, device: torch.device) -> None:
+        """Begins the collectives of all ranks: nothing is sent before, and nothing that takes long is done in between.
+
+        Raises InputError for a device that has none.
+        """
+        if self.watch is None:
+            return
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"device: several ranks compute on cpu or cuda, not on {device.type}")
+        store: Any = dist.PrefixStore("collectives", self.watch.connect())  # type: ignore[arg-type]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with self._complaining():
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=WAIT)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of every rank's `values`, on every rank."""
+        """The sum of every rank's `values`, on every rank. Exact where all but one of them are 0."""
+        if self.size > 1:
+            with self._complaining():
+                dist.all_reduce(values)
         return values
 
-    def from_first(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes, on every rank: for what depends on the moment or on the machine."""
-        return make()
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[size, ...]: part i of every rank's `parts` [size, ...], by rank, on rank i."""
+        found = torch.empty_like(parts)
+        with self._complaining():
+            dist.all_to_all_single(found.view(torch.uint8), parts.view(torch.uint8))
+        return found
 
-    def wait(self) -> None:
-        """Returns once every rank has come here."""
+    def gather(self, part: Tensor) -> Tensor:
+        """[size * n]: every rank's `part` [n], by rank, on every rank."""
+        found = part.new_empty(self.size * len(part))
+        with self._complaining():
+            _GATHER(found, part)
+        return found
+
+    def from_first(self, name: str, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes, on every rank: JSON, for what depends on the moment or on the machine.
+
+        name  of what it is; no two are alike in a run
+        """
+        if self.watch is None:
+            return make()
+        if self.is_first:
+            made = make()
+            self.watch.store.set(f"made/{name}", json.dumps(made))
+            return made
+        found: Made = json.loads(self.watch.wait_for(f"made/{name}"))
+        return found
+
+    @contextmanager
+    def one_a_machine_first(self, name: str) -> Iterator[None]:
+        """The body runs on the first rank of each machine, then on the others, who find what it has kept."""
+        if self.watch is None:
+            yield
+            return
+        key = f"done/{name}/{os.environ.get('GROUP_RANK', '0')}"
+        if self.local_rank:
+            self.watch.wait_for(key)
+        yield
+        if not self.local_rank:
+            self.watch.store.set(key, "1")
+
+    def stop_unless_same(self, name: str, value: str, fix: str) -> None:
+        """Raises InputError where this rank has another `value` than rank 0, with what to do."""
+        if (first := self.from_first(name, lambda: value)) != value:
+            raise InputError(f"{name}: rank {self.rank} has {value}, and rank 0 {first}; {fix}")
+
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        """A collective fails where another rank is lost: raises LostProcessError, or Preempted, as that one ended."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.watch is None:
+                raise
+            raise self.watch.reason(error) from error
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world that torchrun has started this process in; a world of one without it. Left once rank 0 is done.
+
+    Raises InputError where the environment says half of it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if lacks := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        what = f"the environment has WORLD_SIZE={size}, and no {lacks[0]}"
+        raise InputError(f"{what}: start several ranks with torchrun, or unset WORLD_SIZE")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    watch = Watch(_connecting(rank), rank, size)
+    watch.begin()
+    try:
+        yield World(rank, size, local_rank, watch)
+        _part(watch)
+    except BaseException as error:
+        watch.tell(error)
+        raise
+    finally:
+        watch.end()
+
+
+def _part(watch: Watch) -> None:
+    """Ends the collectives, once rank 0 is done; the others are not missed from here on. Rank 0 leaves last."""
+    if watch.rank == 0:
+        watch.store.set("done", "1")
+        until = time.monotonic() + PARTING
+        others = [f"parted/{rank}" for rank in range(1, watch.size)]
+        while not watch.store.check(others) and time.monotonic() < until:
+            time.sleep(0.02)
+    else:
+        watch.retire()
+        watch.wait_for("done")
+        watch.store.set(f"parted/{watch.rank}", "1")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _connecting(rank: int) -> Callable[[], KeyStore]:
+    """What connects to the store of this attempt of the job; rank 0 keeps the store where torchrun does not."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = f"deft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    keeps = [rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"]
+
+    def connect() -> Any:
+        is_master = keeps.pop() if keeps else False
+        tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(minutes=5))
+        return dist.PrefixStore(attempt, tcp)
+
+    return connect

@@ -208,6 +208,8 @@ class RowEncoder:
     def _proven(self, conversation: Conversation, weights: Sequence[float]) -> Rendered:
         if conversation.kind == "chat":
             raise Refusal("it reads texts that a template wrote, and this row has messages; leave data.render out")
+        if chat_only := _chat_only(conversation):
+            raise Refusal(f"the template wrote the text beforehand, which has no place for {chat_only}; give messages")
         if self.policy.rules != DEFAULT_RULES:
             raise Refusal("answers are learnt whole; reasoning, learn_reasoning and learn_tool_calls need messages")
         if isinstance(self.texts, Refusal):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,10 +55,12 @@ class Tokenizer:
     """A fast Hugging Face tokenizer, and what deft has to know about it.
 
     hf            the tokenizer itself, never changed
+    new_ids       those of tokens that it has been given, for which the model is to get rows
     chat_template its own template, None where it has none
     """
 
     hf: PreTrainedTokenizerFast
+    new_ids: range = range(0)
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -72,6 +74,14 @@ class Tokenizer:
     def remade(self) -> Remade | None:
         """How it differs from the tokenizer.json that it was loaded from, if it does."""
         return _how_remade(self.hf)
+
+    @property
+    def warning(self) -> str:
+        """What whoever loads it with transformers should know, or nothing."""
+        if getattr(self.hf.backend_tokenizer, "fix_mistral_regex", None) is False:
+            fix = "set fix_mistral_regex: true in its tokenizer_config.json"
+            return f"transformers says that this tokenizer cuts words with a wrong regular expression; {fix}"
+        return str(self.remade) if self.remade else ""
 
     @cached_property
     def puts_bos(self) -> bool:
@@ -92,14 +102,35 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
+        """Of named ones the default; rows with tools go through `tool_use`, as transformers chooses at inference."""
         template = self.hf.chat_template
-        return template.get("default") if isinstance(template, dict) else template
+        return _with_tool_use(template) if isinstance(template, dict) else template
+
+    @property
+    def named_templates(self) -> Mapping[str, str]:
+        """Its templates by name, where it has several."""
+        return self.hf.chat_template if isinstance(self.hf.chat_template, dict) else {}
 
     def with_template(self, template: str) -> Tokenizer:
         """The same tokenizer with another chat template."""
         hf = copy.copy(self.hf)
         hf.chat_template = template
-        return Tokenizer(hf)
+        return replace(self, hf=hf)
+
+    def with_tokens(self, texts: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with more tokens, which are found in the text of any row, unlike its control tokens.
+
+        One that was added before, to a model that is trained on, stays as it is. Raises InputError for a text that is a
+        control token or an ordinary one already.
+        """
+        hf, vocabulary, added = copy.deepcopy(self.hf), self.hf.get_vocab(), self.hf.get_added_vocab()
+        for text in texts:
+            kind = "a control token" if text in self.special_tokens else "an ordinary token"
+            if text in vocabulary and (text in self.special_tokens or text not in added):
+                raise InputError(f"data.add_tokens: {text!r} is {kind} of this tokenizer already; leave it out")
+        hf.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in texts])
+        new = sorted(hf.get_vocab()[text] for text in texts if text not in vocabulary)
+        return replace(self, hf=hf, new_ids=range(new[0], new[-1] + 1) if new else range(0))
 
     @cached_property
     def template_tokens(self) -> dict[str, str]:
@@ -224,17 +255,18 @@ class Tokenizer:
         return self._literal if self._continuing is self._backend else _literally(self._continuing)
 
 
-def load(path: str) -> Tokenizer:
-    """The tokenizer of a model folder or hub id.
+def load(path: str, add_tokens: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a model folder or hub id, with more tokens.
 
-    Raises InputError where there is none, where it is not a fast one, where it would have to run code, or where
-    transformers makes one of the folder's tokenizer.json that loses text.
+    Raises InputError where there is none, where it is not a fast one, where it would have to run code, where
+    transformers makes one of the folder's tokenizer.json that loses text, or where `add_tokens` are no new ones.
     """
     from transformers import AutoTokenizer  # it imports torch, which helping processes do without
 
     try:
         hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        hf("a")  # what its files say wrong of lengths and the like comes out here
+    except Exception as error:  # of files of somebody else's; tokenizers raises bare ones
         if "custom code" in str(error):
             fix = "save one that transformers has, as tokenizer.json"
             raise InputError(f"{path}: its tokenizer brings its own code, which is not run; {fix}") from error
@@ -242,7 +274,7 @@ def load(path: str) -> Tokenizer:
     tokenizer = wrap(hf, path)
     if tokenizer.remade and tokenizer.remade.loses_text:
         raise InputError(f"{path}: {tokenizer.remade}; use a tokenizer that belongs to this architecture")
-    return tokenizer
+    return tokenizer.with_tokens(add_tokens) if add_tokens else tokenizer
 
 
 def of(tokenizer: Any) -> Tokenizer:
@@ -261,8 +293,8 @@ def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
     """
     from transformers import PreTrainedTokenizerFast  # the configuration imports this module, and is quick
 
-    file = Path(hf.name_or_path) / "tokenizer.json"
-    if type(hf) is PreTrainedTokenizerFast or not file.is_file() or _cuts_text_like(hf, file):
+    file = _file_of(hf.name_or_path)
+    if type(hf) is PreTrainedTokenizerFast or file is None or _cuts_text_like(hf, file):
         return None
     ours, by_file = hf.backend_tokenizer, tokenizers.Tokenizer.from_file(str(file))
     found = []
@@ -272,6 +304,17 @@ def _how_remade(hf: PreTrainedTokenizerFast) -> Remade | None:
             kept, all_of_it = ours.decode(ids, False), by_file.decode(ids_of_file, False)
             found.append(Remade(type(hf).__name__, text, ids, ids_of_file, kept.split() != all_of_it.split()))
     return max(found, key=lambda each: each.loses_text, default=None)
+
+
+def _file_of(name: str) -> Path | None:
+    """The tokenizer.json of a folder, or of a hub id in the cache; None where there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, "tokenizer.json", local_files_only=True) if name else None
+    except OSError:
+        return None
+    return None if found is None else Path(found)
 
 
 def _cuts_text_like(hf: PreTrainedTokenizerFast, file: Path) -> bool:
@@ -298,11 +341,26 @@ def wrap(tokenizer: Any, name: str = "tokenizer") -> Tokenizer:
     return Tokenizer(tokenizer)
 
 
+def _with_tool_use(named: Mapping[str, str]) -> str | None:
+    """One template of two; a line break after a block is not text, as transformers compiles templates.
+
+    >>> _with_tool_use({"default": "a", "tool_use": "b"})
+    '{% if tools %}\\nb{% else %}\\na{% endif %}'
+    """
+    default, tool_use = named.get("default"), named.get("tool_use")
+    if default is None or tool_use is None:
+        return default
+    parts = (tool_use.removesuffix("\n"), default.removesuffix("\n"))
+    return "{{% if tools %}}\n{}{{% else %}}\n{}{{% endif %}}".format(*parts)
+
+
 def _as_bytes(ids: list[int]) -> bytes:
     return np.array(ids, np.int32).tobytes()
 
 
 def _advice(path: str) -> str:
+    if pointer := next((file.name for file in Path(path).glob("*.json") if file.read_bytes()[:8] == b"version "), None):
+        return f"{pointer} is a pointer of git-lfs: run git lfs pull in the folder"
     if Path(path).is_dir():
         return "the folder needs tokenizer.json and tokenizer_config.json"
     return "name a folder that exists, or a hub id that this machine can reach"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deft.core.types import Objective
 from deft.encoding.rows import Example
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import samples
@@ -26,7 +25,6 @@ class Evaluator:
     no answers."""
 
     held_out: Sequence[Example]
-    objective: Objective
     microbatch_tokens: int
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
@@ -41,7 +39,8 @@ class Evaluator:
         """
         before = randomness.snapshot()
         try:
-            numbers, answers = self._measure(state)
+            with state.as_served():
+                numbers, answers = self._measure(state)
             if numbers:
                 write("eval", {"step": state.step, **numbers})
             for answer in answers:
@@ -55,7 +54,7 @@ class Evaluator:
         """Numbers by name (loss, perplexity, metrics/<name>), and the answers."""
         found: dict[str, float] = {}
         if self.held_out:
-            found["loss"] = held_out_loss(state.causal_lm, self.held_out, self.objective, self.microbatch_tokens)
+            found["loss"] = held_out_loss(state.causal_lm, self.held_out, self.microbatch_tokens)
             found["perplexity"] = math.exp(min(found["loss"], 700))
         answers = samples.sample(
             state.causal_lm.model,

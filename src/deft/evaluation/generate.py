@@ -17,12 +17,13 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from deft.core import hardware
+from deft.core import files, hardware
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.registry import closest
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.tokenizer import Tokenizer
 from deft.model import load as models
+from deft.model import virtual_tokens
 from deft.model.causal_lm import evaluating
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -45,18 +46,28 @@ _REFUSED = {
     "stop_strings": "use stop_sequences",
     "pad_token_id": "the tokenizer's is used",
 }
+_ONE_ANSWER = {"return_dict_in_generate": False, "num_return_sequences": 1}
+"""Whatever the model's own generation_config says."""
 _SETTINGS = {name for name in vars(GenerationConfig()) if name[0] != "_" and name != "transformers_version"}
 
 
 def load(path: str | Path, *, device: str = "auto") -> tuple[Any, Tokenizer]:
     """The model (dtype as saved, evaluation mode) and the tokenizer of a Hugging Face folder or hub id.
 
-    Nothing in the folder can run code. `device`: auto (cuda, mps, cpu), or its name.
-    Raises InputError, with what to do, where there is no such folder or it is not a causal language model.
+    Nothing in the folder can run code. `device`: auto (cuda, mps, cpu), or its name. A folder of virtual tokens stands
+    for its base with them; others' `generate` does not put them in front.
+    Raises DamagedError where deft wrote the folder and it is not as it was written, and InputError, with what to do,
+    where there is no such folder or it is not a causal language model.
     """
-    base = models.inspect(str(path))
+    files.verify_model(Path(path).expanduser())
+    settings = virtual_tokens.of_folder(Path(path).expanduser())
+    base = models.inspect(settings[0] if settings else str(path))
     tokenizer = tokenizers.load(str(path))
-    return models.load(base, device=hardware.device(device), dtype=getattr(torch, base.dtype)), tokenizer
+    model = models.load(base, device=hardware.device(device), dtype=getattr(torch, base.dtype))
+    if settings:
+        virtual_tokens.attach(model, settings[1])
+        virtual_tokens.fill(model, Path(path).expanduser())
+    return model, tokenizer
 
 
 def complete(
@@ -200,12 +211,19 @@ class Request:
         return cls(model, held, settings, new_tokens, check_stops(stop_sequences), dict(template_kwargs or {}))
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """The ids of a prompt. Raises InputError where it is empty and the tokenizer has no token to start from."""
+        """The ids of a prompt.
+
+        Raises InputError where it is empty and the tokenizer has no token to start from, or a token is not the model's.
+        """
         held = self.held
         if isinstance(prompt, str):
             ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
         else:
             ids = held.ids(prompt_text(held, prompt, self.template_kwargs))
+        size = self.model.config.get_text_config().vocab_size
+        if odd := next((index for index in ids if index >= size), None):
+            what = f"{held.hf.convert_ids_to_tokens(odd)!r} is token {odd}, and the model has {size} embeddings"
+            raise InputError(f"prompt: {what}; use the tokenizer that belongs to the model")
         if ids or held.start_ids:
             return ids or held.start_ids
         raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")
@@ -216,6 +234,7 @@ class Request:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context is None:
             return self.new_tokens
+        context -= virtual_tokens.count(self.model)
         if len(row) >= context:
             raise InputError(f"a prompt of {len(row)} tokens leaves no room in a context of {context}; shorten it")
         return min(self.new_tokens, context - len(row))
@@ -227,13 +246,20 @@ class Request:
 
         Raises InputError where transformers refuses the settings.
         """
-        width, pad, device = max(map(len, rows)), self.settings["pad_token_id"], self.model.device
+        virtual, pad, device = virtual_tokens.count(self.model), self.settings["pad_token_id"], self.model.device
+        width = virtual + max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        masks = ([1] * virtual + [0] * (width - virtual - len(row)) + [1] * len(row) for row in rows)
+        mask = torch.tensor([*masks], device=device)
         criteria = StoppingCriteriaList([_StopSequences(self, width)] if self.stops else [])
         # max_length, not max_new_tokens: transformers warns at each call when a generation_config has a max_length.
         lengths = {"max_length": width + new_tokens, "max_new_tokens": None}
-        given = {**self.settings, **lengths, "streamer": streamer, "stopping_criteria": criteria}
+        given = {**_ONE_ANSWER, **self.settings, **lengths, "streamer": streamer, "stopping_criteria": criteria}
+        if self.model.generation_config.stop_strings:
+            given["tokenizer"] = self.held.hf
+        if streamer is not None:
+            given["num_beams"] = 1
+        given |= virtual_tokens.generated_from(self.model, len(rows) * (given.get("num_beams") or 1))
         try:
             found = self.model.generate(input_ids=ids, attention_mask=mask, **given)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Held-out loss: the same sums as in training, without gradients."""
+"""Held-out loss: the negative log-likelihood, whatever is minimised, so that runs compare; without gradients."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deft.core.types import MicroBatch, Objective
+from deft.core.types import MicroBatch
 from deft.encoding.rows import Example
 from deft.model.causal_lm import CausalLM, evaluating
 from deft.plan.loader import build
 from deft.plan.packs import pack
+from deft.training.chunked import NLL
 
 TOGETHER = 1000
 """How many examples are packed together."""
 
 
 @torch.no_grad()
-def held_out_loss(
-    causal_lm: CausalLM, examples: Sequence[Example], objective: Objective, microbatch_tokens: int
-) -> float:
+def held_out_loss(causal_lm: CausalLM, examples: Sequence[Example], microbatch_tokens: int) -> float:
     """Nats per unit of weight over all targets of `examples`; dropout is off while it is measured."""
     total = weight = 0.0
     with evaluating(causal_lm.model):
         for batch in _batches(examples, microbatch_tokens):
-            tally = causal_lm(batch, objective)
+            tally = causal_lm(batch, NLL)
             total += float(tally.nll_sum)
             weight += float(tally.weight_sum)
     return total / weight

@@ -6,7 +6,8 @@ adapter/  adapter_config.json  adapter_model.safetensors (fp32)  manifest.json
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ import torch
 from torch import Tensor
 
 from deft.core import files
+from deft.encoding.tokenizer import Tokenizer
+from deft.evaluation import prompt_form
+from deft.evaluation.prompt_form import PromptForm
 from deft.export.folder import EXPORT_ROWS, TOLERANCE, ExportError, logits
-from deft.model import adapters
+from deft.model import adapters, quantized, virtual_tokens
 from deft.model.config import AdapterConfig
 from deft.training.checkpoint import serialised
 from deft.training.masters import Masters
+
+DEQUANTIZED = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2}
+"""Largest ||a - b|| / ||b|| of a row's logits by codes and by the weights made of them, in the dtype of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +47,85 @@ class Merge:
 
     def __str__(self) -> str:
         """
-        >>> str(Merge(168, "bfloat16", 0.4, 1e-7, 0.01))
-        'adapter merged into 168 layers (within 1.0e-07): it moves logits by 0.4; in bfloat16 2.5% of that is lost'
+        >>> str(Merge(168, "bfloat16", 0.4, 1e-7, 0.01))[49:]
+        'it moves logits by 0.4; in bfloat16 2.5% of that is lost (export.dtype=fp32 keeps it)'
         """
         share = self.lost / self.effect if self.effect else 0.0
         moved = f"it moves logits by {self.effect:.2g}; in {self.dtype} {share:.1%} of that is lost"
+        moved += "" if self.dtype == "float32" else " (export.dtype=fp32 keeps it)"
         return f"adapter merged into {self.layers} layers (within {self.error:.1e}): {moved}"
 
 
-def write(folder: Path, model: Any, masters: Masters, settings: AdapterConfig, base: str) -> None:
-    """The adapter as peft writes it, whole or not at all, in place of one that an earlier end of the run has left.
+def write(
+    folder: Path,
+    model: Any,
+    masters: Masters,
+    settings: AdapterConfig,
+    base: str,
+    tokenizer: Tokenizer,
+    about: Mapping[str, Any],
+) -> None:
+    """The adapter as peft writes it, whole or not at all; one that an earlier end of the run has left is set aside.
 
-    base  the base model's hub id or folder, which adapter_config.json names
+    base       the base model's hub id or folder, which adapter_config.json names
+    tokenizer  is written beside it where it has new tokens
+    about      what manifest.json says of it
     """
-    if folder.exists():
-        files.remove(folder)
+    if os.path.lexists(folder):
+        files.set_aside(folder)
     described: Any = adapters.peft_config(model, settings)
     described.base_model_name_or_path, described.inference_mode = base, True
+    described.trainable_token_indices = adapters.token_indices(masters.parameters)
     if settings.target == "all-linear":  # as names, which servers know how to read
         described.target_modules = {name.rpartition(".")[2] for name in adapters.layers(model)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
     tensors = {adapters.peft_name(name): masters[name].cpu() for name in masters.parameters}
-    with files.staged(folder) as staging:
+    with files.staged(folder, about) as staging:
         staging.write_json("adapter_config.json", json.loads(json.dumps(values, default=str)))
         staging.write("adapter_model.safetensors", serialised(tensors))
+        if tokenizer.new_ids:
+            tokenizer.hf.save_pretrained(staging.path)
+
+
+def write_virtual(
+    folder: Path,
+    model: Any,
+    masters: Masters,
+    base: str,
+    tokenizer: Tokenizer,
+    card: str,
+    form: PromptForm,
+    about: Mapping[str, Any],
+) -> None:
+    """Virtual tokens as peft writes them, with the tokenizer: all that leaves a run, as nothing can be merged.
+
+    base  the base model's hub id or folder, which adapter_config.json names
+    form  how the model is asked, for deft.json; about: what manifest.json says
+    """
+    described = {**virtual_tokens.described(model), "base_model_name_or_path": base, "inference_mode": True}
+    (tensor,) = (masters[name].cpu() for name in masters.parameters)
+    if os.path.lexists(folder):
+        files.set_aside(folder)
+    with files.staged(folder, about) as staging:
+        staging.write_json("adapter_config.json", described)
+        staging.write("adapter_model.safetensors", serialised({virtual_tokens.KEY: tensor}))
+        tokenizer.hf.save_pretrained(staging.path)
+        staging.write_text("README.md", card)
+        staging.write_text(prompt_form.FILE, form.as_json())
+
+
+def dequantize(model: Any, masters: Masters, rows: Sequence[Sequence[int]]) -> str:
+    """Gives the layers of a quantised base the weights they have computed with, on the CPU; says how exactly.
+
+    Raises ExportError where the model gives other logits than before.
+    """
+    count, rows = len(quantized.layers(model)), rows[:EXPORT_ROWS]
+    before = [logits(model, row).cpu() for row in rows]
+    masters.adopt(quantized.undo(model), "cpu")
+    error = _worst([logits(model, row) for row in rows], before)
+    if not error <= DEQUANTIZED[model.dtype]:
+        raise ExportError(f"the dequantised model's logits differ by {error:.2e} from the quantised one's")
+    return f"base dequantised in {count} layers (logits within {error:.1e})"
 
 
 def merge(model: Any, masters: Masters, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Merge:
@@ -105,7 +167,7 @@ def _merged(name: str, layer: Any, masters: Masters) -> Tensor:
     """fp32: the base weight with its adapter, by peft's own rule for the variant; the layer is left as it was."""
     live = {key: parameter.data for key, parameter in layer.named_parameters()}
     for key, parameter in layer.named_parameters():
-        parameter.data = masters[f"{name}.{key}"].clone()
+        parameter.data = masters[f"{name}.{key}"].to(torch.float32, copy=True)
     layer.merge()
     merged: Tensor = layer.get_base_layer().weight.data
     layer.merged_adapters.clear()

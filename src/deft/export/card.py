@@ -34,7 +34,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     name             the model's name
     base_model       hub id or folder
     data             [{"path": ..., "rows": ...}, ...]
-    tokens, target_tokens     integers, over one epoch; prompts: how the model is asked
+    tokens, target_tokens     integers, over one epoch; prompts: how it is asked; is_virtual: of virtual tokens alone
     hyperparameters  {name: value}
     versions         {package: version}
 
@@ -75,7 +75,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         *_section("Data", _data_text(facts)),
         *_section("Hyperparameters", _table(("name", "value"), facts.get("hyperparameters", {}).items())),
         *_section("Versions", _table(("package", "version"), facts.get("versions", {}).items())),
-        *_section("Load", _load_text(name, facts.get("prompts"))),
+        *_section("Load", _load_text(name, facts.get("prompts"), shown if facts.get("is_virtual") else None)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -101,8 +101,20 @@ def _data_text(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, [table, share]))
 
 
-def _load_text(name: str, prompts: str | None) -> str:
+def _load_text(name: str, prompts: str | None, virtual_of: str | None) -> str:
     asked = f"As in its training, {prompts}.\n\n" if prompts else ""
+    if virtual_of is not None:
+        return f"""\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+{asked}Virtual tokens for {virtual_of}, in peft's form: they cannot be merged into it, so that whoever serves them
+needs both, and peft. `deft generate` and `deft chat` read this folder as it is."""
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

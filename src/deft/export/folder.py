@@ -19,25 +19,30 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from deft.core import files
-from deft.core.errors import DeftError, DiskError
+from deft.core.errors import DeftError, DiskError, InputError
 from deft.core.files import Staging
 from deft.core.types import Conversation
-from deft.distributed.world import World
 from deft.encoding import tokenizer as tokenizers
 from deft.encoding.rows import Example, as_chat
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompt_form
 from deft.evaluation.generate import SAMPLING, own_stop_ids
 from deft.evaluation.prompt_form import PromptForm
+from deft.export import carried
 from deft.model import multimodal
 from deft.model.causal_lm import evaluating
-from deft.model.load import Base
+from deft.model.load import Base, positions_move
+from deft.model.load import folder as folder_of
 from deft.model.load import stop_ids as stop_ids_of
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||b|| of a row's logits, the exported weights run through both models in fp32."""
+
+SERVED_TOLERANCE = 0.5
+"""The same with each model as it is: rounding to bf16 costs 0.01, or 0.1 where it chooses other experts."""
 
 EXPORT_ROWS = 3
 """How many training examples are compared between the model in memory and the exported one."""
@@ -76,7 +81,8 @@ class ExportCheck:
     def __str__(self) -> str:
         return (
             f"{self.dtype}, reloaded by plain transformers and compared: {self.tensors} tensors equal, "
-            f"logits within {self.largest_error:.1e}, {self.texts} texts encoded alike"
+            f"logits within {self.largest_error:.1e} ({self.served_error:.1e} with each in its own dtype), "
+            f"{self.texts} texts encoded alike"
         )
 
 
@@ -91,7 +97,8 @@ def export(
     card: str,
     weights: Mapping[str, Tensor] | None,
     form: PromptForm | None = None,
-    processor: Sequence[Path] = (),
+    base: Path | None = None,
+    left_over: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
@@ -101,17 +108,21 @@ def export(
     chat_template  stands in for the tokenizer's own where given
     card           README.md
     form           how it is asked, for deft.json
-    processor      files of the base's processor, copied where the tokenizer has not written its own
+    base           the folder of the model that was trained: what training has not changed is carried over from it
+    left_over      weights of its files that are not the model's, which are carried over too
     about          what manifest.json says of it
 
     Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
     staging folder beside it, which `files.sweep` removes.
     """
     with _complaining(folder), files.staged(folder, about) as staging:
-        _write_model(model, staging, dtype, weights, _generation_config(model, tokenizer, stop_ids))
-        for file in processor:
-            staging.write(file.name, [file.read_bytes()])
-        _tokenizer_to_save(tokenizer, chat_template).save_pretrained(staging.path)
+        generation = _generation_config(model, tokenizer, stop_ids)
+        _write_model(model, staging, dtype, weights, generation)
+        _write_tokenizer(_tokenizer_to_save(tokenizer, chat_template), staging, base)
+        if base is not None:
+            carried.replace_configs(staging, base, generation)
+            carried.copy_others(staging, base)
+            carried.copy_weights(staging, base, left_over)
         staging.write_text("README.md", card)
         if form is not None:
             staging.write_text(prompt_form.FILE, form.as_json())
@@ -123,18 +134,18 @@ def hand_over(
     tokenizer: Tokenizer,
     *,
     base: Base,
+    dtype: torch.dtype,
     weights: Mapping[str, Tensor] | None,
     marks: Collection[str],
     card: str,
     form: PromptForm,
     examples: Sequence[Example],
     chat: Conversation | None,
-    world: World,
     about: Mapping[str, Any] | None = None,
 ) -> ExportCheck:
-    """Export a trained model unless an earlier start has, and compare it; it is removed where it differs.
+    """Export a trained model unless an earlier start has, and compare it; it is set aside where it differs.
 
-    base      whose dtype and processor files it gets
+    base      what training has not changed is carried over from it
     marks     what ends the learnt turns of chats
     form      how it is asked
     examples  trained ones, the first `EXPORT_ROWS` of which are compared
@@ -147,22 +158,22 @@ def hand_over(
             model,
             tokenizer.hf,
             folder,
-            dtype=getattr(torch, base.dtype),
+            dtype=dtype,
             stop_ids=stops,
             chat_template=None,
             card=card,
             form=form,
             weights=weights,
-            processor=multimodal.processor_files(base.path),
+            base=folder_of(base),
+            left_over=base.left_over,
             about=about,
         )
-    world.wait()
     rows = [example[0].tokens.tolist() for example in examples[:EXPORT_ROWS]]
     messages = [{"role": each.role, "content": each.content} for each in as_chat(chat.messages)] if chat else None
     try:
         return verify(folder, model, tokenizer.hf, rows, messages, weights=weights, stop_ids=stops)
     except ExportError:
-        files.remove(folder)
+        files.set_aside(folder)
         raise
 
 
@@ -203,6 +214,8 @@ def verify(
     exact = reloaded.float()
     errors = [_comparelogits(model, exact, row, index) for index, row in enumerate(token_rows)]
     largest, rounding = max(errors, default=0.0), max(served, default=0.0)
+    if not rounding <= SERVED_TOLERANCE:
+        raise ExportError(f"in {dtype} the exported model's logits differ by {rounding:.2e} from those in memory")
     return ExportCheck(tensors, parameters, dtype, len(errors), largest, rounding, texts, compared, stops)
 
 
@@ -212,6 +225,7 @@ def weights_to_write(
     """Each parameter once, with all its names (several where it is tied), on the CPU as it is to be written.
 
     Floating parameters are cast to `dtype`, except those that the architecture keeps in fp32; others stay as they are.
+    Raises InputError where fp16 cannot hold one.
     """
     names_of: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -224,7 +238,15 @@ def weights_to_write(
             raise ExportError(
                 f"{names[0]}: weights of shape {tuple(tensor.shape)} for {tuple(parameters[names[0]].shape)}"
             )
-        yield tuple(names), tensor.detach().to(_saved_dtype(model, names[0], tensor, dtype)).to("cpu").contiguous()
+        yield tuple(names), _as_saved(names[0], tensor.detach(), _saved_dtype(model, names[0], tensor, dtype))
+
+
+def _as_saved(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    saved = tensor.to(dtype)
+    if dtype == torch.float16 and not saved.isfinite().all():
+        what = f"{name} has values beyond 65504, the largest of fp16"
+        raise InputError(f"export.dtype: {what}; run the same command again with export.dtype=bf16 or fp32")
+    return saved.to("cpu").contiguous()
 
 
 @contextmanager
@@ -258,12 +280,32 @@ def _write_model(
     for names, tensor in weights_to_write(model, dtype, weights):
         state |= dict.fromkeys(names, tensor)
     twin = _empty_twin(model, dtype)
-    twin.generation_config = generation_config
+    twin.generation_config = GenerationConfig()  # transformers would refuse to save what many published models have
     if unknown := sorted(twin.state_dict().keys() ^ state.keys()):
         raise ExportError(
             f"{type(model).__name__}: {unknown[0]} is not a weight of the plain architecture and the model both"
         )
     twin.save_pretrained(staging.path, state_dict=state)
+    (staging.path / GENERATION_CONFIG_NAME).write_bytes(carried.as_json(generation_config.to_diff_dict()))
+
+
+def _write_tokenizer(tokenizer: Any, staging: Staging, base: Path | None) -> None:
+    """The base's files where the tokenizer is the base's, but for its template."""
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    own: Any = None if base is None else AutoTokenizer.from_pretrained(base, **options)
+    if base is None or not _is_same_tokenizer(tokenizer, own):
+        tokenizer.save_pretrained(staging.path)
+        carried.name_tokenizer_class(staging.path / "tokenizer_config.json")
+        return
+    has_changed = tokenizer.chat_template != own.chat_template
+    carried.copy_tokenizer(staging, base, tokenizer.chat_template if has_changed else None)
+
+
+def _is_same_tokenizer(one: Any, other: Any) -> bool:
+    """But for templates, truncation and padding."""
+    pair = [_tokenizer_to_save(each, None) for each in (one, other)]
+    parts = [(each.backend_tokenizer.to_str(), each.special_tokens_map) for each in pair]
+    return parts[0] == parts[1]
 
 
 def _empty_twin(model: Any, dtype: torch.dtype) -> Any:
@@ -302,7 +344,7 @@ def _generation_config(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> G
     eos = list(dict.fromkeys([*own_stop_ids(model, tokenizer), *stop_ids]))
     config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
     pad = tokenizers.wrap(tokenizer).hf.pad_token_id
-    if config.pad_token_id is None:
+    if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = pad if pad is not None else (eos[0] if eos else None)
     # Of training, not of serving.
     config.use_cache = True
@@ -383,7 +425,7 @@ def _compare_buffers(model: Any, reloaded: Any) -> None:
     found = dict(reloaded.named_buffers())
     saved = {name for name, _ in _saved_buffers(model)}
     for name, buffer in model.named_buffers():
-        if name not in saved and _positions_move(model.config):
+        if name not in saved and positions_move(model.config):
             continue
         if name not in found or not _same_values(
             buffer.detach().cpu(), found[name].detach().cpu(), exact=name in saved
@@ -397,12 +439,6 @@ def _same_values(mine: Tensor, theirs: Tensor, exact: bool) -> bool:
     if mine.shape != theirs.shape or exact or not mine.is_floating_point():
         return torch.equal(mine, theirs)
     return torch.allclose(mine, theirs, rtol=1e-5, atol=0.0)
-
-
-def _positions_move(config: Any) -> bool:
-    """True where the rotary frequencies follow the longest text seen (rope types dynamic and longrope)."""
-    described = str(config.get_text_config().to_dict().get("rope_parameters"))
-    return "dynamic" in described or "longrope" in described
 
 
 def _same_bits(meant: Tensor, found: Tensor) -> bool:

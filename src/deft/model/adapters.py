@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deft.core.errors import InputError
-from deft.model import multimodal
+from deft.model import multimodal, security
 from deft.model.config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -31,8 +31,14 @@ if TYPE_CHECKING:
 NAME = "default"
 """What peft calls the only adapter in the names of its parameters."""
 
+WEIGHTS = "adapter_model.safetensors"
+"""Where an adapter in peft's form has its weights."""
+
 BASE = ".base_layer"
 """What peft puts into the name of a weight that has an adapter."""
+
+_ROWS = re.compile(r"\.weight\[(\d+):(\d+)\]$")
+"""The end of the name that `Masters` gives to some rows of a matrix."""
 
 
 def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
@@ -41,10 +47,7 @@ def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
     A is drawn from torch's generator, B is zero: the model's outputs are at first what they were. Raises InputError
     where peft is not installed, or no layer of the model is meant.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("adapter: needs peft; pip install 'deft-sft[peft]'") from error
+    peft = imported_peft("adapter")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2's layers, which peft then sets itself
@@ -53,8 +56,36 @@ def attach(model: PreTrainedModel, settings: AdapterConfig) -> None:
         names = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)})
         what = " ".join(str(error).split())[:200]
         raise InputError(f"adapter.target: {what}; this model's linear layers: {', '.join(names)}") from error
-    if not layers(model):
+    if not (found := layers(model)):
         raise InputError(f"adapter.target: no layer of this model is {settings.target!r}; leave it out for all of them")
+    _stop_if_unmergeable(model, found)
+    for pattern in (*settings.ranks, *settings.alphas):
+        if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in found):
+            key = "ranks" if pattern in settings.ranks else "alphas"
+            raise InputError(f"adapter.{key}: {pattern!r} is no layer with an adapter; one is {min(found)}")
+
+
+def _stop_if_unmergeable(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """InputError where an adapter is one to several matrices, or to one that has two uses."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [each.get_base_layer() if is_adapted(each) else each for each in ends]
+    is_tied = len({id(getattr(each, "weight", None)) for each in bases}) == 1
+    for name, layer in found.items():
+        if not isinstance(getattr(layer.get_base_layer(), "weight", None), Tensor):
+            raise InputError(f"adapter.target: {name} holds several matrices, which has no adapter here; leave it out")
+        if is_tied and any(layer is each for each in ends):
+            what = "is tied to the other end of the model, which would change with it"
+            raise InputError(f"adapter.target: {name} {what}; leave it out")
+
+
+def imported_peft(key: str) -> Any:
+    """Raises InputError where it is not installed; key is the one that asks for it."""
+    try:
+        with security.without_kernels():
+            import peft
+    except ImportError as error:
+        raise InputError(f"{key}: needs peft; pip install 'deft-sft[peft]'") from error
+    return peft
 
 
 def fill(model: nn.Module, folder: Path) -> None:
@@ -62,21 +93,26 @@ def fill(model: nn.Module, folder: Path) -> None:
 
     Raises InputError where they are not for these layers, or pickled.
     """
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        fix = "save it with peft's save_pretrained, which writes safetensors"
-        raise InputError(f"{folder}: has no adapter_model.safetensors; {fix}")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot be read ({error}); copy it again") from error
+    path, found = folder / WEIGHTS, stored(folder)
     own = {peft_name(name): each for name, each in model.named_parameters() if "lora_" in name}
-    odd = sorted(own.keys() ^ stored.keys()) or [name for name in own if own[name].shape != stored[name].shape]
+    odd = sorted(own.keys() ^ found.keys()) or [name for name in own if own[name].shape != found[name].shape]
     if odd:
         raise InputError(f"{path}: {odd[0]} is not what this base model and adapter_config.json ask for")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(stored[name])
+            parameter.copy_(found[name])
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder of peft's form. Raises InputError where they are pickled or cannot be read."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        fix = "save it with peft's save_pretrained, which writes safetensors"
+        raise InputError(f"{folder}: has no {WEIGHTS}; {fix}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy it again") from error
 
 
 def peft_name(name: str) -> str:
@@ -84,9 +120,22 @@ def peft_name(name: str) -> str:
 
     >>> peft_name("model.layers.0.mlp.up_proj.lora_A.default.weight")
     'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    >>> peft_name("lm_head.weight[32000:32008]")  # rows of new tokens
+    'base_model.model.lm_head.token_adapter.trainable_tokens_delta'
     """
+    name = _ROWS.sub(".token_adapter.trainable_tokens_delta", name)
     name = name.replace(f".lora_magnitude_vector.{NAME}.weight", ".lora_magnitude_vector")
     return "base_model.model." + name.replace(f".{NAME}", "")
+
+
+def token_indices(names: Iterable[str]) -> dict[str, list[int]] | None:
+    """What peft's files say of parameters that are rows of new tokens; None where there are none.
+
+    >>> token_indices(["model.norm.weight", "model.embed_tokens.weight[300:302]"])
+    {'model.embed_tokens': [300, 301]}
+    """
+    found = {name: match for name in names if (match := _ROWS.search(name))}
+    return {name[: match.start()]: [*range(int(match[1]), int(match[2]))] for name, match in found.items()} or None
 
 
 def peft_config(model: PreTrainedModel, settings: AdapterConfig) -> LoraConfig:
@@ -103,7 +152,7 @@ def peft_config(model: PreTrainedModel, settings: AdapterConfig) -> LoraConfig:
         r=settings.r,
         lora_alpha=cast(int, int(alpha) if alpha.is_integer() else alpha),
         lora_dropout=settings.dropout,
-        target_modules=settings.target if isinstance(settings.target, str) else list(settings.target),
+        target_modules=_targets(model, settings),
         exclude_modules=others,
         init_lora_weights=True if settings.init == "kaiming" else settings.init,
         rank_pattern=dict(settings.ranks),
@@ -111,6 +160,14 @@ def peft_config(model: PreTrainedModel, settings: AdapterConfig) -> LoraConfig:
         use_rslora=settings.name == "rslora",
         use_dora=settings.name == "dora",
     )
+
+
+def _targets(model: PreTrainedModel, settings: AdapterConfig) -> str | list[str]:
+    """For peft. Of all linear layers it makes the experts of a mixture too, and its router: several matrices in one."""
+    if settings.target != "all-linear" or not any(each.ndim == 3 for each in model.parameters()):
+        return settings.target if isinstance(settings.target, str) else list(settings.target)
+    head = model.get_output_embeddings()
+    return [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
 
 
 def layers(model: nn.Module) -> dict[str, LoraLayer]:

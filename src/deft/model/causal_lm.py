@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
@@ -17,12 +18,13 @@ from transformers import PreTrainedModel
 
 from deft.core.hardware import round_up_rows, to_device
 from deft.core.types import Head, MicroBatch, Objective, Tally
-from deft.model import fused_layers
+from deft.model import fused_layers, neftune, virtual_tokens
 from deft.model.attention import compiled_arguments, packing_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
 from deft.model.compiled_layers import CompiledLayers, pad
 from deft.model.fused_layers import embed, is_plain_embedding
 from deft.model.multimodal import text_body
+from deft.model.neftune import Noise
 
 Mode = Literal["packed", "alone", "whole"]
 """packed: the body once over all documents of a micro-batch, with our attention.
@@ -38,6 +40,8 @@ class CausalLM(nn.Module):
 
     checkpointing  what layers keep for their backward pass
     compiled       layers that gradients are computed with; all else goes through the model's own
+    noise          alpha of NEFTune's noise, which documents with a seed get; 0 for none
+    start          the model as the run began with it, for objectives that use it (`keep_start`)
     note           for the user, where `mode` is a fallback: why
     """
 
@@ -55,13 +59,30 @@ class CausalLM(nn.Module):
         self.model, self.mode, self.scale, self.softcap, self.note = model, mode, scale, softcap, note
         self.checkpointing = checkpointing
         self.compiled: CompiledLayers | None = None
+        self.noise = 0.0
+        self.start: CausalLM | None = None
 
     def forward(self, micro_batch: MicroBatch, objective: Objective) -> Tally:
         """What the objective says of the micro-batch's targets; their hidden states or logits never leave this call."""
         batch = on_device(micro_batch, self.device)
+        start = self._at_the_start(batch) if objective.uses_start else None
         if self.mode == "whole":
-            return objective.from_logits(self.logits(batch), batch.targets, batch.weights)
-        return objective(*self.hidden_and_head(batch), batch.targets, batch.weights)
+            return objective.from_logits(self.logits(batch), batch.targets, batch.weights, start)
+        return objective(*self.hidden_and_head(batch), batch.targets, batch.weights, start)
+
+    def keep_start(self) -> None:
+        """Keeps the model as it is now, in evaluation mode: what is trained is copied, all else shared."""
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        stays = {id(each): each for each in (*self.model.parameters(), *self.model.buffers())}
+        copied = {id(each): nn.Parameter(each.detach().clone(), requires_grad=False) for each in trained}
+        model = deepcopy(self.model, stays | copied).eval()
+        self.start = CausalLM(model, self.mode, self.scale, self.softcap)
+
+    @torch.no_grad()
+    def _at_the_start(self, batch: MicroBatch) -> Any:
+        """Hidden states and head, or logits, of the model that the run began with."""
+        assert self.start is not None, "keep_start has not been called"
+        return self.start.logits(batch) if self.mode == "whole" else self.start.hidden_and_head(batch)
 
     @property
     def device(self) -> torch.device:
@@ -88,46 +109,60 @@ class CausalLM(nn.Module):
         A loss through this head gives a tied matrix one gradient (fused_layers.py), through `head` the sum of two.
         """
         assert self.mode != "whole", "a head that is not understood has no hidden states to show"
+        batch = virtual_tokens.prepended(self.model, batch)
         if self.mode == "alone":
-            with checkpointed(self.model, self.checkpointing):
-                return alone_hidden(self.model, batch)[batch.rows], self.head
-        bucket = self._bucket(batch)
+            with checkpointed(self.model, self._kept):
+                return alone_hidden(self.model, batch, self._noise(batch))[batch.rows], self.head
+        bucket, noise = self._bucket(len(batch.tokens)), self._noise(batch)
         if self.compiled is not None and bucket is not None and torch.is_grad_enabled():
             with self.compiled.in_place(), checkpointed(self.model, self.checkpointing):
-                return compiled_hidden(self.model, pad(batch, bucket))[batch.rows], self.head
+                return compiled_hidden(self.model, pad(batch, bucket), noise)[batch.rows], self.head
         is_trimmed = fused_layers.trims(self.model)
         with checkpointed(self.model, self.checkpointing):
-            return self._trimmed(batch) if is_trimmed else (packed_hidden(self.model, batch)[batch.rows], self.head)
+            if is_trimmed:
+                return self._trimmed(batch, noise)
+            return packed_hidden(self.model, batch, noise=noise)[batch.rows], self.head
 
-    def _trimmed(self, batch: MicroBatch) -> tuple[Tensor, Head]:
+    def _noise(self, batch: MicroBatch) -> Noise | None:
+        documents = tuple(zip(batch.documents, batch.seeds, strict=True)) if self.noise and batch.seeds else ()
+        return Noise(self.noise, documents) if documents else None
+
+    def _trimmed(self, batch: MicroBatch, noise: Noise | None) -> tuple[Tensor, Head]:
         """The same where the last layer is fused, and so the body one that takes embeddings for their tokens."""
         batch = pad(batch, round_up_rows(len(batch.tokens)))
         head, embedding = self.head, self.model.get_input_embeddings()
-        arguments: dict[str, Any] = {"target_rows": batch.rows}
+        arguments: dict[str, Any] = {"target_rows": batch.rows, "noise": noise}
         if is_plain_embedding(embedding):
             embedded_MH, matrix_VH = embed(embedding, batch.tokens)
-            arguments["embedded"] = embedded_MH[None]
+            arguments |= {"embedded": (noise.added(embedded_MH) if noise else embedded_MH)[None], "noise": None}
             head = replace(head, weight=matrix_VH) if head.weight is embedding.weight else head
         hidden = packed_hidden(self.model, batch, **arguments)
         # The last layer gives all rows where its own forward was called, as with hooks on its parts.
         return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows], head
 
     def padding(self, batch: MicroBatch) -> int:
-        """The tokens that are added to a micro-batch for its gradient."""
-        tokens, padded = len(batch.tokens), self._bucket(batch)
+        """The tokens that are added to a micro-batch for its gradient, virtual ones among them."""
+        tokens = len(batch.tokens) + virtual_tokens.count(self.model) * len(batch.documents)
+        padded = self._bucket(tokens)
         if padded is None:
             is_rounded = self.mode == "packed" and fused_layers.trims(self.model)
             padded = round_up_rows(tokens) if is_rounded else tokens
-        return padded - tokens
+        return padded - len(batch.tokens)
 
-    def _bucket(self, batch: MicroBatch) -> int | None:
-        return None if self.compiled is None else self.compiled.bucket(len(batch.tokens))
+    def _bucket(self, tokens: int) -> int | None:
+        return None if self.compiled is None else self.compiled.bucket(tokens)
+
+    @property
+    def _kept(self) -> Checkpointing:
+        """A layer that is computed twice would write into the cache of a prefix twice."""
+        return "none" if isinstance(virtual_tokens.of(self.model), virtual_tokens.Prefix) else self.checkpointing
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """float [K, V]: the model's own logits at batch.rows. For the mode whole."""
         assert self.mode == "whole", "where the head is understood, logits are never whole"
-        with checkpointed(self.model, self.checkpointing):
-            return whole_logits(self.model, batch)
+        batch = virtual_tokens.prepended(self.model, batch)
+        with checkpointed(self.model, self._kept):
+            return whole_logits(self.model, batch, self._noise(batch))
 
 
 def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -143,41 +178,50 @@ def packed_hidden(model: PreTrainedModel, batch: MicroBatch, **arguments: Any) -
     return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing, **arguments)[0]
 
 
-def compiled_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+def compiled_hidden(model: PreTrainedModel, batch: MicroBatch, noise: Noise | None = None) -> Tensor:
     """float [M, H]: the same for layers that are compiled for M tokens, whichever documents these belong to."""
     packing = compiled_arguments(batch.documents, batch.tokens.device)
-    return _body(model, batch.tokens[None], position_ids=batch.positions[None], **packing)[0]
+    return _body(model, batch.tokens[None], noise=noise, position_ids=batch.positions[None], **packing)[0]
 
 
-def alone_hidden(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+def alone_hidden(model: PreTrainedModel, batch: MicroBatch, noise: Noise | None = None) -> Tensor:
     """float [M, H]: the body on each document; those of equal length together, so none is padded or needs a mask."""
     documents = batch.tokens.split(list(batch.documents))
     order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
     hidden_TH: dict[int, Tensor] = {}
     for _, run in groupby(order, key=lambda index: len(documents[index])):
         indices = list(run)
-        hidden_NTH = _body(model, torch.stack([documents[index] for index in indices]))
+        tokens_NT = torch.stack([documents[index] for index in indices])
+        hidden_NTH = _body(model, tokens_NT, noise=noise and noise.of(indices))
         hidden_TH |= zip(indices, hidden_NTH.unbind(), strict=True)
     return torch.cat([hidden_TH[index] for index in range(len(documents))])
 
 
-def whole_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+def whole_logits(model: PreTrainedModel, batch: MicroBatch, noise: Noise | None = None) -> Tensor:
     """float [K, V]: logits of the model's own forward at batch.rows, one document at a time."""
     rows_K = batch.rows.cpu()
     parts, start = [], 0
-    for tokens_T in batch.tokens.split(list(batch.documents)):
+    for index, tokens_T in enumerate(batch.tokens.split(list(batch.documents))):
         end = start + len(tokens_T)
         own = rows_K[(rows_K >= start) & (rows_K < end)] - start
-        logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+        with neftune.on(model.get_input_embeddings(), noise and noise.of([index])):
+            logits_TV = model(input_ids=tokens_T[None], **virtual_tokens.past(model, 1)).logits[0]
         parts.append(logits_TV[own.to(logits_TV.device)])
         start = end
     return torch.cat(parts)
 
 
-def _body(model: PreTrainedModel, tokens_NT: Tensor, embedded: Tensor | None = None, **arguments: Any) -> Tensor:
-    """`embedded` [N, T, H]: the tokens' embeddings, if they have been looked up."""
+def _body(
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    embedded: Tensor | None = None,
+    noise: Noise | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """`embedded` [N, T, H]: the tokens' embeddings, if they have been looked up; `noise` is what they lack."""
     inputs = {"input_ids": tokens_NT} if embedded is None else {"inputs_embeds": embedded}
-    return text_body(model)(**inputs, use_cache=False, **arguments).last_hidden_state
+    with neftune.on(model.get_input_embeddings(), noise):
+        return text_body(model)(**inputs, **virtual_tokens.past(model, len(tokens_NT)), **arguments).last_hidden_state
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -12,7 +11,6 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.utils import AUDIO_TOKENIZER_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
-from transformers.utils.hub import cached_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,14 +67,3 @@ def freeze_all_but_text(model: PreTrainedModel) -> None:
     for part in (text_body(model), model.get_input_embeddings(), model.get_output_embeddings()):
         if part is not None:
             part.requires_grad_(True)
-
-
-def processor_files(path: str) -> list[Path]:
-    """The processor's files of a folder or hub id, as far as there are any."""
-    options: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
-    found = (cached_file(path, name, **options) for name in PROCESSOR_FILES)
-    return [Path(file) for file in found if file is not None]

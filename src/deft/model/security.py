@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,12 +52,31 @@ def check_index(path: str) -> None:
             raise _refusal(where, f"{name!r} is pickled, and a pickle can run code", fix)
 
 
-def check_adapter(folder: Path) -> None:
-    """Raises InputError where a folder holds an adapter whose weights are pickled: transformers would load it too."""
-    pickled, sound = folder / "adapter_model.bin", folder / "adapter_model.safetensors"
-    if (folder / "adapter_config.json").exists() and pickled.exists() and not sound.exists():
-        fix = "save the adapter with peft's save_pretrained, which writes safetensors"
-        raise _refusal(str(pickled), "is pickled, and a pickle can run code", fix)
+def check_adapter(path: str) -> None:
+    """Raises InputError where a model has an adapter beside its weights: transformers would add it without a word, to
+    weights that have it in them already where they were merged, and from a pickle as well.
+    """
+    found = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        what = "holds a model and an adapter, which transformers adds to it, a second time where it is merged already"
+        raise _refusal(path, what, "move the adapter_* files to a folder of their own")
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """While it lasts, no package finds `kernels`: bitsandbytes, which peft imports as well, would fetch code from the
+    Hub with it and run that.
+    """
+    modules: dict[str, Any] = sys.modules
+    missing = object()
+    before = modules.get("kernels", missing)
+    modules["kernels"] = None
+    try:
+        yield
+    finally:
+        del modules["kernels"]
+        if before is not missing:
+            modules["kernels"] = before
 
 
 def _entries(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -39,8 +39,23 @@ def choose(model: PreTrainedModel) -> CausalLM:
     """The fastest way through this model that is proven right, with a note for the user where that is a fallback.
 
     Sets the attention that it needs on the model; leaves weights, train() and eval() as they were.
-    Raises InputError where the model sees later tokens, so that no causal loss is right for it.
+    Raises InputError where the model sees later tokens, so that no causal loss is right for it, or where its forward
+    pass changes its weights (RWKV's rescale_every), so that nobody could say what was trained.
     """
+    before = _glimpses(model)
+    causal_lm = _choose(model)
+    if changed := [name for name, values in _glimpses(model).items() if not torch.equal(values, before[name])]:
+        what = f"its forward pass changes its weights ({changed[0]} and {len(changed) - 1} more)"
+        raise InputError(str(Problem(str(model.config.model_type), what, "choose another architecture")))
+    return causal_lm
+
+
+def _glimpses(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The first values of each parameter."""
+    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in model.named_parameters()}
+
+
+def _choose(model: PreTrainedModel) -> CausalLM:
     batch = _probe(model)
     fused_layers.remove(model)
     with evaluating(model), torch.no_grad():

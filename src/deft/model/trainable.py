@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deft.core.errors import InputError
 from deft.core.registry import closest
-from deft.model import adapters
-from deft.model.config import AdapterConfig, FreezeConfig
+from deft.model import adapters, quantized, virtual_tokens, vocabulary
+from deft.model.config import AdapterConfig, FreezeConfig, Quantize
 from deft.model.multimodal import text_body
 
 NOTHING_FROZEN = FreezeConfig()
@@ -21,10 +22,12 @@ NOTHING_FROZEN = FreezeConfig()
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What a configuration says of it."""
+    """What a configuration says of it; and the ids of new tokens, whose rows are trained even where others are not."""
 
     adapter: AdapterConfig | None = None
     freeze: FreezeConfig = NOTHING_FROZEN
+    new_ids: range = range(0)
+    quantize: Quantize = "off"
 
     @property
     def is_alike(self) -> bool:
@@ -32,17 +35,30 @@ class Trainable:
         is_everywhere = self.adapter is None or (self.adapter.target == "all-linear" and not self.adapter.ranks)
         return is_everywhere and self.freeze == NOTHING_FROZEN
 
-    def apply(self, model: PreTrainedModel) -> None:
-        """Puts adapters into the model, and freezes what is not to be trained. To be called before the self-test.
+    def apply(self, model: PreTrainedModel, device: torch.device | str | None = None) -> dict[str, slice]:
+        """Makes room for new tokens, quantises the model, puts adapters into it, and freezes what is not to be trained.
 
-        Raises InputError where that cannot be done, or nothing is left to train.
+        device  where a model that is quantised goes to
+
+
+        To be called before the self-test. Parameters of which only some rows are trained, and which; `Masters` is to
+        be told. Raises InputError where that cannot be done, or nothing is left to train.
         """
-        if self.adapter is not None:
+        vocabulary.make_room(model, self.new_ids)
+        if self.quantize != "off":
+            quantized.quantize(model, self.quantize, device)
+        if self.adapter is not None and self.adapter.is_virtual:
+            if self.new_ids:
+                fix = "use adapter=lora for both"
+                raise InputError(f"data.add_tokens: has no place in a file of {self.adapter.name} tuning; {fix}")
+            virtual_tokens.attach(model, self.adapter)
+        elif self.adapter is not None:
             adapters.attach(model, self.adapter)
         for parameter in _frozen(model, self.freeze):
             parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError("freeze: no parameter is left to train; freeze less")
+        return vocabulary.thaw(model, self.new_ids)
 
 
 ALL = Trainable()

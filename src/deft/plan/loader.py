@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,13 +21,18 @@ Normalize = Literal["tokens", "examples"]
 
 @dataclass(frozen=True)
 class Loader:
-    """All steps of a run, each a pure function of its number."""
+    """All steps of a run, each a pure function of its number.
+
+    lanes  micro-batches of a step come in multiples of it
+    """
 
     examples: Sequence[Example]
     epochs: tuple[Epoch, ...]
     microbatch_tokens: int
     normalize: Normalize = "tokens"
     limit: int | None = None
+    seed: int = 0
+    lanes: int = 1
 
     @property
     def steps(self) -> int:
@@ -57,7 +62,7 @@ class Loader:
     def sizes(self, step: int) -> list[int]:
         """The tokens of each of a step's micro-batches, at most; none of them is built."""
         lengths = [length for index in self.indices(step) for length in _lengths(self.examples, int(index))]
-        packs = pack(lengths, self.microbatch_tokens)
+        packs = pack(lengths, self.microbatch_tokens, self.lanes)
         return [sum(lengths[index] - 1 for index in members) for members in packs]
 
     def spread_steps(self, count: int = 256) -> range:
@@ -78,8 +83,12 @@ class Loader:
         members = self.members(step)
         parts = [part for example in members for part in example]
         weights = [_scaled(part, example, self.normalize) for example in members for part in example]
-        packs = pack([len(part.tokens) for part in parts], self.microbatch_tokens)
-        micro_batches = tuple(build([(parts[i].tokens, weights[i]) for i in indices]) for indices in packs)
+        packs = pack([len(part.tokens) for part in parts], self.microbatch_tokens, self.lanes)
+        seeds = np.random.SeedSequence((self.seed, step)).generate_state(len(parts), np.uint64).tolist()
+        micro_batches = tuple(
+            replace(build([(parts[i].tokens, weights[i]) for i in indices]), seeds=tuple(seeds[i] for i in indices))
+            for indices in packs
+        )
         total = sum(float(w[1:].sum(dtype=np.float64)) for w in weights)
         return StepBatch(
             step=step,
@@ -108,11 +117,14 @@ def make(
     microbatch_tokens: int,
     normalize: Normalize = "tokens",
     limit: int | None = None,
+    lanes: int = 1,
 ) -> Loader:
     """The plan of a run over `examples`, `limit` steps at most; several `batching` as in `plan`."""
     sizes = examples.sizes() if isinstance(examples, Examples) else _sizes(examples)
     batchings = [(0, batching)] if isinstance(batching, Batching) else batching
-    return Loader(examples, plan(sizes, batchings, seed, range(epochs)), microbatch_tokens, normalize, limit)
+    needed = epochs if limit is None else min(epochs, limit)  # each has a step at least
+    planned = plan(sizes, batchings, seed, range(needed))
+    return Loader(examples, planned, microbatch_tokens, normalize, limit, seed, lanes)
 
 
 def _sizes(examples: Sequence[Example]) -> np.ndarray:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from deft.core.config import SWITCHES, PathText, Section
+from deft.core.config import SWITCHES, OrOff, PathText, Section, kinds_of
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.registry import closest
 from deft.dataset.config import DataConfig, SourceConfig
@@ -19,13 +20,16 @@ from deft.encoding.raw import Side
 from deft.encoding.render.chat import Reasoning
 from deft.encoding.rows import Overflow
 from deft.evaluation.config import EvaluateConfig
-from deft.model.config import AdapterConfig, FreezeConfig, of_folder
+from deft.export.config import ExportConfig
+from deft.model.config import AdapterConfig, FreezeConfig, Quantize, base_of, is_adapter, of_folder
 from deft.plan.config import BatchConfig, ScheduleConfig
 from deft.run.other_names import NO_KEY, OTHER_NAMES, OTHER_VALUES, TAKES
 from deft.training.config import CheckpointConfig, LossConfig, OptimizerConfig
 
-ADAPTER_LR = 2e-4
-"""The learning rate of adapters: ten times and more that of full fine-tuning, as LoRA's papers and users have it."""
+ADAPTER_LR = {"prompt": 3e-2, "prefix": 1e-2}
+"""The learning rate of virtual tokens, as peft's examples have it."""
+LOW_RANK_LR = 2e-4
+"""That of other adapters: ten times and more that of full fine-tuning, as LoRA's papers and users have it."""
 LISTS = ("data", "data.train", "data.eval", "evaluate.prompts", "evaluate.stop_sequences")
 """Keys that may have several values."""
 
@@ -33,7 +37,11 @@ LISTS = ("data", "data.train", "data.eval", "evaluate.prompts", "evaluate.stop_s
 class Config(Section):
     """Everything a run needs to be told; two keys have no default.
 
+    merge           an adapter in peft's form that is added to the model's weights before anything else
+    quantize        the frozen base's linear layers under an adapter: nf4, as QLoRA has it, or int8
+    lanes           micro-batches of a step come in multiples of it; auto is the number of ranks that begin the run
     reasoning       where the prompt opens a block of it: auto, empty or require (README, Which text a row becomes)
+    neftune         alpha of the noise on the embeddings of what is trained on, such as 5
     skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
     """
 
@@ -48,18 +56,23 @@ class Config(Section):
     truncation_side: Side = "right"
     batch: BatchConfig = BatchConfig(examples=32)
     microbatch_tokens: Literal["auto"] | int = "auto"
+    lanes: Literal["auto"] | int = "auto"
     epochs: int = Field(3, ge=1)
     steps: int | None = Field(None, ge=1)
     skip_bad_steps: int = Field(0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    merge: PathText | None = None
     adapter: AdapterConfig | None = None
+    quantize: Quantize = "off"
     freeze: FreezeConfig = FreezeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     resume: str = Field("auto", pattern=r"^(auto|never|step-\d+)$")
     dropout: Literal["off", "config"] = "off"
+    neftune: Annotated[float | None, Field(gt=0), OrOff] = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)
@@ -70,13 +83,24 @@ class Config(Section):
         """Adapters are trained at a rate of their own unless it is said."""
         if not isinstance(values, Mapping) or not values.get("adapter"):
             return values
-        optimizer = values.get("optimizer", {})
-        return {**values, "optimizer": {"lr": ADAPTER_LR, **optimizer}} if isinstance(optimizer, Mapping) else values
+        optimizer, adapter = _named(values.get("optimizer", {})), values["adapter"]
+        name = adapter.get("name") if isinstance(adapter, Mapping) else getattr(adapter, "name", adapter)
+        rate = ADAPTER_LR.get(str(name), LOW_RANK_LR)
+        return {**values, "optimizer": {"lr": rate, **optimizer}} if isinstance(optimizer, Mapping) else values
 
-    @field_validator("adapter", mode="before")
+    @field_validator("adapter", "optimizer", "loss", "schedule", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return _named(value)
+
+    @field_validator("quantize")
+    @classmethod
+    def _under_an_adapter(cls, value: Quantize, info: ValidationInfo) -> Quantize:
+        if value != "off" and info.data.get("adapter", True) is None:
+            raise ValueError(
+                "what is quantised cannot be trained itself: give adapter=lora as well, or leave quantize out"
+            )
+        return value
 
     @field_validator("data", mode="before")
     @classmethod
@@ -88,7 +112,7 @@ class Config(Section):
     def _whether(cls, value: Any) -> Any:
         return {True: "auto", False: "never"}.get(SWITCHES.get(str(value).lower(), value), value)
 
-    @field_validator("microbatch_tokens")
+    @field_validator("microbatch_tokens", "lanes")
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
@@ -109,22 +133,42 @@ def load(path: str | None, overrides: Sequence[str] = (), say: Callable[[str], N
 def setting(text: str) -> tuple[str, Any]:
     """`key=value`, the value as YAML reads it; text that is no YAML is text. Raises InputError without "=".
 
-    >>> setting("optimizer.lr=0.001"), setting("output=a: b: c")
-    (('optimizer.lr', 0.001), ('output', 'a: b: c'))
+    >>> setting("optimizer.lr=0.001"), setting("output=a: b: c"), setting("output=007")
+    (('optimizer.lr', 0.001), ('output', 'a: b: c'), ('output', '007'))
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"{text!r}: neither a file nor key=value" + ("; write it without spaces" if equals else ""))
     try:
-        return key.strip(), _yaml(value)
+        found = _yaml(value)
     except (yaml.YAMLError, ValueError):
         return key.strip(), value
+    except InputError as error:
+        raise InputError(f"{key.strip()}: {error}") from error
+    is_number = isinstance(found, bool | int | float)
+    return key.strip(), value.strip() if is_number and _is_text(key.strip()) else found
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key takes text and no number, so that what looks like a number is a name.
+
+    >>> _is_text("output"), _is_text("optimizer.lr"), _is_text("microbatch_tokens")
+    (True, False, False)
+    """
+    model: type[BaseModel] | None = Config
+    kinds: set[Any] = set()
+    for name in key.split("."):
+        field = model.model_fields.get(name) if model else None
+        kinds = set(kinds_of(field.annotation)) if field else set()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return str in kinds and not kinds & {int, float, bool}
 
 
 def make(values: Mapping[str, Any], where: str = "deft.train", arguments: Sequence[str] = ()) -> Config:
     """A nested mapping -> the configuration; every problem in one error.
 
-    A model that is the folder of an adapter stands for its base, and the adapter to go on from.
+    A model that is the folder of an adapter stands for its base, and the adapter to go on from, or with merge=true the
+    adapter that is merged.
 
     arguments  names that the caller takes beside keys, and that a wrong one may have meant
     """
@@ -136,16 +180,21 @@ def make(values: Mapping[str, Any], where: str = "deft.train", arguments: Sequen
 
 
 def _with_base(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    model = values.get("model")
-    folder = Path(str(model)).expanduser()
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
-    if model is None or not is_adapter:
-        return values
-    if values.get("adapter"):
-        fix = "leave adapter out to go on with it; for a new one name a model it is merged into, as a run's final/"
-        raise InputError(f"model: {folder} is an adapter itself; {fix}")
-    base, settings = of_folder(folder)
-    return {**values, "model": base, "adapter": settings}
+    folder, adapter, merge = Path(str(values.get("model"))).expanduser(), values.get("adapter"), values.get("merge")
+    merge = SWITCHES.get(str(merge).lower(), merge)
+    values = {**values, "merge": merge or None}
+    if merge is True and not is_adapter(folder):
+        raise InputError(f"merge: {folder} is no adapter; name one: merge=FOLDER")
+    if merge is True:
+        return {**values, "model": base_of(folder, "merge"), "merge": str(folder)}
+    if is_adapter(folder):
+        if adapter:
+            fix = "leave adapter out to go on with it; merge=true makes it part of its base, for a new one"
+            raise InputError(f"model: {folder} is an adapter itself; {fix}")
+        return {**values, "model": base_of(folder, "adapter.start"), "adapter": of_folder(folder)}
+    if isinstance(adapter, Mapping) and is_adapter(start := Path(str(adapter.get("start"))).expanduser()):
+        return {**values, "adapter": {**of_folder(start), **adapter}}
+    return values
 
 
 def changed(config: Config, override: str) -> Config:
@@ -189,9 +238,46 @@ def _parse(text: str, suffix: str) -> Any:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
 
 
+MOST_VALUES = 1_000_000
+"""Of a YAML file, those that anchors repeat counted each time."""
+
+
+class _DatesAsText(yaml.SafeLoader):
+    """YAML in which a date is text, as it is in JSON."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  as PyYAML has it
+        first: [each for each in found if each[0] != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _yaml(text: str) -> Any:
-    """Raises InputError for a mapping with a key twice, of which YAML would take the last."""
-    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    """Raises InputError for a mapping with a key twice, of which YAML would take the last, and for one without end."""
+    try:
+        root = yaml.compose(text, _DatesAsText)
+        if root is not None and _values(root, {}) > MOST_VALUES:
+            raise InputError(f"its anchors repeat one another to more than {MOST_VALUES:,} values; write them out")
+        _stop_if_twice(root)
+        return _DatesAsText(text).get_single_data()
+    except RecursionError as error:
+        raise InputError("it is nested too deeply") from error
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for. Raises InputError for one that holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if known.get(id(node)) == 0:
+        raise InputError(f"line {node.start_mark.line + 1}: an anchor that holds itself")
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_values(each, known) for each in inner)
+    return known[id(node)]
+
+
+def _stop_if_twice(root: yaml.Node | None) -> None:
+    waiting, seen = [root], set[int]()
     while waiting:
         node = waiting.pop()
         if node is None or isinstance(node, yaml.ScalarNode) or id(node) in seen:
@@ -207,7 +293,6 @@ def _yaml(text: str) -> Any:
                 raise _twice(name, lines[name], line)
             lines[name] = line
             waiting.append(value)
-    return yaml.safe_load(text)
 
 
 def _toml(text: str) -> Any:
@@ -253,7 +338,7 @@ def _last(settings: Sequence[tuple[str, Any]], say: Callable[[str], None]) -> li
     several = [(key, value) for key, value in settings if key in LISTS]
     for key, value in settings:
         if key not in LISTS:
-            if found.get(key, value) != value:
+            if key in found and found[key] != value:
                 say(f"{key}: given twice, {_shown(found[key])} and {_shown(value)}; the last is taken")
             found[key] = value
     return [*several, *found.items()]
@@ -265,6 +350,11 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{key}.{name}", inner)
     else:
         yield key, value
+
+
+def _named(section: Any) -> Any:
+    """A name alone stands for the group of keys that has it."""
+    return {"name": section} if isinstance(section, str) else section
 
 
 def _is_section(value: Any) -> bool:
@@ -281,7 +371,7 @@ def _with(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {**values, head: _with(inner, rest, value)}
 
 
-_ALONE = {"data": "train", "adapter": "name"}
+_ALONE = {"data": "train", **dict.fromkeys(("adapter", "optimizer", "loss", "schedule"), "name")}
 """What a value alone says of a group of keys."""
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deft.core.errors import InputError, Problem, Problems
+from deft.core import files
+from deft.core.errors import DamagedError, InputError, Problem, Problems
 from deft.run import config as configuration
 from deft.run import resume
 from deft.run.config import Config
@@ -19,6 +20,7 @@ MEANINGLESS = (
     *resume.IGNORED,
     "device",
     "microbatch_tokens",
+    "lanes",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -57,16 +59,50 @@ class RunRequest:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether an earlier start brought the run to its end: final/, compared, and its report.
+    """Whether an earlier start brought the run to its end: final/, compared, or virtual tokens, and its report.
 
     InputError where it is to go on from an earlier step all the same.
     """
     folder = Path(str(config.output))
-    if not (resume.goes_on(config) and (folder / "final").is_dir() and (folder / "report.html").is_file()):
+    result = result_of(config)
+    if not (resume.goes_on(config) and result.is_dir() and (folder / "report.html").is_file()):
         return False
     if config.resume != "auto":
-        raise InputError(f"resume: {folder} is finished; move its final/ away to go back to {config.resume}")
+        raise InputError(f"resume: {folder} is finished; move its {result.name}/ away to go back to {config.resume}")
     return True
+
+
+def result_of(config: Config) -> Path:
+    """What a run leaves: final/, or adapter/ where virtual tokens cannot be merged into a model."""
+    is_virtual = config.adapter is not None and config.adapter.is_virtual
+    return Path(str(config.output)) / ("adapter" if is_virtual else "final")
+
+
+def is_of(final: Path, about: Mapping[str, Any]) -> bool:
+    """Whether an exported folder is whole, and that of the run, and the step, that `about` says (`about_final`)."""
+    try:
+        return files.verify(final, but=(files.CARD,)).about == about
+    except DamagedError:
+        return False
+
+
+def about_final(request: RunRequest, step: int) -> dict[str, Any]:
+    """What the manifest of final/ says of it: its step, and a digest of what was asked for, wherever that lies."""
+    inputs = request.inputs
+    keys = resume.changed_keys({}, _without_paths(inputs.config))
+    config = {key: now for key, (_, now) in keys.items() if not resume.is_of(key, MEANINGLESS)}
+    asked = [config, inputs.model, inputs.tokenizer, inputs.template, inputs.held_out]
+    every = [*asked, [*request.files.values()], dict(request.digests)]
+    return {"step": step, "request": resume.digest(json.dumps(every, sort_keys=True))}
+
+
+def verify(final: Path) -> None:
+    """Raises DamagedError, with the way to have it again, where final/ is not as it was written."""
+    try:
+        files.verify(final, but=(files.CARD,))
+    except DamagedError as error:
+        fix = f"mv {final} {final}.damaged, and run this again: it is written anew from the last checkpoint"
+        raise DamagedError(f"{error}; {fix}") from error
 
 
 def recorded(folder: Path) -> RunRequest:
@@ -85,16 +121,19 @@ def settled(config: Config, before: RunRequest) -> Config:
     return configuration.make(resume.settled(values, {key: old[key] for key in SETTLED if key in old}))
 
 
-def stop_unless_same(folder: Path, steps: int, before: RunRequest, now: RunRequest, planned: int) -> None:
+def stop_unless_same(result: Path, steps: int, before: RunRequest, now: RunRequest, planned: int) -> None:
     """Raises Problems where another run is asked for than the one that is finished, with the way to have it.
 
-    planned  the steps of what is asked for
+    result   what the finished one has left; planned: the steps of what is asked for
     """
+    folder = result.parent
     if differences := before.differences(now):
-        can_go_on = planned > steps and all(resume.may_change(problem.where) for problem in differences)
+        is_export = all(resume.is_of(problem.where, ["export"]) for problem in differences)
+        can_go_on = is_export or (planned > steps and all(resume.may_change(problem.where) for problem in differences))
         is_there = bool(checkpoint.steps(folder / "checkpoints"))
-        here = f"to train on from step {steps}: mv {folder}/final {folder}/final-{steps}, and run this again"
-        anew = f"to train on from what it is: model={folder}/final"
+        what_for = "export it anew" if is_export else f"train on from step {steps}"
+        here = f"to {what_for}: mv {result} {result}-{steps}, and run this again"
+        anew = f"to train on from what it is: model={result}"
         fix = f"name another output=, or {here if can_go_on and is_there else anew}"
         what = f"finished at step {steps}, and this asks for something else"
         raise Problems(f"{folder}: {what}; {fix}:", differences)

@@ -15,9 +15,10 @@ from deft.core import files, versions
 from deft.core.errors import DiskError, InputError
 from deft.core.redact import redacted
 
-RUN_FILES = frozenset(("config.yaml", "manifest.json", "ledger.json", "report.html", "checkpoints", "final")) | {
-    f"{log}.jsonl" for log in ("metrics", "eval", "samples")
-}
+FOLDERS = frozenset(("checkpoints", "final", "adapter"))
+BEGINNINGS = frozenset(("config.yaml", "manifest.json", "ledger.json"))
+"""What is written before the first step, and tells nothing that the next start does not know."""
+RUN_FILES = FOLDERS | BEGINNINGS | {"report.html", *(f"{log}.jsonl" for log in ("metrics", "eval", "samples"))}
 """What a run writes into its folder."""
 
 
@@ -42,6 +43,7 @@ def output_folder(output: str | None, may_go_on: bool = False) -> Path:
     not be written to.
     """
     folder = run_folder(output)
+    stop_unless_plain(folder)
     if _names(folder) and not (may_go_on and is_run(folder)):
         raise InputError(f"{folder}: the output folder is not empty; name another with output=, or move it away")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
@@ -61,8 +63,39 @@ def is_run(folder: Path) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
-    """What lies in a folder, hidden files apart: locks, and what writers that were killed left there."""
-    return {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    """What lies in a folder, apart from what was set aside and hidden files: locks, and what killed writers left."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if name[0] != "." and files.ASIDE not in name}
+
+
+def stop_unless_plain(folder: Path) -> None:
+    """InputError where something else has the name of a file or folder of a run's: a link, which is never followed."""
+    for name in sorted(RUN_FILES):
+        path = folder / name
+        if path.is_symlink() or (os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file())):
+            what = "a link" if path.is_symlink() else "no folder" if name in FOLDERS else "no plain file"
+            raise InputError(f"{path}: is {what}, and the run has its own there; move it away, or name another output=")
+
+
+def begin_anew(folder: Path, config: str) -> list[str]:
+    """Sets aside what an earlier run, no checkpoint of which is left, wrote to the folder; lines that name it.
+
+    config  the text of config.yaml: where there is no more than the beginnings of this very run, they stay
+    """
+    there = sorted(name for name in _names(folder) & RUN_FILES | _bad_steps(folder) if name != "checkpoints")
+    if not there or (set(there) <= BEGINNINGS and _is_text(folder / "config.yaml", config)):
+        return []
+    moved = ", ".join(f"{name} as {files.set_aside(folder / name).name}" for name in there)
+    what = "what an earlier run left here is set aside, as there is no checkpoint of it"
+    return [f"{folder}: {what}: {moved}; this run begins anew"]
+
+
+def _bad_steps(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("bad-step-*") if files.ASIDE not in path.name}
+
+
+def _is_text(path: Path, text: str) -> bool:
+    return not path.exists() or path.read_bytes() == text.encode("utf-8")
 
 
 def make_folder(folder: Path) -> None:

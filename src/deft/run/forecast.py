@@ -20,16 +20,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from deft.core import hardware
+from deft.core import files, hardware
 from deft.core.errors import MemoryShort
 from deft.core.files import Staging
 from deft.core.hardware import Machine
 from deft.core.types import MicroBatch, Objective
 from deft.dataset import cache
 from deft.dataset.cache import Cache
-from deft.model import attention, fused_layers, multimodal
+from deft.model import attention, base_config, fused_layers, multimodal
 from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
 from deft.model.load import Base, summarise, unpackable
@@ -137,7 +137,7 @@ def fit(
     memory that is built in, not by what is free, so that it is the same each time. Raises MemoryShort where not even
     the longest document alone fits.
     """
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    config = base_config.read(base.path)
     memory = hardware.memory_bytes(machine.device)
     for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
         batch, is_alone = largest(plan)
@@ -161,6 +161,7 @@ def kept_fit(
     """
     orders = (array for epoch in planned.epochs for array in (epoch.order, epoch.starts))
     plan = [resume.plan_digest([*orders, digests]), planned.microbatch_tokens, planned.normalize, planned.limit]
+    plan += [planned.lanes] if planned.lanes > 1 else []
     here = [hardware.describe(machine.device), str(machine.dtype), hardware.memory_bytes(machine.device)]
 
     def write(staging: Staging) -> None:
@@ -168,8 +169,8 @@ def kept_fit(
         traced = fit.traced and asdict(fit.traced)
         staging.write_json("fit.json", [fit.planned.microbatch_tokens, fit.checkpointing, traced])
 
-    folder, _ = kept_in.get(cache.digest([plan, here, cache.package(), more]), write)
-    tokens, mode, traced = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    folder, manifest = kept_in.get(cache.digest([plan, here, cache.package(), more]), write)
+    tokens, mode, traced = json.loads(files.read(folder / "fit.json", manifest.files["fit.json"]))
     return Fit(replace(planned, microbatch_tokens=tokens), mode, traced and Trace(**traced))
 
 
@@ -213,6 +214,7 @@ def too_large(base: Base, machine: Machine, trainable: Trainable) -> str:
     """Said of a model whose state alone does not fit."""
     need = summarise(base, trainable).state_bytes(machine.dtype) / 2**30
     fix = "take a smaller model" + ("" if trainable.adapter else ", or train an adapter (adapter=lora)")
+    fix += ", or quantize its base (quantize=nf4)" if trainable.adapter and trainable.quantize == "off" else ""
     return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; {fix}"
 
 
@@ -301,7 +303,7 @@ def _trace(
             config, attn_implementation="eager", dtype=machine.dtype, trust_remote_code=False
         )
         multimodal.freeze_all_but_text(model)
-        trainable.apply(model)
+        rows = trainable.apply(model)
     device = machine.device
     mode: Mode = "alone" if unpackable(model) else "packed"
     if mode == "packed":
@@ -314,8 +316,10 @@ def _trace(
         for parameter in model.parameters():
             live.see(parameter)
         model.train()
-        masters = Masters(model.named_parameters(), machine.dtype)
+        masters = Masters(model.named_parameters(), machine.dtype, rows)
         causal_lm = CausalLM(model, mode, checkpointing=checkpointing)
+        if objective.uses_start:
+            causal_lm.keep_start()
         state = TrainState(causal_lm, masters, AdamW(masters))
         state_bytes = live.alive
         if not is_alone:

@@ -94,8 +94,18 @@ OTHER_NAMES = {
     "stop": "evaluate.stop_sequences",
     "loss_type": "loss.name",
     "label_smoothing_factor": "loss ({name: label_smoothing, options: {epsilon: 0.1}})",
+    "neftune_noise_alpha": "neftune",
     "optim_args": "optimizer.options",
     "loraplus_lr_ratio": "optimizer.rates ({lora_B: 16})",
+    "adapter_name_or_path": "model (an adapter's folder; merge=true adds it to its base)",
+    "lora_model_dir": "model (an adapter's folder; merge=true adds it to its base)",
+    "merge_lora": "merge",
+    "load_in_4bit": "quantize (nf4)",
+    "load_in_8bit": "quantize (int8)",
+    "quantization_bit": "quantize (nf4 or int8)",
+    "quantization_config": "quantize (nf4 or int8)",
+    "bnb_4bit_quant_type": "quantize (nf4)",
+    "qlora": "adapter (lora, with quantize: nf4)",
     "lora": "adapter (lora)",
     "use_lora": "adapter (lora)",
     "use_peft": "adapter (lora)",
@@ -116,8 +126,9 @@ OTHER_NAMES = {
     "bf16": "precision (bf16)",
     "fp16": "precision (bf16 or fp32; deft does not compute in fp16)",
     "tf32": "precision (bf16 or fp32)",
-    "torch_dtype": "precision (bf16 or fp32; final/ has the base's dtype)",
-    "dtype": "precision (bf16 or fp32; final/ has the base's dtype)",
+    "torch_dtype": "precision (bf16 or fp32; that of final/ is export.dtype)",
+    "dtype": "precision (bf16 or fp32; that of final/ is export.dtype)",
+    "save_dtype": "export.dtype",
     "mixed_precision": "precision (bf16 or fp32)",
     "use_cpu": "device (cpu)",
     "no_cuda": "device (cpu)",
@@ -129,7 +140,6 @@ OTHER_NAMES = {
 }
 """What other trainers call a key -> what it is called here."""
 
-_QUANTISED = "deft trains on bf16 and fp32 bases; adapter=lora needs a fraction of the memory; leave it out"
 _KERNELS = "deft has attention and layers of its own and chooses among them; leave it out"
 _MEMORY = "deft finds by itself what fits in memory; leave it out"
 _ONE_PROCESS = "deft trains in one process yet; leave it out"
@@ -140,7 +150,6 @@ _UNPADDED = "deft pads nothing; leave it out"
 _VERB = "the command says it: deft train; leave it out"
 
 NO_KEY = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_config", "qlora"), _QUANTISED),
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "use_flash_attention_2"), _KERNELS),
     **dict.fromkeys(("use_liger_kernel", "sdp_attention", "torch_compile", "use_unsloth"), _KERNELS),
     **dict.fromkeys(("gradient_checkpointing", "use_gradient_checkpointing", "activation_offloading"), _MEMORY),
@@ -157,7 +166,6 @@ NO_KEY = {
     "trust_remote_code": "deft never runs a model's own code; leave it out",
     "overwrite_output_dir": "deft overwrites no run; name another output",
     "early_stopping_patience": "not there; checkpoint.keep_best=1 makes final/ the best checkpoint",
-    "neftune_noise_alpha": "not there; leave it out",
     "shuffle": "rows are drawn by the seed in every epoch; leave it out",
 }
 """What other trainers have a key for and deft has none -> why."""
@@ -173,6 +181,9 @@ OTHER_VALUES = {
         "float32": "fp32",
         **dict.fromkeys(("fp16", "float16", "half"), "bf16 or fp32; deft does not compute in fp16"),
     },
+    "adapter.name": {"qlora": "lora, with quantize: nf4"},
+    "quantize": {**dict.fromkeys(("4bit", "4", "fp4", "int4"), "nf4"), **dict.fromkeys(("8bit", "8", "bnb"), "int8")},
+    "export.dtype": {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "half": "fp16"},
     "overflow": {"truncate": "cut, with truncation_side"},
     "loss.normalize": {"mean": "tokens", "token": "tokens", "example": "examples", "sequence": "examples"},
     "data.train_on": {"completions": "completion", "last": "last_assistant", "inputs": "all"},
@@ -185,6 +196,7 @@ TAKES = {
     "data.train": "a file, a folder, a glob or a Hub id, or a list of them",
     "data.eval": "a share such as 0.02 or 2%, or files",
     "data.allow_refused": "a number of rows from 0 on",
+    "data.add_tokens": 'a list of texts such as ["<|good|>", "<|bad|>"]',
     "data.train.columns": "a mapping such as {prompt: question, completion: answer}",
     "data.train.times": "a number above 0: passes per epoch, 0.5 for half of the rows",
     "data.train.loss_weight": "a number above 0",
@@ -211,7 +223,9 @@ TAKES = {
     "schedule.decay": "a share above 0 and up to 1",
     "loss": "a mapping such as {name: nll}",
     "loss.options": "a mapping such as {epsilon: 0.1}",
+    "neftune": "alpha of the noise, a number above 0 such as 5; null: none",
     "adapter": "lora, rslora, dora, or a mapping such as {name: lora, r: 16}; null: all weights are trained",
+    "merge": "the folder of an adapter; true where model is one",
     "adapter.r": _FROM_ONE,
     "adapter.alpha": "a number above 0",
     "adapter.dropout": "a share from 0 and below 1",
@@ -232,6 +246,7 @@ TAKES = {
     "checkpoint.keep": f"{_FROM_ONE}: the last checkpoints",
     "checkpoint.keep_best": "how many, from 0 on: 1 makes final/ the best checkpoint",
     "checkpoint.keep_every": "a number of steps from 1 on; null: none",
+    "export": "a mapping such as {dtype: fp32}",
     "resume": "auto, never, or step-000400",
     "device": "auto, cpu, cuda or mps",
     "seed": "a whole number from 0 on; leave it out for 0",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from deft.core import registry, versions
+from deft.core import hardware, registry, versions
 from deft.core.errors import InputError
 from deft.core.redact import redacted_json
 from deft.dataset import build, cache, ledger, refusals
@@ -20,6 +20,7 @@ from deft.dataset.cache import Cache
 from deft.dataset.row_digests import RowDigests
 from deft.dataset.survey import not_read
 from deft.model import load as models
+from deft.model.config import FILE
 from deft.plan import loader
 from deft.plan.order import Batching
 from deft.run import forecast, reading, requests, resume, ways_out
@@ -99,13 +100,15 @@ def prepare(config: Config, session: Session, earlier: EarlierStarts = NEW_RUN) 
     session.say(*_described(checked, data))
     stop_unless_trainable(config, checked, data)
     batchings = earlier.batchings(Batching(config.batch.examples, config.batch.tokens))
+    lanes = session.world.size if isinstance(config.lanes, str) else config.lanes
+    config = config.model_copy(update={"lanes": lanes})
     fit = plan(config, checked, data, session, batchings)
     session.say(*map(str, requests.unmet(config, checked, data, fit.planned)))
     expected = forecast.forecast(fit, checked.machine)
     session.say(f"expected: {expected}" if expected else "")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
     resolved, rows = _resolved(config, checked), RowDigests.of(data.train)
-    inputs = _inputs(resolved, checked, data)
+    inputs = _inputs(resolved, checked, data, session.world.size)
     prepared = Prepared(resolved, checked, data, fit, expected, rows, inputs, batchings, earlier)
     session.say(*earlier.changes(checked.folder, prepared.inputs_until(earlier.step), rows))
     if earlier.found is not None:
@@ -138,8 +141,7 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
     lines = [f"template: {text}" for text in checked.texts()]
     if checked.prompts:
         lines.append(f"evaluate.prompts: {checked.form}")
-    if remade := checked.tokenizer.remade:
-        lines.append(f"warning: {remade}")
+    lines += [f"warning: {text}" for text in (checked.base.note, checked.tokenizer.warning) if text]
     for source in data.ledgers:
         fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
         share = source.target_tokens / max(1, source.tokens)
@@ -182,6 +184,7 @@ def plan(
         microbatch_tokens=checked.machine.microbatch_tokens,
         normalize=config.loss.normalize,
         limit=config.steps,
+        lanes=1 if isinstance(config.lanes, str) else config.lanes,
     )
     base, machine, is_auto = checked.base, checked.machine, config.microbatch_tokens == "auto"
     make = partial(
@@ -197,7 +200,7 @@ def plan(
     )
 
 
-def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
+def _inputs(config: Config, checked: Checked, data: Dataset, ranks: int) -> Inputs:
     """What the run is trained on; the plan is that of no step yet."""
     hf = checked.tokenizer.hf
     return Inputs(
@@ -208,16 +211,16 @@ def _inputs(config: Config, checked: Checked, data: Dataset) -> Inputs:
         held_out=resume.digest(*map(str, RowDigests.of(data.held_out).digest.tolist())),
         ledger=resume.digest(*(json.dumps(source.as_json(), sort_keys=True) for source in data.ledgers)),
         plan="",
-        versions=versions.installed(),
-        processes=1,
+        versions=versions.installed() | hardware.computing(checked.machine.device),
+        processes=ranks,
     )
 
 
 def _of_model(config: Config, checked: Checked) -> str:
-    """What the run begins with: the base, and the adapter that it goes on from."""
+    """What the run begins with: the base, and the adapters that are merged and that it goes on from."""
     base = resume.fingerprint(models.folder(checked.base))
-    start = config.adapter and config.adapter.start
-    return resume.digest(base, resume.fingerprint(Path(start), "adapter_config.json")) if start else base
+    given = [each for each in (config.merge, config.adapter and config.adapter.start) if each]
+    return resume.digest(base, *(resume.fingerprint(Path(each), FILE) for each in given)) if given else base
 
 
 def _own_file(name: str) -> str:

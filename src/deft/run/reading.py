@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from deft.core import hardware
+from deft.core import files, hardware
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.hardware import Machine
 from deft.core.signals import Signals
@@ -23,9 +23,10 @@ from deft.dataset.cache import Cache
 from deft.dataset.config import SourceConfig
 from deft.dataset.source import SourceSpec
 from deft.dataset.survey import Advance, Execution
+from deft.distributed.world import World
 from deft.encoding import tokenizer as edge
 from deft.encoding.render.chat import AnswerRules
-from deft.encoding.render.template import Chosen, choose
+from deft.encoding.render.template import NOW, Chosen
 from deft.encoding.rows import Policy, Render, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompts
@@ -34,13 +35,16 @@ from deft.evaluation.prompt_form import PromptForm
 from deft.evaluation.prompts import Prompt
 from deft.evaluation.samples import MetricFn
 from deft.model import load as models
+from deft.model import merging, vocabulary
 from deft.model.load import Base
 from deft.model.trainable import ALL, Trainable
+from deft.run import resume
 from deft.run.config import Config
 from deft.run.folder import output_folder
 from deft.tracking import console as display
 from deft.training import objectives as losses
 from deft.training import optimizers
+from deft.training.masters import rates_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Session:
     signals       no signal ends the run unless the command line handles them
     began         time.perf_counter() when the run was asked for
     owns_process  whether the run may change settings of the whole process that stay after it
+    world         the ranks that compute the run
     """
 
     rows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -59,6 +64,11 @@ class Session:
     signals: Signals = field(default_factory=Signals)
     began: float = field(default_factory=time.perf_counter)
     owns_process: bool = False
+    world: World = field(default_factory=World)
+
+    def within(self, world: World) -> Session:
+        """The session of one of several ranks: rank 0 alone speaks."""
+        return replace(self, world=world, console=self.console if world.is_first else Console(quiet=True))
 
     def say(self, *lines: str) -> None:
         """Lines on the console; nothing for those that are empty."""
@@ -91,6 +101,8 @@ class Reading:
         kinds = {source.path: survey.first.kind for source, survey in self.train if survey.first is not None}
         raw = [path for path, kind in kinds.items() if _is_raw(kind, self.policy.render)]
         lines = [self.chosen.where] if self.is_chat else []
+        if self.is_chat and "strftime_now" in self.chosen.source:
+            lines.append(f"it reads the date, and is told {NOW:%Y-%m-%d}, so that the same rows are the same tokens")
         if raw and (self.is_chat or self.tokenizer.chat_template is not None):
             which = f"not used for {', '.join(raw)}: learnt" if self.is_chat else "not used: rows are learnt"
             can_be_chat = self.policy.render == "auto" and any(kinds[path] == "dialogue" for path in raw)
@@ -142,28 +154,31 @@ def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
 
 def check(config: Config, session: Session, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), objective, _, machine, asked, _, folder, *rows = collect(
+    (base, tokenizer), objective, _, machine, asked, _, _, folder, *rows = collect(
         [
-            lambda: (models.inspect(config.model, needs_weights), edge.load(config.model)),
+            lambda: _base_and_tokenizer(config, needs_weights),
             lambda: losses.load(config.loss.name, config.loss.options),
             lambda: optimizers.check(config.optimizer),
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
+            lambda: _stop_at_links(config.model),
             lambda: output_folder(config.output, may_go_on=config.resume != "never"),
             *(partial(_read, sources, session) for sources in _sources(config, session)),
         ]
     )
-    trainable = Trainable(config.adapter, config.freeze)
-    if trainable != ALL:
-        models.summarise(base, trainable)  # what does not fit the model is refused here
+    if needs_weights:
+        for each in (config.model, config.merge, config.adapter and config.adapter.start):
+            if each:
+                files.verify_model(Path(each).expanduser())
     reading = of(config, base, tokenizer, *rows)
-    session.say(*_unread(rows))
+    session.say(*_unread(rows), *_new_tokens(config, base, tokenizer))
+    base = replace(base, vocab_size=vocabulary.size_with(tokenizer.new_ids, base.vocab_size))
     _stop_if_unaskable(reading.tokenizer, asked)
     return Checked(
         **vars(reading),
         base=base,
-        trainable=trainable,
+        trainable=Trainable(config.adapter, config.freeze, tokenizer.new_ids, config.quantize),
         objective=objective,
         machine=machine,
         prompts=asked,
@@ -171,21 +186,66 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
     )
 
 
+def _base_and_tokenizer(config: Config, needs_weights: bool) -> tuple[Base, Tokenizer]:
+    """Raises InputError as `inspect` and `load` do, and where what is said of the model's parts does not fit it."""
+    base = models.inspect(config.model, needs_weights)
+    tokenizer = edge.load(config.model, config.data.add_tokens)
+    _stop_if_other_base(config, base)
+    trainable = Trainable(config.adapter, config.freeze, tokenizer.new_ids, config.quantize)
+    if trainable != ALL or config.optimizer.rates:
+        model, _ = models.skeleton(base, trainable)
+        trained = [name for name, each in model.named_parameters() if each.requires_grad]
+        rates_of(trained, config.optimizer.rates)
+    return base, tokenizer
+
+
+def _stop_if_other_base(config: Config, base: Base) -> None:
+    """InputError for an adapter that cannot be merged, or that deft has trained on another base."""
+    if config.merge is not None:
+        merging.check(Path(config.merge))
+    own = models.folder(base)
+    for given in (config.merge, config.adapter and config.adapter.start):
+        about = files.about(Path(given)) if given else {}
+        recorded, quantized = about.get("base"), about.get("quantize", config.quantize)
+        if recorded and any(own.glob("*.safetensors")) and recorded != resume.fingerprint(own):
+            what = f"was trained on another base than {base.path}, by the digest of its files"
+            raise InputError(f"{given}: {what}; name its own with model=")
+        if quantized != config.quantize:
+            fix = f"give quantize={quantized}, or name the final/ of its run as model"
+            raise InputError(f"{given}: was trained over a base in {quantized}, not {config.quantize}; {fix}")
+
+
+def _stop_at_links(model: str) -> None:
+    """InputError where a file of a model folder is a link to something outside of it, which would be carried on."""
+    link = files.link_outside(Path(model).expanduser())
+    if link is not None:
+        what = "is a link that leads out of the model's folder, and what it leads to could be carried into final/"
+        raise InputError(f"{link}: {what}; put a copy in its place")
+
+
 def read(config: Config, session: Session) -> Reading:
     """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
     (base, tokenizer), *rows = collect(
         [
-            lambda: (_base_if_any(config.model), edge.load(config.model)),
+            lambda: (_base_if_any(config.model), edge.load(config.model, config.data.add_tokens)),
             *(partial(_glance, sources, session) for sources in _sources(config, session)),
         ]
     )
-    session.say(*_unread(rows))
+    session.say(*_unread(rows), *(_new_tokens(config, base, tokenizer) if base else ()))
     return of(config, base, tokenizer, *rows)
 
 
 def _unread(understood: Sequence[list[tuple[SourceSpec, Survey]]]) -> list[str]:
     """What lies beside the files of sources."""
     return [f"warning: {line}" for sources in understood for source, _ in sources if (line := source.unread())]
+
+
+def _new_tokens(config: Config, base: Base, tokenizer: Tokenizer) -> Iterator[str]:
+    """What becomes of the model's vocabulary."""
+    yield vocabulary.described(tokenizer.new_ids, base.vocab_size)
+    ids = {text: tokenizer.hf.convert_tokens_to_ids(text) for text in config.data.add_tokens}
+    if known := [text for text, index in ids.items() if index not in tokenizer.new_ids]:
+        yield f"note: data.add_tokens: {', '.join(known)}: in the vocabulary already, added before; nothing is added"
 
 
 def execution(session: Session, advance: Advance = lambda rows: None) -> Execution:
@@ -251,8 +311,8 @@ def of(
     """Rows that are understood, a model and a tokenizer, with the settings that decide what their tokens are."""
     chosen, length = collect(
         [
-            lambda: choose(config.template, tokenizer.chat_template, tokenizer.puts_bos, tokenizer.special_tokens),
-            lambda: max_length(config.max_length, base.max_positions if base else None),
+            lambda: examples.template_of(tokenizer, config.template),
+            lambda: max_length(config.max_length, _positions(config, base)),
         ]
     )
     rules = AnswerRules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
@@ -302,6 +362,13 @@ def _stop_if_unaskable(tokenizer: Tokenizer, asked: Sequence[Prompt]) -> None:
     if tokenizer.chat_template is None and any(not isinstance(prompt.prompt, str) for prompt in asked):
         what = "a prompt made of messages needs a chat template, and there is none, as rows are raw text"
         raise InputError(f"evaluate.prompts: {what}; give it as text, as rows have it")
+
+
+def _positions(config: Config, base: Base | None) -> int | None:
+    """Those that a model has for the tokens of a text: virtual ones stand in the first."""
+    every = base.max_positions if base else None
+    virtual = config.adapter.tokens if config.adapter and config.adapter.is_virtual else 0
+    return every and every - virtual
 
 
 def max_length(setting: int | None, positions: int | None) -> int:

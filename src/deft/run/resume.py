@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from deft.core import files
 from deft.core.errors import Problem, Problems
 from deft.dataset.row_digests import RowDigests
+from deft.distributed.world import World
 from deft.plan.order import Batching
 from deft.run import config as configuration
 from deft.run.config import Config
@@ -22,16 +24,16 @@ from deft.training import checkpoint, resuming
 from deft.training.checkpoint import Found
 from deft.training.state import TrainState
 
-AUTOS = ("max_length", "microbatch_tokens", "device", "precision")
+AUTOS = ("max_length", "microbatch_tokens", "lanes", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""
 
-REFUSED = ("seed", "loss.name", "loss.normalize", "optimizer.name", "precision")
+REFUSED = ("seed", "quantize", "loss.name", "loss.normalize", "optimizer.name", "precision")
 """Keys without which the run would be another one."""
 
 ROWS = ("data", "max_length", "overflow", "truncation_side", "template", "template_kwargs", "reasoning")
 """Keys that decide what rows become: refused where a row comes out otherwise."""
 
-IGNORED = ("output", "resume", "model", "template")
+IGNORED = ("output", "resume", "model", "merge", "template")
 """Keys that are compared by what they lead to, or say nothing of the run."""
 
 APPLIED = {
@@ -48,6 +50,7 @@ class Inputs:
     config    resolved
     model     a fingerprint of the base's files; tokenizer, template, held_out, ledger: digests
     plan      a digest of the steps done so far
+    versions  of packages, and what else the last bits of a result depend on
     """
 
     config: Mapping[str, Any]
@@ -113,11 +116,13 @@ class EarlierStarts:
     def cut_back(self, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others."""
         step = self.step if self.found else -1
-        for note in checkpoint.set_aside(folder / "checkpoints", step):
+        notes = checkpoint.set_aside(folder / "checkpoints", step)
+        for note in notes:
             say(note)
+        cut = partial(jsonl.cut, is_kept=bool(notes))
         for name in ("eval", "samples"):
-            jsonl.cut(folder / f"{name}.jsonl", step if self.is_evaluated else step - 1)
-        return jsonl.cut(folder / "metrics.jsonl", step)
+            cut(folder / f"{name}.jsonl", step if self.is_evaluated else step - 1)
+        return cut(folder / "metrics.jsonl", step)
 
     def restore(self, state: TrainState) -> None:
         """Moves a state that was built anew to where the run goes on."""
@@ -128,15 +133,21 @@ class EarlierStarts:
 NEW_RUN = EarlierStarts()
 
 
-def earlier_starts(config: Config, say: Callable[[str], None]) -> EarlierStarts:
-    """What to go on from; what earlier starts left half written is removed."""
+def earlier_starts(config: Config, say: Callable[[str], None], world: World) -> EarlierStarts:
+    """What to go on from, which rank 0 finds; what earlier starts left half written is removed."""
     folder = Path(str(config.output))
+    found = _found(config, folder, say) if world.is_first else None
+    step = world.from_first("the checkpoint", lambda: found and found.checkpoint.step)
+    return EarlierStarts(found if world.is_first or not step else checkpoint.read(folder / "checkpoints", step))
+
+
+def _found(config: Config, folder: Path, say: Callable[[str], None]) -> Found | None:
     for each in (folder, folder / "checkpoints"):
         files.sweep(each)
     found = checkpoint.find(folder / "checkpoints", config.resume) if goes_on(config) else None
     for note in found.notes if found else ():
         say(note)
-    return EarlierStarts(found)
+    return found
 
 
 def goes_on(config: Config) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,17 +14,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from deft.core import files, hardware, lock
-from deft.core.errors import DiskError
+from deft.core.errors import DiskError, NumbersError
 from deft.core.redact import redacted, redacted_json
 from deft.core.signals import Preempted
 from deft.core.types import StepRecord
-from deft.distributed.world import World
+from deft.distributed.world import World, joined
+from deft.evaluation import generate as generation
 from deft.evaluation.evaluate import Evaluator
 from deft.export import adapter, card
 from deft.export import folder as export
+from deft.model import load as models
+from deft.model import quantized
 from deft.plan.schedule import lr_multiplier
 from deft.run import best, build, finished, forecast, resume
 from deft.run import config as configuration
@@ -34,9 +40,10 @@ from deft.tracking import jsonl, report
 from deft.tracking.console import ConsoleTracker
 from deft.tracking.jsonl import Logs
 from deft.tracking.tracker import TrackedRun, Trackers
-from deft.training import badstep, compiling, resuming
+from deft.training import badstep, checkpoint, compiling, resuming
 from deft.training.checkpoint import Keep
 from deft.training.loop import train as train_steps
+from deft.training.masters import Masters
 from deft.training.saving import Saver
 from deft.training.state import TrainState
 from deft.training.step import dry_run_step
@@ -44,45 +51,64 @@ from deft.training.step import dry_run_step
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `metrics` are the lines of metrics.jsonl, `folder` is the run folder.
-
-    trained  the model and the tokenizer in memory; None where they were trained by an earlier start, and are loaded
-    """
+    """A finished run. `metrics` are the lines of metrics.jsonl, `folder` is the run folder, `device` where its model is
+    loaded to."""
 
     folder: Path
     metrics: tuple[Mapping[str, Any], ...]
-    trained: tuple[Any, Any] | None = None
+    device: str = "cpu"
 
     def __repr__(self) -> str:
         loss = f", loss={self.metrics[-1]['loss']:.4f}" if self.metrics else ""
         return f"Run(folder={str(self.folder)!r}, steps={len(self.metrics)}{loss})"
 
     @cached_property
+    def result(self) -> Path:
+        """The exported Hugging Face folder; of virtual tokens, which cannot be merged, their folder of peft's form."""
+        final = self.folder / "final"
+        return final if final.is_dir() else self.folder / "adapter"
+
+    @cached_property
     def model(self) -> Any:
-        """The trained model, in evaluation mode."""
-        return self.trained[0] if self.trained else AutoModelForCausalLM.from_pretrained(self.folder / "final")
+        """What the run has left, loaded afresh: in its dtype, in evaluation mode.
+
+        Of virtual tokens it has them, but its own forward is the base's.
+
+        Raises DamagedError where the run's result is not as it was written.
+        """
+        return generation.load(self._result, device=self.device)[0]
 
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer, with the chat template that it was trained with."""
-        return self.trained[1] if self.trained else AutoTokenizer.from_pretrained(self.folder / "final")
+        return AutoTokenizer.from_pretrained(self._result)
+
+    @cached_property
+    def _result(self) -> Path:
+        finished.verify(self.result)
+        return self.result
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the exported Hugging Face folder."""
-        files.copy(self.folder / "final", Path(folder))
+        """Copies the exported Hugging Face folder, each file verified as it is copied. Raises DamagedError."""
+        files.copy(self.result, Path(folder), but=(files.CARD,))
 
 
 def train(config: Config, session: Session | None = None) -> Run:
     """The main job; goes on where an earlier start in its folder ended. Raises DeftError for what a user can mend."""
-    session = session or Session()
-    world = World()
-    folder = world.from_first(lambda: run_folder.run_folder(config.output))
-    with lock.held(folder) as note:
+    with joined() as world:
+        return _train_within((session or Session()).within(world), config)
+
+
+def _train_within(session: Session, config: Config) -> Run:
+    world = session.world
+    folder = Path(world.from_first("output", lambda: str(run_folder.run_folder(config.output))))
+    with lock.held(folder) if world.is_first else nullcontext("") as note:
         session.say(note, "" if config.output else f"output: {folder}; output={folder} goes on with this run")
         config = config.model_copy(update={"output": str(folder)})
-        if finished.is_finished(config):
-            return _finished(config, session)
-        return _run(config, session, world, resume.earlier_starts(config, session.say))
+        run_folder.stop_unless_plain(folder)
+        if world.from_first("whether it is finished", lambda: finished.is_finished(config)):
+            return _finished(config, session) if world.is_first else Run(folder, ())
+        return _run(config, session, resume.earlier_starts(config, session.say, world))
 
 
 def _finished(config: Config, session: Session) -> Run:
@@ -90,34 +116,41 @@ def _finished(config: Config, session: Session) -> Run:
     folder = Path(str(config.output))
     run, before = Run(folder, tuple(jsonl.read(folder / "metrics.jsonl"))), finished.recorded(folder)
     quiet = replace(session, console=Console(quiet=True))
-    asked = prepare(finished.settled(config, before), quiet)
-    finished.stop_unless_same(folder, len(run.metrics), before, asked.request(), asked.fit.planned.steps)
-    session.say(f"{folder}: finished at step {len(run.metrics)}; name another output= to train again")
+    result, asked = finished.result_of(config), prepare(finished.settled(config, before), quiet)
+    steps = max((record["step"] for record in run.metrics), default=0)
+    finished.stop_unless_same(result, steps, before, asked.request(), asked.fit.planned.steps)
+    finished.verify(result)
+    session.say(f"{folder}: finished at step {steps}; name another output= to train again")
     return run
 
 
-def _run(config: Config, session: Session, world: World, earlier: EarlierStarts) -> Run:
-    saver = _saver(config, session, earlier.step)
+def _run(config: Config, session: Session, earlier: EarlierStarts) -> Run:
+    saver, world = _saver(config, session, earlier.step), session.world
     try:
         with saver:
-            prepared = prepare(earlier.settled(config), session, earlier)
+            with world.one_a_machine_first("encoding"):
+                prepared = prepare(earlier.settled(config), session, earlier)
+            _join(prepared, world)
             began = time.perf_counter()
-            state = _load(prepared, session, world)
+            state = _load(prepared, session)
             shown = ConsoleTracker(session.console, session.began, time.perf_counter() - began)
             with hardware.within_memory(partial(_too_long, prepared, state)):
                 _try_largest(prepared, state, session)
-            metrics = _begin_folder(prepared, session)
+            metrics = _begin_folder(prepared, session) if world.is_first else []
             with session.signals.deferred():
                 with hardware.within_memory(partial(_too_long, prepared, state)):
-                    unsaved = _train(prepared, state, saver, metrics, shown, session)
+                    if world.is_first:
+                        unsaved = _train(prepared, state, saver, metrics, shown, session)
+                    else:
+                        return _follow(prepared, state, session)
                 with session.signals.at_once():
                     _finish(prepared, state, session)
     except Preempted as stop:
         raise Preempted(stop.number, saver.newest or None) from None
     checked = prepared.checked
     if unsaved:
-        raise DiskError(f"{unsaved}; the run is finished, {checked.folder / 'final'} is whole") from unsaved
-    return Run(checked.folder, tuple(metrics), (state.causal_lm.model.eval(), checked.tokenizer.hf))
+        raise DiskError(f"{unsaved}; the run is finished, {finished.result_of(config)} is whole") from unsaved
+    return Run(checked.folder, tuple(metrics), checked.machine.device.type)
 
 
 def _saver(config: Config, session: Session, newest: int) -> Saver:
@@ -126,21 +159,55 @@ def _saver(config: Config, session: Session, newest: int) -> Saver:
     return Saver(Path(str(config.output)) / "checkpoints", settings.every, keep, session.say, newest)
 
 
-def _load(prepared: Prepared, session: Session, world: World) -> TrainState:
+def _join(prepared: Prepared, world: World) -> None:
+    """The ranks begin to compute together, once each knows the same plan."""
+    plan = prepared.fit.planned
+    fix = "are the rows, the packages and the memory of both the same?"
+    world.stop_unless_same("the plan", resume.plan_digest(plan.until(plan.steps)), fix)
+    way = f"{prepared.checked.machine}, {prepared.fit.checkpointing} checkpointing"
+    world.stop_unless_same("the machine", way, "name device=, precision= and microbatch_tokens=")
+    world.start(prepared.checked.machine.device)
+
+
+def _follow(prepared: Prepared, state: TrainState, session: Session) -> Run:
+    """The loop of a rank that only computes: rank 0 writes, evaluates and saves."""
+    metrics: list[Mapping[str, Any]] = []
+    try:
+        for record in _steps(prepared, state, session):
+            if not record.is_finite:
+                badstep.skip_with_first(state, session.world, prepared.config.skip_bad_steps)
+            metrics.append(asdict(record))
+    except (Preempted, KeyboardInterrupt):
+        session.world.see_off_first()
+        raise
+    return Run(prepared.checked.folder, tuple(metrics))
+
+
+def _load(prepared: Prepared, session: Session) -> TrainState:
     """The model on its device and the state around it, where the run begins or goes on."""
     checked, fit = prepared.checked, prepared.fit
     with hardware.within_memory(partial(forecast.too_large, checked.base, checked.machine, checked.trainable)):
-        state = build.load(prepared.config, checked, fit, world, owns_process=session.owns_process)
+        state = build.load(prepared.config, checked, fit, session.world, owns_process=session.owns_process)
+        state.odd = frozenset(state.not_finite())
         prepared.earlier.restore(state)
     trained = sum(parameter.numel() for parameter in state.masters.parameters.values())
-    every = sum(parameter.numel() for parameter in state.causal_lm.model.parameters())
+    every = quantized.size(state.causal_lm.model)
     of_which = "" if trained == every else f" of which {trained / 1e6:.2f} M are trained,"
     session.say(
         state.causal_lm.note,
+        _about_codes(prepared.config, state),
         f"{prepared.config.model}: {every / 1e6:.2f} M parameters,{of_which} {checked.machine.dtype_name} on "
         f"{checked.machine.device.type}; {fit.planned.steps} steps -> {checked.folder}",
     )
     return state
+
+
+def _about_codes(config: Config, state: TrainState) -> str:
+    model = state.causal_lm.model
+    if config.quantize == "off":
+        return ""
+    took = f"{len(quantized.layers(model))} linear layers in {quantized.code_bytes(model) / 2**20:,.1f} MiB"
+    return f"quantize={config.quantize}: {took}; layers with codes are transformers' own, not deft's fused ones"
 
 
 def _too_long(prepared: Prepared, state: TrainState) -> str:
@@ -163,8 +230,13 @@ def _begin_folder(prepared: Prepared, session: Session) -> list[Mapping[str, Any
     """
     checked, config = prepared.checked, prepared.config
     run_folder.make_folder(checked.folder)
+    text = redacted(configuration.as_yaml(config))
+    if prepared.earlier.found is None:
+        session.say(*run_folder.begin_anew(checked.folder, text))
+    elif prepared.earlier.step < prepared.fit.planned.steps:
+        _set_aside(checked.folder / "final", "is of an earlier end", session)
     metrics = prepared.earlier.cut_back(checked.folder, session.say)
-    files.write_text(checked.folder / "config.yaml", redacted(configuration.as_yaml(config)))
+    files.write_text(checked.folder / "config.yaml", text)
     files.write_json(checked.folder / "ledger.json", [source.as_json() for source in prepared.data.ledgers])
     described = run_folder.manifest(
         seed=config.seed,
@@ -175,6 +247,11 @@ def _begin_folder(prepared: Prepared, session: Session) -> list[Mapping[str, Any
     )
     files.write_json(checked.folder / "manifest.json", {**described, "request": prepared.request().as_json()})
     return [*metrics]
+
+
+def _set_aside(final: Path, why: str, session: Session) -> None:
+    if os.path.lexists(final):
+        session.say(f"{final}: {why}, and is set aside as {files.set_aside(final).name}")
 
 
 def _train(
@@ -202,23 +279,26 @@ def _train(
                 if not record.is_finite:
                     session.say(_skip_or_stop(prepared, state, record))
                 saves, loss = saver.is_due(record.step, total), None
-                is_evaluated = not (
-                    config.evaluate.is_due(record.step, total) or (saves and config.checkpoint.keep_best)
-                )
+                is_due = config.evaluate.is_due(record.step, total)
+                is_evaluated = not (is_due or (saves and config.checkpoint.keep_best))
                 metrics.append(asdict(record))
                 tracks.write("step", metrics[-1])
+                files.stop_unless_ours(logs.metrics.path)
                 if not is_evaluated:
                     with session.signals.at_once():
                         loss = evaluate(state, tracks.write)
                     is_evaluated = True
                 if saves:
                     saver.begin(prepared.checkpoint(state, True, loss), logs.flush)
-                session.signals.check()
+                if session.world.size == 1:
+                    session.signals.check()
         except BaseException as error:
             unsaved = resuming.save_rest(state, saver, lambda: prepared.checkpoint(state, is_evaluated), logs.flush)
             if isinstance(error, Preempted):
                 raise unsaved or error from None
             saved = f"saved step {saver.newest}, run it again to go on" if saver.newest else "no step is saved"
+            if isinstance(error, NumbersError) and state.is_torn:
+                raise NumbersError(f"{error}; {_before(saver.newest)}") from error
             session.say(str(unsaved or saved))
             raise
         unsaved = saver.finish()
@@ -226,17 +306,26 @@ def _train(
     return unsaved
 
 
+def _before(step: int) -> str:
+    name = checkpoint.name(step)
+    return f"{name} is the one before, and the same command goes on from it" if step else "the same command begins anew"
+
+
 def _steps(prepared: Prepared, state: TrainState, session: Session) -> Iterator[StepRecord]:
-    config, planned = prepared.config, prepared.fit.planned
-    return train_steps(
+    """A signal to any rank ends the run on all of them: alone at once, with several after a step."""
+    config, planned, signals = prepared.config, prepared.fit.planned, session.signals
+    is_stopped = yield from train_steps(
         state,
         planned,
         prepared.checked.objective,
         clip=config.optimizer.clip,
         lr=partial(_learning_rate, config, planned.steps),
-        poll=session.signals.check,
-        wants_to_stop=lambda: session.signals.arrived is not None,
+        poll=signals.check if session.world.size == 1 else session.world.check,
+        wants_to_stop=lambda: signals.arrived is not None,
     )
+    if is_stopped:
+        signals.arrived = signals.arrived or signal.SIGTERM
+        signals.check()
 
 
 def _skip_or_stop(prepared: Prepared, state: TrainState, record: StepRecord) -> str:
@@ -255,7 +344,6 @@ def _evaluator(prepared: Prepared, session: Session) -> Evaluator:
     checked = prepared.checked
     return Evaluator(
         held_out=prepared.data.held_out,
-        objective=checked.objective,
         microbatch_tokens=checked.machine.microbatch_tokens,
         tokenizer=checked.tokenizer,
         prompts=checked.prompts,
@@ -271,33 +359,78 @@ def _tracked(prepared: Prepared, state: TrainState) -> TrackedRun:
 
 
 def _finish(prepared: Prepared, state: TrainState, session: Session) -> None:
-    """final/, compared with what is in memory before it is called done, and the report."""
-    checked, data = prepared.checked, prepared.data
-    final = checked.folder / "final"
+    """What leaves the run, and the report."""
+    checked, adapting = prepared.checked, prepared.config.adapter
+    state.stop_if_broken(f"the update of step {state.step} leaves values that are not finite")
     chosen = best.take(checked.folder, state, prepared.config.checkpoint.keep_best)
+    state.serve()
     settings = _hyperparameters(prepared) | ({"checkpoint": chosen} if chosen else {})
+    facts = card.facts_of_run(checked.folder.name, prepared.config.model, prepared.data.ledgers, settings)
+    is_virtual = adapting is not None and adapting.is_virtual
+    about = card.model_card({**facts, "prompts": redacted(str(checked.form)), "is_virtual": is_virtual})
+    if is_virtual:
+        said = _leave_virtual_tokens(prepared, state, about)
+    else:
+        said = _hand_over(prepared, state, about, session)
+    report.write(checked.folder)
+    result = finished.result_of(prepared.config)
+    session.say(f"{result}: {said}", f"{result}: {chosen}" if chosen else "")
+
+
+def _leave_virtual_tokens(prepared: Prepared, state: TrainState, about: str) -> str:
+    """adapter/, as virtual tokens cannot be merged; says what it is for."""
+    checked, model, masters = prepared.checked, state.causal_lm.model, state.masters
+    folder, base = checked.folder / "adapter", prepared.config.model
+    step = {"step": state.step}
+    adapter.write_virtual(folder, model, masters, base, checked.tokenizer, about, checked.form, step)
+    return (
+        "virtual tokens in peft's form; they cannot be merged, so there is no final/: deft generate reads this folder"
+    )
+
+
+def _hand_over(prepared: Prepared, state: TrainState, about: str, session: Session) -> str:
+    """final/, compared with what is in memory before it is called done, and what of it was compared."""
+    checked, data = prepared.checked, prepared.data
     model, masters = state.causal_lm.model, state.masters
+    dtype = prepared.config.export.dtype_of(checked.base.dtype)
     if prepared.config.adapter is not None:
-        adapter.write(checked.folder / "adapter", model, masters, prepared.config.adapter, prepared.config.model)
+        _write_adapter(prepared, model, masters, session)
         rows = [example[0].tokens.tolist() for example in data.train[: export.EXPORT_ROWS]]
-        session.say(str(adapter.merge(model, masters, rows, getattr(torch, checked.base.dtype))))
-    facts = card.facts_of_run(checked.folder.name, prepared.config.model, data.ledgers, settings)
+        if prepared.config.quantize != "off":
+            session.say(adapter.dequantize(model, masters, rows))
+        session.say(str(adapter.merge(model, masters, rows, getattr(torch, dtype))))
+    final, made_of = checked.folder / "final", finished.about_final(prepared.request(), state.step)
+    if not finished.is_of(final, made_of):
+        _set_aside(final, "is not what this run makes", session)
     compared = export.hand_over(
         final,
         model,
         checked.tokenizer,
         base=checked.base,
-        weights=None if checked.base.dtype == checked.machine.dtype_name else masters,
+        dtype=getattr(torch, dtype),
+        weights=None if dtype == checked.machine.dtype_name else masters,
         marks=data.marks,
-        card=card.model_card({**facts, "prompts": redacted(str(checked.form))}),
+        card=about,
         form=checked.form,
         examples=data.train,
         chat=checked.train[0][1].first if checked.is_chat else None,
-        world=state.world,
-        about={"step": state.step},
+        about=made_of,
     )
-    report.write(checked.folder)
-    session.say(f"{final}: {compared}", f"{final}: {chosen}" if chosen else "")
+    return str(compared)
+
+
+def _write_adapter(prepared: Prepared, model: Any, masters: Masters, session: Session) -> None:
+    config, folder = prepared.config, prepared.checked.folder / "adapter"
+    assert config.adapter is not None
+    if config.merge is not None:
+        what = f"{config.model} with {config.merge} merged into it, which is no folder"
+        session.say(f"{folder}: not written, as its base is {what}; final/ holds all of it")
+        return
+    base = resume.fingerprint(models.folder(prepared.checked.base))
+    tokenizer = prepared.checked.tokenizer
+    adapter.write(
+        folder, model, masters, config.adapter, config.model, tokenizer, {"base": base, "quantize": config.quantize}
+    )
 
 
 def _hyperparameters(prepared: Prepared) -> dict[str, Any]:

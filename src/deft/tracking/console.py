@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deft.core.redact import redacted
+from deft.core.redact import redacted, visible
 from deft.core.signals import let_go_of
 from deft.tracking.tracker import TrackedRun
 
@@ -29,7 +30,7 @@ class _Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._tried(lambda: self._stream.write(text))
+        self._tried(lambda: self._stream.write(_encodable(text, getattr(self._stream, "encoding", None))))
         return len(text)
 
     def flush(self) -> None:
@@ -42,15 +43,28 @@ class _Lasting:
         try:
             write()
         except OSError:
-            let_go_of([self._stream.fileno()])
+            with suppress(OSError, ValueError):  # a stream in memory has no number
+                let_go_of([self._stream.fileno()])
+        except ValueError:  # it is closed
+            self._stream = io.StringIO()
 
 
-def lasting(stream: IO[str]) -> IO[str]:
+def _encodable(text: str, encoding: str | None) -> str:
+    """The text with numbers in place of the characters that an encoding does not have.
+
+    >>> _encodable("a 日", "ascii")
+    'a \\\\u65e5'
+    """
+    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+
+
+def lasting(stream: IO[str] | None) -> IO[str]:
     """The stream for a writer that outlives it: once a write has failed, what is written goes nowhere.
 
-    A closed terminal, a pipe without a reader, a log on a full disk end no run and change no exit code.
+    A closed terminal, a pipe without a reader, a log on a full disk, a console that lacks a character, and no stream at
+    all (None) end no run and change no exit code.
     """
-    return cast(IO[str], _Lasting(stream))
+    return cast(IO[str], _Lasting(stream if stream is not None else io.StringIO()))
 
 
 def of_run() -> Console:
@@ -60,7 +74,7 @@ def of_run() -> Console:
 
 def say(console: Console, text: str) -> None:
     """A line of text as it is, without secrets."""
-    console.print(redacted(text), highlight=False, soft_wrap=True, markup=False)
+    console.print(visible(redacted(text)), highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

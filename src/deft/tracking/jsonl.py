@@ -25,7 +25,7 @@ class JsonLines:
     _lock: Lock = field(default_factory=Lock)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8")
+        line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with self._lock, suppress(DiskError):
             self._waiting += line
             self._append()
@@ -70,14 +70,19 @@ class Logs:
             log.flush()
 
 
-def cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """Takes away the lines of later steps, and one that was cut short; returns those that stay."""
+def cut(path: Path, step: int, is_kept: bool = False) -> list[dict[str, Any]]:
+    """Takes away the lines of later steps, and one that was cut short; returns those that stay.
+
+    is_kept  whether a log that has later lines is set aside
+    """
     if not path.exists():
         return []
     text = path.read_bytes()
     lines = [line for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
     kept = [(line, record) for line in lines if (record := _record(line)) and record["step"] <= step]
     if (data := b"".join(line for line, _ in kept)) != text:
+        if is_kept:
+            files.set_aside(path)
         files.write_bytes(path, data)
     return [record for _, record in kept]
 
@@ -94,7 +99,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    is_one = isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] is not True
+    return record if is_one else None
 
 
 def _finite(value: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from deft.core import files
-from deft.core.errors import DiskError
 from deft.tracking import jsonl
 
 WIDTH, HEIGHT = 720, 240
@@ -26,22 +25,31 @@ pre {{ white-space: pre-wrap; background: #fafafa; padding: 1em; border: 1px sol
 
 
 def write(folder: Path) -> Path:
-    """Reads the folder's files, never live objects, and writes report.html beside them. DiskError where it cannot."""
-    try:
-        body = _body(folder)
-    except OSError as error:
-        raise DiskError(f"{error.filename}: cannot be read ({error.strerror}); there is no report") from error
+    """Reads the folder's files, never live objects, and writes report.html beside them. DiskError where it cannot.
+
+    What cannot be read of them, as people edit logs, is named in its place.
+    """
     page = folder / "report.html"
-    files.write_text(page, _PAGE.format(title=escape(folder.name), body=body))
+    body = "".join(_part(folder / name, make) for name, make in _PARTS)
+    files.write_text(page, _PAGE.format(title=escape(_shown(folder.name)), body=body))
     return page
 
 
-def _body(folder: Path) -> str:
-    metrics = jsonl.read(folder / "metrics.jsonl")
-    parts = [_summary(metrics), _curve([line["loss"] for line in metrics]), _ledger(folder / "ledger.json")]
-    parts += [_evaluations(jsonl.read(folder / "eval.jsonl")), _samples(jsonl.read(folder / "samples.jsonl"))]
-    parts.append(f"<h2>Configuration</h2><pre>{escape((folder / 'config.yaml').read_text(encoding='utf-8'))}</pre>")
-    return "".join(parts)
+def _part(path: Path, make: Callable[[Path], str]) -> str:
+    try:
+        return _shown(make(path))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        return f"<p>{escape(_shown(f'{path.name} cannot be read ({type(error).__name__}: {error})'))}</p>"
+
+
+def _metrics(path: Path) -> str:
+    """Of the lines that a step has written, and no user."""
+    lines = [line for line in jsonl.read(path) if line.keys() >= {"loss", "seconds", "tokens"}]
+    return _summary(lines) + _curve([line["loss"] for line in lines])
+
+
+def _configuration(path: Path) -> str:
+    return f"<h2>Configuration</h2><pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
 
 
 def _summary(metrics: Sequence[dict[str, Any]]) -> str:
@@ -52,7 +60,7 @@ def _summary(metrics: Sequence[dict[str, Any]]) -> str:
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     return (
         f"<p>{len(metrics)} steps in {seconds:.0f} s, {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} a second. "
-        f"Loss {first:.4f} at the first step, {last:.4f} at the last.</p>"
+        f"Loss {_shown(first)} at the first step, {_shown(last)} at the last.</p>"
     )
 
 
@@ -87,14 +95,16 @@ def _ledger(path: Path) -> str:
     return "<h2>Rows</h2>" + _table(("source", "rows", "fates", "tokens learnt"), rows)
 
 
-def _evaluations(lines: Sequence[dict[str, Any]]) -> str:
+def _evaluations(path: Path) -> str:
+    lines = jsonl.read(path)
     if not lines:
         return ""
     names = list(dict.fromkeys(name for line in lines for name in line))
     return "<h2>Evaluations</h2>" + _table(names, [[_shown(line.get(name, "")) for name in names] for line in lines])
 
 
-def _samples(lines: Sequence[dict[str, Any]]) -> str:
+def _samples(path: Path) -> str:
+    lines = [line for line in jsonl.read(path) if line.keys() >= {"prompt", "output"}]
     if not lines:
         return ""
     shown = [line for line in lines if line["step"] in (lines[0]["step"], lines[-1]["step"])]
@@ -110,4 +120,15 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    """As UTF-8 has it: half a surrogate pair is shown by its number."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_PARTS: tuple[tuple[str, Callable[[Path], str]], ...] = (
+    ("metrics.jsonl", _metrics),
+    ("ledger.json", _ledger),
+    ("eval.jsonl", _evaluations),
+    ("samples.jsonl", _samples),
+    ("config.yaml", _configuration),
+)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
 from deft.core import files
 from deft.core.errors import DamagedError, NumbersError
 from deft.core.types import MicroBatch, Objective, Origin, StepBatch, StepRecord
+from deft.distributed.world import World
 from deft.model.causal_lm import CausalLM
 from deft.training import randomness
+from deft.training.checkpoint import Stored
 from deft.training.state import TrainState
 
 SHOWN_ROWS = 5
@@ -78,8 +81,10 @@ def skip_or_stop(
 ) -> str:
     """Goes past a step whose numbers are not finite, and says so; NumbersError where `most` have been skipped.
 
-    Either way the step can be replayed from `folder`/bad-step-N.
+    Either way the step can be replayed from `folder`/bad-step-N. NumbersError as well where the update before it is at
+    fault, which left values that are not finite: no step can be done from there.
     """
+    state.stop_if_broken(f"the update of step {state.step} left values that are not finite")
     place = folder / f"bad-step-{record.step}"
     diagnosis = examine(state.causal_lm, step_batch, objective)
     write(place, state, step_batch, diagnosis)
@@ -91,6 +96,15 @@ def skip_or_stop(
         raise NumbersError(f"{told}; {fix}")
     state.skip()
     return f"{told}; skipped ({state.skipped} of {most} at most)"
+
+
+def skip_with_first(state: TrainState, world: World, most: int) -> None:
+    """The same on another rank than 0, which examines the step. Raises what rank 0 ends with where it stops."""
+    is_broken = not state.odd.issuperset(state.not_finite())
+    while is_broken or state.skipped >= most:  # until rank 0 has said so
+        world.check()
+        time.sleep(0.05)
+    state.skip()
 
 
 def examine(causal_lm: CausalLM, step_batch: StepBatch, objective: Objective) -> Diagnosis:
@@ -119,7 +133,7 @@ def examine(causal_lm: CausalLM, step_batch: StepBatch, objective: Objective) ->
 def documents(batch: MicroBatch) -> list[MicroBatch]:
     """The documents of a micro-batch, each as one of its own."""
     found, start = [], 0
-    for length in batch.documents:
+    for index, length in enumerate(batch.documents):
         targets = (batch.rows >= start) & (batch.rows < start + length)
         here = slice(start, start + length)
         found.append(
@@ -130,6 +144,7 @@ def documents(batch: MicroBatch) -> list[MicroBatch]:
                 rows=batch.rows[targets] - start,
                 targets=batch.targets[targets],
                 weights=batch.weights[targets],
+                seeds=batch.seeds[index : index + 1],
             )
         )
         start += length
@@ -137,9 +152,9 @@ def documents(batch: MicroBatch) -> list[MicroBatch]:
 
 
 def write(folder: Path, state: TrainState, step_batch: StepBatch, diagnosis: Diagnosis) -> None:
-    """The step as a folder that `read` gives back; one that is there is replaced. DiskError where that fails."""
-    if folder.exists():
-        files.remove(folder)
+    """The step as a folder that `read` gives back; one that is there is set aside. DiskError where that fails."""
+    if os.path.lexists(folder):
+        files.set_aside(folder)
     with files.staged(folder) as staging:
         staging.write_json("step.json", _as_json(step_batch, diagnosis))
         batches = enumerate(step_batch.micro_batches)
@@ -157,11 +172,17 @@ def read(folder: Path) -> tuple[StepBatch, dict[str, Any]]:
 
     Raises DamagedError where the folder is not as it was written.
     """
-    files.verify(folder)
-    found, tensors = json.loads((folder / "step.json").read_text()), load_file(folder / "batches.safetensors")
+    records = files.verify(folder).files
+
+    def as_json(name: str) -> Any:
+        return json.loads(files.read(folder / name, records[name]))
+
+    found, tensors = as_json("step.json"), Stored(folder / "batches.safetensors", records["batches.safetensors"])
     batches = tuple(
-        MicroBatch(documents=tuple(lengths), **{name: tensors[f"{index}.{name}"] for name in _TENSORS})
-        for index, lengths in enumerate(found["documents"])
+        MicroBatch(
+            documents=tuple(lengths), seeds=tuple(seeds), **{name: tensors[f"{index}.{name}"] for name in _TENSORS}
+        )
+        for index, (lengths, seeds) in enumerate(zip(found["documents"], found["seeds"], strict=True))
     )
     step_batch = StepBatch(
         step=found["step"] - 1,
@@ -172,17 +193,17 @@ def read(folder: Path) -> tuple[StepBatch, dict[str, Any]]:
         target_tokens=found["target_tokens"],
         origins=tuple(tuple(map(Origin.at, rows)) for rows in found["rows"]),
     )
-    return step_batch, randomness.from_json(json.loads((folder / "random.json").read_text()))
+    return step_batch, randomness.from_json(as_json("random.json"))
 
 
 @torch.no_grad()
 def put_weights(folder: Path, model: nn.Module) -> None:
     """Writes the saved weights into a model; DamagedError where one is not in it."""
     parameters = dict(model.named_parameters())
-    for path in sorted((folder / "weights").glob("*.safetensors")):
-        for name, weight in load_file(path).items():
+    for file, record in files.read_manifest(folder).files.items():
+        for name, weight in Stored(folder / file, record).items() if file.startswith("weights/") else ():
             if name not in parameters or parameters[name].shape != weight.shape:
-                raise DamagedError(f"{path}: {name} does not fit the model of the run")
+                raise DamagedError(f"{folder / file}: {name} does not fit the model of the run")
             parameters[name].copy_(weight)
 
 
@@ -253,6 +274,7 @@ def _as_json(step_batch: StepBatch, diagnosis: Diagnosis) -> dict[str, Any]:
         "target_tokens": step_batch.target_tokens,
         "rows": [[str(row) for row in rows] for rows in step_batch.origins],
         "documents": [list(batch.documents) for batch in step_batch.micro_batches],
+        "seeds": [list(batch.seeds) for batch in step_batch.micro_batches],
         "parts": numbers,
         "layer": diagnosis.layer,
         "gradients": list(diagnosis.gradients),

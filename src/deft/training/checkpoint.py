@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deft.core import files
@@ -35,8 +35,8 @@ PARTS = {
 }
 """Parts that every checkpoint has, and what is said of one that lacks it."""
 
-SHARD = 1 << 32
-"""Tensors of a part go to files of about this many bytes."""
+SHARD = 1 << 30
+"""Tensors of a part go to files of about this many bytes, which are verified side by side."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 _DTYPES = {
@@ -51,6 +51,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -115,22 +116,23 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def read(folder: Path, step: int) -> Found:
-    """A checkpoint, every byte of it verified before any is used; its tensors are read when they are asked for.
+    """A checkpoint, every byte of it verified before any is used; its tensors are read when they are asked for, and
+    checked again while they are.
 
-    Raises DamagedError that names the file, or the part that is missing.
+    Raises DamagedError that names the file, or the part that is missing; so does a tensor.
     """
     place = folder / name(step)
     manifest = _manifest(place, step)
     _stop_if_parts_lack(place, list(manifest.files))
     files.verify(place)
-    tensors: dict[str, list[Path]] = {}
+    tensors: dict[str, list[Any]] = {}
     values: dict[str, Any] = {}
-    for file in manifest.files:
+    for file, record in manifest.files.items():
         if file.endswith(".safetensors"):
-            tensors.setdefault(file.rpartition("-")[0], []).append(place / file)
+            tensors.setdefault(file.rpartition("-")[0], []).append(Stored(place / file, record))
         else:
-            values[file.removesuffix(".json")] = json.loads((place / file).read_bytes())
-    stored = {part: _Stored(paths) for part, paths in tensors.items()}
+            values[file.removesuffix(".json")] = json.loads(files.read(place / file, record))
+    stored = {part: ChainMap(*shards) for part, shards in tensors.items()}
     return Found(Checkpoint(step, stored, values, manifest.about.get("loss")), len(manifest.files) + 1)
 
 
@@ -166,9 +168,7 @@ def set_aside(folder: Path, step: int) -> list[str]:
     """Renames what is newer than `step`, so that it is never taken for a part of what comes now; says so."""
     notes = []
     for newer in reversed([each for each in steps(folder) if each > step]):
-        names = (f"{name(newer)}.aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-        target = next(folder / each for each in names if not (folder / each).exists())
-        files.rename(folder / name(newer), target)
+        target = files.set_aside(folder / name(newer))
         notes.append(f"{name(newer)} is set aside as {target.name}; delete it if it is not wanted")
     return notes
 
@@ -295,22 +295,29 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.is_dir())).free
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Tensors in files, each read when it is asked for."""
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a safetensors file that was verified, each read when it is asked for.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        try:
-            opened = [safe_open(path, "pt") for path in paths]
-        except SafetensorError as error:
-            raise DamagedError(f"{paths[0]}: cannot be read ({error})") from error
-        self._files: dict[str, Any] = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+    Raises DamagedError where a byte has changed since.
+    """
+
+    def __init__(self, path: Path, record: files.FileRecord) -> None:
+        self._file = files.Blocks(path, record)
+        length = int.from_bytes(self._file.read(0, 8), "little")
+        self._begin = 8 + length
+        self._header = json.loads(self._file.read(8, self._begin))
+        self._header.pop("__metadata__", None)
 
     def __getitem__(self, key: str) -> Tensor:
-        found: Tensor = self._files[key].get_tensor(key)
-        return found
+        found = self._header[key]
+        begin, end = (self._begin + offset for offset in found["data_offsets"])
+        dtype, shape = _TYPES[found["dtype"]], found["shape"]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._file.read(begin, end), dtype=dtype).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._header)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._header)

@@ -45,15 +45,20 @@ NARROWED = 2**20
 """Elements that change their dtype at a time."""
 
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
-"""(logits_SV, targets_S) -> loss_S, each in fp32 at least, in torch operations that can be differentiated."""
+RowLoss = Callable[..., Tensor]
+"""(logits_SV, targets_S) -> loss_S, each in fp32 at least, in torch operations that can be differentiated. One that
+uses the start is given as a third argument start_SV, the logits of the model that the run began with."""
+
+Start = tuple[Tensor, Head]
+"""Hidden states [K, H] of the model that the run began with, without a graph, and its head."""
 
 
 @dataclass(frozen=True)
 class Chunked:
     """The objective of a loss of single rows: sum over k of weights[k] * row_loss(logits[k], targets[k]).
 
-    row_loss  None is the negative log-likelihood, whose gradient is written by hand
+    row_loss    None is the negative log-likelihood, whose gradient is written by hand
+    uses_start  whether row_loss takes the logits of the model that the run began with
 
     >>> tally = Chunked(lambda logits_SV, targets_S: logits_SV.logsumexp(1))(
     ...     torch.zeros(2, 3), Head(torch.ones(1, 3)), torch.tensor([0, 0]), torch.tensor([1.0, 0.5])
@@ -63,14 +68,19 @@ class Chunked:
     """
 
     row_loss: RowLoss | None = None
+    uses_start: bool = False
 
-    def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
+    def __call__(
+        self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor, start: Start | None = None
+    ) -> Tally:
         arguments = hidden_KH, head, targets_K, weights_K
-        total = loss(*arguments) if self.row_loss is None else _apply(*arguments, None, self.row_loss)
+        total = loss(*arguments) if self.row_loss is None else _apply(*arguments, None, self.row_loss, start)
         return Tally(total, _total(weights_K))
 
-    def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
-        total = _LogitsLoss.apply(logits_KV, targets_K, weights_K, self.row_loss)
+    def from_logits(
+        self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor, start_KV: Tensor | None = None
+    ) -> Tally:
+        total = _LogitsLoss.apply(logits_KV, targets_K, weights_K, self.row_loss, start_KV)
         return Tally(total, _total(weights_K))
 
 
@@ -105,19 +115,22 @@ def _apply(
     weights_K: Tensor,
     statistics: Tensor | None,
     row_loss: RowLoss | None,
+    start: Start | None = None,
 ) -> Tensor:
     missing = round_up_rows(len(hidden_KH)) - len(hidden_KH)
     hidden_KH = functional.pad(hidden_KH, (0, 0, 0, missing))
+    start = start and (functional.pad(start[0], (0, 0, 0, missing)), start[1])
     weights_K = functional.pad(weights_K, (0, missing))
     targets_K = torch.cat([targets_K, targets_K[-1:].expand(missing)])  # others may have a bias of -inf
     leaves = (hidden_KH, head.weight, head.bias)
     is_needed = tuple(torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves)
-    return _HeadLoss.apply(*leaves, targets_K, weights_K, head.scale, head.softcap, is_needed, statistics, row_loss)
+    settings = head.scale, head.softcap, is_needed, statistics, row_loss, start
+    return _HeadLoss.apply(*leaves, targets_K, weights_K, *settings)
 
 
 def loss_from_logits(logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tensor:
     """The same sum, from final logits: no scale or softcap is applied here. Holds one [K, V] gradient in backward."""
-    return _LogitsLoss.apply(logits_KV, targets_K, weights_K, None)
+    return _LogitsLoss.apply(logits_KV, targets_K, weights_K, None, None)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -134,6 +147,7 @@ class _HeadLoss(torch.autograd.Function):
         is_needed: tuple[bool, bool, bool],
         statistics: Tensor | None,
         row_loss: RowLoss | None,
+        start: Start | None,
     ) -> Tensor:
         wide = _wide(hidden_KH.dtype)
         weight = weight_VH.to(hidden_KH.dtype)
@@ -153,7 +167,9 @@ class _HeadLoss(torch.autograd.Function):
                 arguments = targets_K[rows], weights_B, scale, softcap, statistics, d_bias, scratch
                 total += _logits_gradient(logits_BV, *arguments)
             else:
-                total += _gradient_by_torch(logits_BV, targets_K[rows], weights_B, scale, softcap, d_bias, row_loss)
+                start_BV = None if start is None else _start_logits(start, rows)
+                settings = scale, softcap, d_bias, row_loss, start_BV
+                total += _gradient_by_torch(logits_BV, targets_K[rows], weights_B, *settings)
             if d_hidden is not None:
                 torch.mm(logits_BV, weight, out=d_hidden[rows])
             if d_weight is not None:
@@ -170,15 +186,22 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None else _spent(gradient, grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, *[None] * 8)
 
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor, row_loss: RowLoss | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits_KV: Tensor,
+        targets_K: Tensor,
+        weights_K: Tensor,
+        row_loss: RowLoss | None,
+        start_KV: Tensor | None,
+    ) -> Tensor:
         if row_loss is not None:
             gradient_KV = logits_KV.clone()
-            total = _gradient_by_torch(gradient_KV, targets_K, weights_K, 1.0, None, None, row_loss)
+            total = _gradient_by_torch(gradient_KV, targets_K, weights_K, 1.0, None, None, row_loss, start_KV)
             ctx.save_for_backward(gradient_KV)
             return total
         rows = _SoftmaxRows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
@@ -193,7 +216,7 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits_KV, *rest = ctx.saved_tensors
         if not rest:
-            return logits_KV * grad_output, None, None, None
+            return logits_KV * grad_output, None, None, None, None
         targets_K, weights_K = rest
         rows = _SoftmaxRows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
         gradient_KV = torch.empty_like(logits_KV)
@@ -202,13 +225,20 @@ class _LogitsLoss(torch.autograd.Function):
             slice_SV = logits_SV.to(rows.weights.dtype, copy=True)
             slice_S.softmax_gradient_in_place(slice_SV)
             torch.mul(slice_SV, grad_output, out=gradient_SV)
-        return gradient_KV, None, None, None
+        return gradient_KV, None, None, None, None
 
 
 def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV: Tensor | None) -> Tensor:
     if bias_V is None:
         return torch.mm(hidden_CH, weight_VH.T, out=out_CV)
     return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=out_CV)
+
+
+def _start_logits(start: Start, rows: slice) -> Tensor:
+    """float [B, V], before scale and softcap."""
+    hidden_KH, head = start
+    bias = None if head.bias is None else head.bias.to(hidden_KH.dtype)
+    return _project(hidden_KH[rows], head.weight.to(hidden_KH.dtype), bias, None)
 
 
 def _logits_gradient(
@@ -247,16 +277,19 @@ def _gradient_by_torch(
     softcap: float | None,
     d_bias: Tensor | None,
     row_loss: RowLoss,
+    start_BV: Tensor | None = None,
 ) -> Tensor:
-    """The loss of these rows; logits_BV, as the weight gave them, becomes its gradient. d_bias as above."""
+    """The loss of these rows; logits_BV, as the weight gave them, becomes its gradient. d_bias as above.
+
+    start_BV  logits of the model that the run began with, likewise, which row_loss gets as well
+    """
     total = weights_B.new_zeros((), dtype=_wide(logits_BV.dtype))
-    parts = (each.detach().split(_slice_rows(logits_BV)) for each in (logits_BV, targets_B, weights_B))
-    for own_SV, targets_S, weights_S in zip(*parts, strict=True):
+    tensors = [logits_BV, targets_B, weights_B, *([] if start_BV is None else [start_BV])]
+    parts = (each.detach().split(_slice_rows(logits_BV)) for each in tensors)
+    for own_SV, targets_S, weights_S, *start_S in zip(*parts, strict=True):
         leaf_SV = own_SV.to(total.dtype, copy=True).requires_grad_()
-        logits_SV = leaf_SV if scale == 1.0 else leaf_SV * scale
-        if softcap is not None:
-            logits_SV = softcap * torch.tanh(logits_SV / softcap)
-        loss = (weights_S.to(total.dtype) * row_loss(logits_SV, targets_S)).sum()
+        logits_SV, *start_S = (_final(each, scale, softcap) for each in (leaf_SV, *start_S))
+        loss = (weights_S.to(total.dtype) * row_loss(logits_SV, targets_S, *start_S)).sum()
         (gradient_SV,) = torch.autograd.grad(loss, leaf_SV)
         own_SV.copy_(gradient_SV)
         if d_bias is not None:
@@ -408,6 +441,13 @@ def _spent(gradient: Tensor, factor: Tensor) -> Tensor:
 def _total(weights_K: Tensor) -> Tensor:
     """Their sum: fp64, but on MPS, which has none."""
     return (weights_K if weights_K.device.type == "mps" else weights_K.double()).sum()
+
+
+def _final(logits_SV: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scale and softcap, in fp32 at least, with a graph."""
+    logits_SV = logits_SV.to(_wide(logits_SV.dtype))
+    logits_SV = logits_SV if scale == 1.0 else logits_SV * scale
+    return logits_SV if softcap is None else softcap * torch.tanh(logits_SV / softcap)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

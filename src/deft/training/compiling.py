@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 from deft.core import hardware
 from deft.core.types import Objective
 from deft.dataset import cache
-from deft.model import compiled_layers
+from deft.model import compiled_layers, quantized
 from deft.model.causal_lm import CausalLM
 from deft.plan.loader import Loader
 from deft.training.state import TrainState
@@ -41,6 +41,7 @@ def is_sound(causal_lm: CausalLM) -> bool:
     model = causal_lm.model
     is_known = causal_lm.mode == "packed" and model.config.model_type in compiled_layers.FAMILIES
     is_plain = causal_lm.checkpointing != "selective" and not any(part.training for part in model.modules())
+    is_plain = is_plain and not quantized.layers(model)
     return causal_lm.device.type == "cuda" and is_known and is_plain and has_triton()
 
 

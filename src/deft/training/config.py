@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from deft.core.config import OrOff, Pattern, Section
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Section):
     """The update rule: a name of training/optim/, or the import path of a torch optimizer, as torch.optim:NAdam.
@@ -20,7 +22,7 @@ class OptimizerConfig(Section):
     name: str = "adamw"
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip: Annotated[float | None, Field(gt=0), OrOff] = 1.0
     options: dict[str, Any] = Field({})

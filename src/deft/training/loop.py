@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import torch
@@ -26,8 +26,8 @@ def train(
     lr: Callable[[int], float],
     poll: Callable[[], None] = lambda: None,
     wants_to_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[StepRecord]:
-    """Runs the steps that `state` has not done yet and yields a record after each.
+) -> Generator[StepRecord, None, bool]:
+    """Runs the steps that `state` has not done yet and yields a record after each; whether a rank wanted to stop.
 
     It ends after the last step, or after one at whose end a rank wanted to stop. A record that is not finite is of a
     step that changed nothing. Whoever takes it calls `state.skip()` to go past the step; NumbersError where they have
@@ -60,8 +60,9 @@ def train(
             if state.step == step_batch.step:
                 raise NumbersError(f"step {step_batch.step + 1}: loss or gradient is not finite; no weight was changed")
             if numbers.stops:
-                return
+                return True
             began = now
+    return False
 
 
 def peak_bytes() -> int:

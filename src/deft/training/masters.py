@@ -8,7 +8,8 @@ Nothing is lost: weight << 16 plus low are the master's bits again, and the weig
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Masters(Mapping[str, Tensor]):
     The parameters become the masters' copies in the compute `dtype`, fp32 or bf16; in fp32 each is its own master. A
     frozen parameter (requires_grad False) is cast as well, and has neither gradient nor state.
 
+    rows        parameters of which only some rows are trained, and which. Each such part is a parameter of its own that
+                shares their memory, NAME[4:6]: nothing is ever written to other rows, and they have no state
     parameters  the trained ones by name
 
     >>> net = nn.Linear(2, 1, bias=False)
@@ -33,7 +36,12 @@ class Masters(Mapping[str, Tensor]):
     ([[1.0, 1.0]], True)
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        dtype: torch.dtype,
+        rows: Mapping[str, slice] = MappingProxyType({}),
+    ) -> None:
         assert dtype in (torch.float32, torch.bfloat16)
         self._all = dict(parameters)
         self.parameters = {name: each for name, each in self._all.items() if each.requires_grad}
@@ -43,21 +51,37 @@ class Masters(Mapping[str, Tensor]):
             is_cast = name in self.parameters or (parameter.is_floating_point() and parameter.dtype != dtype)
             if is_cast and (low := _store(parameter, dtype)) is not None:
                 self._low[name] = low
+        self._parts = dict(self._part(name, each) for name, each in rows.items())
+
+    def _part(self, name: str, rows: slice) -> tuple[str, tuple[nn.Parameter, slice]]:
+        """Puts rows of a parameter in its place among the trained ones: their name, and what they are a part of."""
+        whole, key = self.parameters.pop(name), f"{name}[{rows.start}:{rows.stop}]"
+        self.parameters[key] = nn.Parameter(whole.detach()[rows])
+        if name in self._low:
+            self._low[key] = self._low[name][rows]
+        return key, (whole, rows)
 
     def __getitem__(self, name: str) -> Tensor:
         """fp32, the parameter's shape: the parameter itself in fp32, else a new tensor."""
-        weight = self._all[name].detach()
-        return compose(weight, self._low[name]) if name in self._low else weight
+        weight = self._named(name).detach()
+        if name in self._low:
+            return compose(weight, self._low[name])
+        return weight.float() if weight.is_floating_point() else weight
 
     @torch.no_grad()
     def assign(self, name: str, master: Tensor) -> None:
         """Gives a parameter another fp32 master, which is used up; in bf16 it has low bits from then on."""
-        parameter = self._all[name]
+        parameter = self._named(name)
         if parameter.dtype != torch.bfloat16:
             parameter.copy_(master)
             return
         low = self._low.setdefault(name, torch.empty_like(parameter, dtype=torch.int16))
         decompose(master, parameter.data, low)
+
+    def adopt(self, parameters: Mapping[str, nn.Parameter], device: torch.device | str) -> None:
+        """Takes frozen parameters that have been made since; low bits go to the device where all parameters now are."""
+        self._all |= parameters
+        self._low = {name: low.to(device) for name, low in self._low.items()}
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Keeps those of `names`, what each is called from here on -> what it was called, and drops the others."""
@@ -65,6 +89,19 @@ class Masters(Mapping[str, Tensor]):
         self._low = {name: self._low[old] for name, old in names.items() if old in self._low}
         self.parameters = {name: each for name, each in self._all.items() if each.requires_grad}
         self._sums.clear()
+        self._parts.clear()
+
+    def _named(self, name: str) -> nn.Parameter:
+        return self._all[name] if name in self._all else self.parameters[name]
+
+    def _take_parts(self) -> None:
+        """Of the gradients of whole matrices, those of the rows that are trained."""
+        for key, (whole, rows) in self._parts.items():
+            if whole.grad is None:
+                continue
+            part, latest = self.parameters[key], whole.grad[rows].clone()
+            part.grad = latest if part.grad is None else part.grad.add_(latest)
+            whole.grad = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)
@@ -72,25 +109,12 @@ class Masters(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def rates(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Each trained parameter's multiple of the learning rate: that of the first pattern found in its name, else 1.
-
-        Raises InputError for a pattern that fits no name.
-        """
-        for pattern in rates:
-            if not any(re.search(pattern, name) for name in self.parameters):
-                what = f"{pattern!r} is in no trained parameter's name"
-                raise InputError(f"optimizer.rates: {what}; one is {next(iter(self.parameters))}")
-        return {
-            name: next((rate for pattern, rate in rates.items() if re.search(pattern, name)), 1.0)
-            for name in self.parameters
-        }
-
     def collect(self) -> None:
         """To be called before each backward pass: gradients of earlier micro-batches go into sums in fp32.
 
         A step of one micro-batch needs no sums.
         """
+        self._take_parts()
         for name, parameter in self.parameters.items():
             if parameter.grad is None or parameter.dtype == torch.float32:
                 continue
@@ -100,8 +124,22 @@ class Masters(Mapping[str, Tensor]):
                 self._sums[name] = parameter.grad.float()
             parameter.grad = None
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """What the last backward pass left, by name, which is gone from here: for a sum over several ranks."""
+        self._take_parts()
+        found = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
+        for name in found:
+            self.parameters[name].grad = None
+        return found
+
+    def put_gradients(self, sums: Mapping[str, Tensor]) -> None:
+        """Such a sum, fp32 by name, in place of all that was left here."""
+        self.zero_grad()
+        self._sums.update(sums)
+
     def gradient(self, name: str) -> Tensor | None:
         """The sum of what the backward passes since the last update left for a parameter; in fp32 where summed."""
+        self._take_parts()
         latest, earlier = self.parameters[name].grad, self._sums.get(name)
         if earlier is None:
             return latest
@@ -146,7 +184,7 @@ class Masters(Mapping[str, Tensor]):
     def zero_grad(self) -> None:
         """Drops all gradients and their sums."""
         self._sums.clear()
-        for parameter in self.parameters.values():
+        for parameter in (*self.parameters.values(), *(whole for whole, _ in self._parts.values())):
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
@@ -161,6 +199,21 @@ class Masters(Mapping[str, Tensor]):
         """
         copy_state(self.state(), state)
         self.zero_grad()
+
+
+def rates_of(names: Collection[str], rates: Mapping[str, float]) -> dict[str, float]:
+    """Each trained parameter's multiple of the learning rate: that of the first pattern found in its name, else 1.
+
+    Raises InputError for a pattern that fits no name.
+
+    >>> rates_of(["q.lora_A", "q.lora_B"], {"lora_B": 16.0})
+    {'q.lora_A': 1.0, 'q.lora_B': 16.0}
+    """
+    for pattern in rates:
+        if not any(re.search(pattern, name) for name in names):
+            what = f"{pattern!r} is in no trained parameter's name"
+            raise InputError(f"optimizer.rates: {what}; one is {next(iter(names))}")
+    return {name: next((rate for pattern, rate in rates.items() if re.search(pattern, name)), 1.0) for name in names}
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,8 +70,16 @@ class OwnObjective:
 
     name: str
     function: Function
+    uses_start: ClassVar[bool] = False
 
-    def __call__(self, hidden_KH: Tensor, head: Head, targets_K: Tensor, weights_K: Tensor) -> Tally:
+    def __call__(
+        self,
+        hidden_KH: Tensor,
+        head: Head,
+        targets_K: Tensor,
+        weights_K: Tensor,
+        start: tuple[Tensor, Head] | None = None,
+    ) -> Tally:
         """From hidden states, through the head."""
         bias = None if head.bias is None else head.bias.to(hidden_KH.dtype)
         logits_KV = head.scale * _wide(functional.linear(hidden_KH, head.weight.to(hidden_KH.dtype), bias))
@@ -79,7 +87,9 @@ class OwnObjective:
             logits_KV = head.softcap * torch.tanh(logits_KV / head.softcap)
         return self.from_logits(logits_KV, targets_K, weights_K)
 
-    def from_logits(self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor) -> Tally:
+    def from_logits(
+        self, logits_KV: Tensor, targets_K: Tensor, weights_K: Tensor, start_KV: Tensor | None = None
+    ) -> Tally:
         """From final logits. InputError where the function gives no scalar, or one without a gradient."""
         logits_KV = _wide(logits_KV)
         has_graph = torch.is_grad_enabled() and logits_KV.requires_grad

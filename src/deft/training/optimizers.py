@@ -9,6 +9,9 @@ from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
+
 from deft.core import registry
 from deft.core.errors import InputError, user_code
 from deft.training import optim
@@ -33,13 +36,24 @@ def make(settings: OptimizerConfig, masters: Masters) -> Optimizer:
     if not registry.is_own(settings.name):
         made: Optimizer = maker(masters, rates=settings.rates, **arguments)
         return made
+    undecayed = {**arguments, **({"weight_decay": 0.0} if "weight_decay" in arguments else {})}
+
+    def rule(name: str, parameter: nn.Parameter) -> TorchOptimizer:
+        made: TorchOptimizer = maker([parameter], **(arguments if parameter.ndim >= 2 else undecayed))
+        return made
+
     with user_code(settings.name):
-        return PerParameter(masters, lambda name, parameter: maker([parameter], **arguments), settings.rates)
+        return PerParameter(masters, rule, settings.rates)
 
 
 def _maker(settings: OptimizerConfig) -> Callable[..., Any]:
     if registry.is_own(settings.name):
-        return registry.own(settings.name, "optimizer.name")
+        own = registry.own(settings.name, "optimizer.name")
+        closure = signature(own.step).parameters.get("closure") if hasattr(own, "step") else None
+        if closure is not None and closure.default is Parameter.empty:
+            what = "computes the loss several times a step, which deft does not"
+            raise InputError(f"optimizer.name: {settings.name} {what}; choose another")
+        return own
     found: Callable[..., Any] = registry.load(optim, settings.name, "optimizer.name").make
     return found
 

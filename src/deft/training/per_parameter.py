@@ -7,13 +7,14 @@ kept, and the masters stay what they are. Its state is saved as tensors, its num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
-from deft.training.masters import Masters, copy_state
+from deft.training.masters import Masters, copy_state, rates_of
 
 MakeRule = Callable[[str, nn.Parameter], TorchOptimizer]
 """(name, parameter) -> the torch optimizer of that parameter alone."""
@@ -25,7 +26,7 @@ class PerParameter:
     def __init__(self, masters: Masters, make_rule: MakeRule, rates: Mapping[str, float] | None = None) -> None:
         self._masters = masters
         self._make_rule = make_rule
-        self._rates = masters.rates(rates or {})
+        self._rates = rates_of(masters.parameters, rates or {})
         self._rules = {name: self._new(name) for name in masters.parameters}
         self._begun: set[TorchOptimizer] = set()
 
@@ -36,10 +37,22 @@ class PerParameter:
             gradient = self._masters.gradient(name)
             if gradient is not None:
                 gradient = gradient.float() if scale is None else gradient.float() * scale
-                rule.param_groups[0]["lr"] = lr * self._rates[name]
+                _set_rate(rule.param_groups[0], lr * self._rates[name])
                 self._masters.assign(name, _stepped(rule, self._masters[name], gradient))
                 self._masters.drop_gradient(name)
                 self._begun.add(rule)
+
+    def served(self) -> Iterator[tuple[str, Tensor]]:
+        """The masters to evaluate and to hand over, of rules that train others: such a rule has eval() and train()."""
+        for name, rule in self._rules.items():
+            if rule in self._begun and hasattr(rule, "eval") and hasattr(rule, "train"):
+                (parameter,) = rule.param_groups[0]["params"]
+                parameter.data = self._masters[name].clone()
+                rule.eval()
+                served = parameter.detach().clone()
+                rule.train()
+                parameter.data = parameter.new_empty(0)
+                yield name, served
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of all rules, `PLACE.NAME`, and their numbers.
@@ -73,12 +86,21 @@ class PerParameter:
         parameter = nn.Parameter(zeros)
         rule = self._make_rule(name, parameter)
         parameter.data = zeros.new_empty(0)
+        getattr(rule, "train", lambda: None)()  # schedule-free rules cannot step before it
         return rule
 
     def _leaves(self, rules: Mapping[str, TorchOptimizer]) -> Iterator[tuple[str, Tensor]]:
         for name, rule in rules.items():
             for place, value in _values(rule):
                 yield from ((f"{inner}.{name}", tensor) for inner, tensor in _tensors(place, value))
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """A rate that is a tensor stays one: rules that compile their step compile it anew for every other number."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 @torch.no_grad()
@@ -93,11 +115,13 @@ def _stepped(rule: TorchOptimizer, master: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _values(rule: TorchOptimizer) -> Iterator[tuple[str, Any]]:
-    """What a rule remembers: of its parameter, and the numbers of its group that are no settings of the user's."""
+    """What a rule remembers: of its parameter, and the numbers of its group that it was not made with."""
     (group,) = rule.param_groups
     (parameter,) = group["params"]
     yield from sorted(rule.state.get(parameter, {}).items())
-    for key in sorted(group.keys() - rule.defaults.keys() - {"params"}):
+    makers = [each for each in type(rule).__mro__ if issubclass(each, TorchOptimizer)]
+    settings = {name for maker in makers for name in signature(maker).parameters}
+    for key in sorted(group.keys() - settings - {"params", "train_mode"}):
         if isinstance(group[key], bool | int | float | Tensor):
             yield f"group.{key}", group[key]
 

@@ -28,7 +28,10 @@ def take(
     rows      the digests of the rows that are trained
     cursor    where the run is in its data, beside its step; schedule, inputs: what both follow from
     loss      the held-out one, where it was measured
+
+    Raises NumbersError where a value is not finite: a run would come to the same end from it again.
     """
+    state.stop_if_broken(f"the update of step {state.step} leaves values that are not finite")
     values = {
         "cursor": {"step": state.step, "skipped": state.skipped, **cursor},
         "schedule": {**schedule, "step": state.step},
@@ -39,10 +42,11 @@ def take(
 
 
 def restore(state: TrainState, stored: Checkpoint) -> None:
-    """State and random generators as they were when the checkpoint was taken."""
+    """State and random generators as they were when the checkpoint was taken. NumbersError where it is not finite."""
     state.restore(stored.tensors, stored.step)
     state.skipped = stored.values["cursor"]["skipped"]
     randomness.restore(randomness.from_json(stored.values["random-00000"]))
+    state.stop_if_broken(f"step-{stored.step:06d} holds values that are not finite; resume= names one before it")
 
 
 def save_rest(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deft.core.errors import InputError
+from deft.core.errors import InputError, NumbersError
 from deft.distributed.world import World
 from deft.model.causal_lm import CausalLM
 from deft.training.masters import Masters, check_state
+
+SHOWN = 3
+"""How many tensors are named."""
 
 
 class Optimizer(Protocol):
@@ -20,6 +24,10 @@ class Optimizer(Protocol):
 
     def step(self, lr: float, scale: Tensor | None = None) -> None:
         """One update of all masters that have a gradient, at rate `lr`, with gradients times `scale`."""
+        ...
+
+    def served(self) -> Iterable[tuple[str, Tensor]]:
+        """The fp32 masters, by name, that are evaluated and handed over in place of those that are trained."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -37,7 +45,9 @@ class TrainState:
 
     step     optimizer steps that are done
     skipped  those among them that changed nothing
-    is_torn  an update was broken off: some weights have had it, some not, and nothing can be saved
+    is_torn  an update was broken off, some weights have had it, some not; or it left weights that are not finite: then
+             nothing can be saved
+    odd      what was not finite before the first step
     """
 
     causal_lm: CausalLM
@@ -47,6 +57,7 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     is_torn: bool = False
+    odd: frozenset[str] = frozenset()
 
     def update(self, lr: float, scale: Tensor | None) -> None:
         """One update with the gradients that are collected, times `scale`."""
@@ -60,13 +71,54 @@ class TrainState:
         self.step += 1
         self.skipped += 1
 
+    def serve(self) -> None:
+        """Weights become those to hand over, as of an average that the update rule keeps; it cannot train these on."""
+        for name, master in self.optimizer.served():
+            self.masters.assign(name, master)
+
+    @contextmanager
+    def as_served(self) -> Iterator[None]:
+        """While it lasts, weights are those to hand over; then what they were, to the bit."""
+        trained: dict[str, Tensor] = {}
+        try:
+            for name, master in self.optimizer.served():
+                trained[name] = self.masters[name].clone()
+                self.masters.assign(name, master)
+            yield
+        finally:
+            for name, master in trained.items():
+                self.masters.assign(name, master)
+
+    def not_finite(self) -> list[str]:
+        """The masters and the optimizer's tensors with values that are not finite, by name."""
+        live = {key: each for key, each in self._live().items() if each.is_floating_point() and each.numel()}
+        if not live:
+            return []
+        # A sum makes no second copy; what it may overflow on is looked at once more.
+        sums = torch.stack([each.sum(dtype=torch.float32).to("cpu") for each in live.values()]).isfinite().tolist()
+        suspects = [key for key, is_finite in zip(live, sums, strict=True) if not is_finite]
+        return [key for key in suspects if not bool(live[key].isfinite().all())]
+
+    def stop_if_broken(self, what: str) -> None:
+        """Raises NumbersError where a tensor has become not finite since the first step; the state is not saved then.
+
+        what  is said of the names, as "step 3 left these values not finite"
+        """
+        if broken := [key for key in self.not_finite() if key not in self.odd]:
+            self.is_torn = True
+            shown = ", ".join(key.removeprefix("weight.") for key in broken[:SHOWN])
+            more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+            raise NumbersError(f"{what}: {shown}{more}; none of them is saved, and a lower optimizer.lr may avoid it")
+
+    def _live(self) -> dict[str, Tensor]:
+        return self.masters.state() | self.optimizer.state()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that steps have changed, as copies in host memory: `model` and `optimizer`.
 
         Names are those of the Hugging Face model.
         """
-        live = self.masters.state() | self.optimizer.state()
-        kept = {key: tensor.detach().to("cpu", copy=True) for key, tensor in live.items()}
+        kept = {key: tensor.detach().to("cpu", copy=True) for key, tensor in self._live().items()}
         buffers = {f"buffer.{key}": each.to("cpu", copy=True) for key, each in self._buffers().items()}
         weights = {key: kept.pop(key) for key in [*kept] if key.startswith("weight.")}
         return {"model": weights | buffers, "optimizer": kept}

@@ -1,4 +1,7 @@
-"""One optimizer step: the gradient of the mean over everything in it, one reduction over ranks, one update."""
+"""One optimizer step: the gradient of the mean over everything in it, summed over ranks in order, one update.
+
+Micro-batch i is computed by rank i mod N in round i div N; a rank without one in the last round adds nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deft.core.errors import NumbersError
 from deft.core.types import MicroBatch, Objective, StepBatch
+from deft.distributed.sums import OrderedSums
 from deft.model.causal_lm import CausalLM
-from deft.plan.share import share
 from deft.training import randomness
 from deft.training.masters import clip_scale
 from deft.training.state import TrainState
@@ -49,6 +53,7 @@ def optimizer_step(
     wants_to_stop  whether this rank wants the run to end after this step
     """
     before = randomness.snapshot()
+    state.world.at(step_batch.step + 1)
     try:
         numbers, norm = _accumulate(state, step_batch, objective, poll, wants_to_stop)
     except BaseException:
@@ -71,24 +76,50 @@ def _accumulate(
     """The step's numbers and the norm of its gradient, fp32; the gradient is with the masters."""
     # The device runs ahead of Python until the one read at the end. MPS has no fp64.
     home = torch.device("cpu") if state.causal_lm.device.type == "mps" else state.causal_lm.device
-    total = torch.zeros((), dtype=torch.float64, device=home)
-    for micro_batch in share(step_batch, state.world.rank, state.world.size).micro_batches:
+    world, batches = state.world, step_batch.micro_batches
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=home)
+    sums = OrderedSums(world, state.masters.parameters)
+    for first in range(0, len(batches), world.size):
         poll()
         state.masters.collect()
-        mean = mean_share(state.causal_lm, micro_batch, step_batch.normalizer, objective)
-        mean.backward()
-        total += mean.detach().to(home, torch.float64)
-    squares = state.masters.squared_norm().to(home, torch.float64)
-    stops = torch.full_like(total, float(wants_to_stop()))
-    summed = state.world.sum(torch.stack([total, squares, stops]))
-    norm = summed[1].float().sqrt()
-    return _read(torch.stack([summed[0], norm.double(), summed[2]])), norm
+        if (index := first + world.rank) < len(batches):
+            losses[index] = _backward(state, batches[index], step_batch.normalizer, objective)
+        if world.size > 1:
+            sums.add(state.masters.take_gradients(), len(batches) - first)
+    if world.size > 1:
+        state.masters.put_gradients(sums.take())
+    norm = state.masters.squared_norm().to(home, torch.float64).float().sqrt()
+    norms, stops = losses.new_zeros(world.size), losses.new_full((1,), float(wants_to_stop()))
+    norms[world.rank] = norm
+    return _read(world.sum(torch.cat([norms, stops, losses])), world.size), norm
 
 
-def _read(numbers: Tensor) -> StepNumbers:
-    """The one wait for the device in a step."""
-    loss, grad_norm, stops = numbers.tolist()
-    return StepNumbers(loss, grad_norm, stops > 0)
+def _backward(state: TrainState, micro_batch: MicroBatch, normalizer: float, objective: Objective) -> Tensor:
+    """The share of a micro-batch in the step's loss; its gradient is with the parameters.
+
+    With several ranks what is drawn for it does not depend on which one computes it, nor on what that drew before.
+    """
+    if state.world.size > 1 and micro_batch.seeds:
+        torch.manual_seed(micro_batch.seeds[0])
+    mean = mean_share(state.causal_lm, micro_batch, normalizer, objective)
+    mean.backward()
+    return mean.detach()
+
+
+def _read(numbers: Tensor, ranks: int) -> StepNumbers:
+    """The one wait for the device in a step: each rank's norm, how many want to stop, and each micro-batch's loss.
+
+    Raises NumbersError where ranks have not computed the same norm from the same sums.
+    """
+    found = numbers.tolist()
+    norms, stops, losses = found[:ranks], found[ranks], found[ranks + 1 :]
+    if odd := [rank for rank, norm in enumerate(norms) if norm != norms[0] and norm == norm]:
+        what = f"rank {odd[0]} has {norms[odd[0]]} where rank 0 has {norms[0]}, of the same gradient"
+        raise NumbersError(f"{what}: are their processors or libraries not the same, or is one of them broken?")
+    total = 0.0
+    for loss in losses:
+        total += loss
+    return StepNumbers(total, norms[0], stops > 0)
 
 
 def _undo(state: TrainState, before: dict[str, Any]) -> None:

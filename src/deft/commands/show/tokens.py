@@ -27,7 +27,7 @@ _SIGNS = {
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
-    """One token: its id, the text it writes, how much it is learnt, and whether it is a control token."""
+    """One token: its id, the text it writes, how much it is learnt, and whether it is a control token or a new one."""
 
     id: int
     text: str
@@ -94,7 +94,8 @@ class TokenTexts:
 
     @cached_property
     def _special(self) -> dict[int, str]:
-        return {index: text for text, index in self.tokenizer.special_tokens.items()}
+        new = {index: str(self.tokenizer.hf.convert_ids_to_tokens(index)) for index in self.tokenizer.new_ids}
+        return {index: text for text, index in self.tokenizer.special_tokens.items()} | new
 
 
 def visible(text: str) -> str:

@@ -1,19 +1,18 @@
 """Gemini's chats: {"contents": [{"role": "user", "parts": [{"text": ...}]}, {"role": "model", "parts": [...]}]}.
 
-`systemInstruction` comes before. Calls are parts of the model's turns; their results, which stand in the user's parts,
-are messages of the tool.
+Calls are parts of the model's turns; their results, which stand in the user's parts, are messages of the tool.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from deft.core.types import Conversation, Message, Row
+from deft.core.types import Conversation, Row
 from deft.data import messages
 from deft.data.fields import list_of, need, object_of
 from deft.data.format import Choices
 
-KEYS = ({"contents"}, {"contents", "systemInstruction"}, {"contents", "system_instruction"})
+KEYS = ({"contents"},)
 PARTS = messages.READS | {"parts"}
 _ROLES = {"model": "assistant", "function": "tool"}
 
@@ -28,8 +27,7 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     """
     need(row.value, ("contents",), "a row")
     turns = [_turn(each, f"contents[{i}]") for i, each in enumerate(list_of(row.value["contents"], "contents"))]
-    found = [*_instruction(row.value), *messages.read_all(turns, "contents")]
-    return [messages.chat(row, found, "contents")]
+    return [messages.chat(row, messages.read_all(turns, "contents"), "contents")]
 
 
 def _turn(value: Any, field: str) -> dict[str, Any]:
@@ -40,12 +38,3 @@ def _turn(value: Any, field: str) -> dict[str, Any]:
     role = value.get("role") or "user"
     parts = value["parts"] if isinstance(value["parts"], list | tuple) else [value["parts"]]
     return {**rest, "role": _ROLES.get(role, role), "content": parts}
-
-
-def _instruction(value: dict[str, Any]) -> list[Message]:
-    field = "systemInstruction" if value.get("systemInstruction") else "system_instruction"
-    given = value.get(field)
-    if not given:
-        return []
-    turn = {"role": "system", "content": given} if isinstance(given, str) else {**_turn(given, field), "role": "system"}
-    return [messages.read(turn, field)]

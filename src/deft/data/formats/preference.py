@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import names, pairs
-from deft.data.fields import LeftOut, RowError, kind_of, label_of
+from deft.data.fields import LeftOut, RowError, kind_of, label_of, number_of
 from deft.data.format import Choices
 from deft.data.formats import alpaca, sharegpt
 from deft.data.pairs import Side
@@ -31,6 +32,7 @@ KEYS = (
 )
 OPTIONS = {"control"}
 PARTS = sharegpt.PARTS
+_RATING = re.compile("score|rating|reward")
 _HEADER = re.compile(r"(?:^|\n|### ?)Assistant:")
 
 
@@ -59,9 +61,22 @@ def convert(row: Row, choices: Choices) -> list[Conversation]:
     if "chosen" not in row.value:
         raise RowError("chosen", "missing", "a row needs chosen, or a label")
     found = [pairs.steered(_answer(row, "chosen", "rejected"), choices)]
+    if _is_contrary(row.value):
+        found = [replace(each, doubts=("contrary_rating",)) for each in found]
     if choices.learns_bad:
         found.append(pairs.steered(_answer(row, "rejected", "chosen"), choices, is_good=False))
     return found
+
+
+def _is_contrary(value: Mapping[str, Any]) -> bool:
+    """Whether ratings of the two answers, under whatever name, say that the rejected one is the better.
+
+    >>> _is_contrary({"score_chosen": 1.0, "score_rejected": 7}), _is_contrary({"chosen-rating": 5})
+    (True, False)
+    """
+    rated = [key for key in value if isinstance(key, str) and "chosen" in key and _RATING.search(key)]
+    pairs_of = ((number_of(value[key]), number_of(value.get(key.replace("chosen", "rejected")))) for key in rated)
+    return any(good is not None and bad is not None and good < bad for good, bad in pairs_of)
 
 
 def _answer(row: Row, field: str, other: str) -> Conversation:

@@ -80,7 +80,7 @@ def _pair(value: Any, field: str) -> list[Message]:
     if len(asking) != 1 or len(telling) != 1:
         return []
     asked, told = asking[0], telling[0]
-    row_fields.refuse(value, row_fields.REFUSED, field)
+    row_fields.refuse(value, row_fields.IN_MESSAGE, field)
     return [
         Message("user", text_of(value[asked], f"{field}.{asked}")),
         Message("assistant", text_of(value[told], f"{field}.{told}"), row_fields.learnt(value, field)),

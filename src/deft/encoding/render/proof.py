@@ -30,6 +30,15 @@ def last_word(found: Located, view: PromptView, options: TemplateOptions) -> int
     last = last_character(found.text, view.index)
     if last is None or last <= found.start:
         raise Refusal(f"messages[{view.index}] has no words to learn")
+    said, called = (
+        first_character(found.text, view.index, (part,), found.start)
+        for part in (MessagePart.CONTENT, MessagePart.CALL_NAME)
+    )
+    if said is not None and called is not None and said > called:
+        what = (
+            f"the template writes the words of messages[{view.index}] behind its tool calls, and results between them"
+        )
+        raise Refusal(f"{what}; take the words out, or give them as reasoning")
     return last
 
 

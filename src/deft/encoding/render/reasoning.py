@@ -31,7 +31,8 @@ from deft.encoding.render.traced import (
 )
 
 _THINK = KNOWN_MARKS[0]
-_TELLING = (_THINK[0], *(closing for _, closing in KNOWN_MARKS))
+_SOLUTION = ("<|begin_of_solution|>", "<|end_of_solution|>")
+_TELLING = (_THINK[0], _SOLUTION[1], *(closing for _, closing in KNOWN_MARKS))
 _MARGIN = re.compile(r"(?:\s*\n|\s+)?")
 """The white space between a block and the answer; not the indentation of the answer's first line."""
 
@@ -62,6 +63,7 @@ def apart(
     if message.role != "assistant":
         return message, None
     known = tuple(dict.fromkeys((*marks, _THINK)))
+    message = replace(message, content=_without_solution(message.content))
     block = _whole_block(message.content) or _half_block(message.content, (_THINK, asked))
     _check_rest(block.rest if block else message.content, known, is_answer=block is not None)
     field = _bare(message.reasoning, known)
@@ -73,6 +75,17 @@ def apart(
     after = _MARGIN.match(block.rest)
     content = block.rest[after.end() :] if after else block.rest
     return replace(message, content=content, reasoning=field or said), _space(block, content)
+
+
+def _without_solution(content: str) -> str:
+    r"""The content without OpenThoughts' marks around its answer, which no template knows.
+
+    >>> _without_solution("<|end_of_thought|>\n\n<|begin_of_solution|>\n\n4.\n\n<|end_of_solution|>")
+    '<|end_of_thought|>\n\n4.'
+    """
+    before, opened, answer = content.partition(_SOLUTION[0])
+    answer, closed, after = answer.rpartition(_SOLUTION[1])
+    return before + answer.strip() if opened and closed and not after.strip() else content
 
 
 def _bare(reasoning: str, known: Sequence[ReasoningMarks]) -> str:

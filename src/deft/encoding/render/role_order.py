@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 
 Renders = Callable[[Sequence[str]], bool]
 """Whether messages with these roles, a word each, can be rendered."""
@@ -18,6 +19,8 @@ def why(error: Exception, roles: Sequence[str], renders: Renders) -> str:
     """
     if type(error) is TemplateError:
         return str(error)
+    if isinstance(error, SecurityError):
+        return f"it does what no sandbox allows, that of transformers neither ({error}); choose another with template="
     if not roles:
         return f"it has no prompt without a message before the answer{_wanted(renders)}"
     if not renders(roles):

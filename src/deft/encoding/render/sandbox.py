@@ -24,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from markupsafe import Markup
 
 from deft.encoding.render import traced
 from deft.encoding.render.traced import TEMPLATE, Traced
@@ -228,9 +229,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._joined("", values)
 
     def add(self, context: Context, values: tuple[Any, ...]) -> Any:
-        """The sum of the values, from left to right."""
+        """The sum of the values, from left to right; what `safe` marks escapes the others, as in jinja2."""
         for value in values:
-            if not isinstance(value, str):
+            if type(value) is not str and type(value) is not Traced:
                 break
         else:
             return self._texts_joined("", values)
@@ -258,10 +259,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(__function, BuiltinMethodType | MethodType):
             owner, name = __function.__self__, __function.__name__
             __self._check_method(owner, name, args)
-            if isinstance(owner, str) and name == "join":
-                return __self._joined(owner, *args)
-            if isinstance(owner, str) and name == "replace":
-                return __self.made(__self._replaced(owner, *args))
+            text = owner if isinstance(owner, str) and not isinstance(owner, Markup) else None
+            if text is not None and name == "join":
+                return __self._joined(text, *args)
+            if text is not None and name == "replace":
+                return __self.made(__self._replaced(text, *args))
         return __self.made(super().call(__context, __function, *args, **kwargs))
 
     def _joined(self, separator: str, pieces: Iterable[Any]) -> str:

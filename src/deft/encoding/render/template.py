@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
@@ -40,6 +41,9 @@ from deft.encoding.render.traced import TEMPLATE, Traced
 
 _MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's own code raises on a conversation that it cannot render."""
+
+NOW = datetime(2025, 1, 1, 12)
+"""What every template is told of the time: the same rows are the same tokens on any day, also where a run goes on."""
 
 _PATIENCE = 3
 """Renders that may go over their limits before the template is not used at all."""
@@ -107,6 +111,9 @@ def chatml(puts_bos: bool, has_end: bool) -> str:
     return ("{{- bos_token -}}\n" if puts_bos else "") + _CHATML.replace("END", end)
 
 
+NO_TEMPLATES: Mapping[str, str] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A template's source text; `where` says in words where it came from; `is_own` is true for the model's own."""
@@ -116,20 +123,35 @@ class Chosen:
     is_own: bool
 
 
-def choose(setting: str, own: str | None, puts_bos: bool, special: Collection[str] = ()) -> Chosen:
-    """`auto`: the model's own template, deft's plain one where it has none. Else chatml, a .jinja file or a folder.
+def choose(
+    setting: str,
+    own: str | None,
+    puts_bos: bool,
+    special: Collection[str] = (),
+    named: Mapping[str, str] = NO_TEMPLATES,
+) -> Chosen:
+    """`auto`: the model's own template, deft's plain one where it has none. Else chatml, the name of one of the model's
+    templates, a .jinja file or a folder.
 
     special   the tokenizer's special tokens: chatml's marks are text where they are not among them
+    named     the model's templates, where it has several
+
+    Raises InputError where there is no such template, or none of several is the default.
 
     >>> choose("auto", None, puts_bos=False).where
     "deft's plain template (role: content), as the model has none"
     """
     if setting == "chatml":
         return Chosen(chatml(puts_bos, CHATML_END in special), "deft's chatml", False)
+    if setting in named:
+        return Chosen(named[setting], f"the model's chat template {setting}", False)
     if setting != "auto":
         return Chosen(_read(setting), setting, False)
     if own is not None:
         return Chosen(own, "the model's own chat template", True)
+    if named:
+        names = ", ".join(sorted(named))
+        raise InputError(f"template: the model has {names} and no default; name one: template={min(named)}")
     return Chosen(plain(puts_bos), "deft's plain template (role: content), as the model has none", False)
 
 
@@ -160,7 +182,6 @@ class Template:
 
     tokens   bos_token, eos_token and the like, as transformers hands them to a template
     kwargs   the user's own variables for every render (`template_kwargs`)
-    now      the moment that it calls now: one run has one date
 
     >>> template = Template(plain(puts_bos=True), {"bos_token": "<s>", "eos_token": "</s>"})
     >>> template.render([Message("user", "Hi"), Message("assistant", "Hello")])
@@ -170,15 +191,14 @@ class Template:
     source: str
     tokens: Mapping[str, str]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    now: datetime = field(default_factory=datetime.now)
     _plain: Compiled = field(init=False, repr=False, compare=False)
     _tracing: Compiled = field(init=False, repr=False, compare=False)
     _shown: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
     _over: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_plain", Compiled(self.source, Sandbox(), self.now))
-        object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox(), self.now))
+        object.__setattr__(self, "_plain", Compiled(self.source, Sandbox()))
+        object.__setattr__(self, "_tracing", Compiled(self.source, TracingSandbox()))
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -338,9 +358,8 @@ class Rendering:
 class Compiled:
     """One template in one sandbox."""
 
-    def __init__(self, source: str, sandbox: Sandbox, now: datetime) -> None:
+    def __init__(self, source: str, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self.now = now
         try:
             parsed = sandbox.parse(source)
             self.variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
@@ -348,7 +367,7 @@ class Compiled:
                 node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)
             )
             self._template = sandbox.from_string(source)
-            self._globals = {**self._template.globals, "strftime_now": self._strftime_now}
+            self._globals = {**self._template.globals, "strftime_now": _strftime_now}
         except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise InputError(f"chat template: {error}; name another with template=") from error
 
@@ -360,7 +379,8 @@ class Compiled:
         )
         return self._sandbox.concat(self._template.root_render_func(context))
 
-    def _strftime_now(self, pattern: str) -> str:
-        if any(character.isdigit() for character in pattern):
-            raise SecurityError("wide fields in a date")
-        return self.now.strftime(pattern)
+
+def _strftime_now(pattern: str) -> str:
+    if any(character.isdigit() for character in pattern):
+        raise SecurityError("wide fields in a date")
+    return NOW.strftime(pattern)

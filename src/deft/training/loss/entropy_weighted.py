@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deft.training.chunked import Chunked
 
@@ -16,7 +18,7 @@ from deft.training.chunked import Chunked
 def make() -> Chunked:
     def row_loss(logits_SV: Tensor, targets_S: Tensor) -> Tensor:
         log_p_SV = logits_SV.log_softmax(1)
-        entropy_S = -(log_p_SV.exp() * log_p_SV).sum(1).detach()
-        return -log_p_SV.gather(1, targets_S[:, None])[:, 0] * entropy_S / math.log(logits_SV.shape[1])
+        entropy_S = -torch.linalg.vecdot(log_p_SV.exp(), log_p_SV).detach()
+        return functional.nll_loss(log_p_SV, targets_S, reduction="none") * entropy_S / math.log(logits_SV.shape[1])
 
     return Chunked(row_loss)

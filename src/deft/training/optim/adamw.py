@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from deft.training.masters import Masters, copy_state
+from deft.training.masters import Masters, copy_state, rates_of
 
 
 class AdamW:
@@ -24,7 +24,7 @@ class AdamW:
         rates: Mapping[str, float] | None = None,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self._rates = masters.rates(rates or {})
+        self._rates = rates_of(masters.parameters, rates or {})
         self._masters = masters
         self._steps = torch.tensor(0)
         self._moments = {name: (_zeros(each), _zeros(each)) for name, each in masters.parameters.items()}
@@ -56,6 +56,10 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
+
+    def served(self) -> Iterable[tuple[str, Tensor]]:
+        """None: the masters that are trained are those that are served."""
+        return ()
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors: `steps` (int64), and the moments `exp_avg.NAME` and `exp_avg_sq.NAME` (fp32)."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from deft.training.masters import Masters, copy_state
+from deft.training.masters import Masters, copy_state, rates_of
 
 
 class Lion:
@@ -26,7 +26,7 @@ class Lion:
     ) -> None:
         self.betas, self.weight_decay = betas, weight_decay
         self._masters = masters
-        self._rates = masters.rates(rates or {})
+        self._rates = rates_of(masters.parameters, rates or {})
         self._moments = {
             name: torch.zeros_like(each, dtype=torch.float32, requires_grad=False)
             for name, each in masters.parameters.items()
@@ -45,6 +45,10 @@ class Lion:
                 update_B = torch.lerp(gradient_B, moment_B, one).sign_()
                 master_B.mul_(decay).sub_(update_B, alpha=rate)
                 moment_B.lerp_(gradient_B, 1.0 - two)
+
+    def served(self) -> Iterable[tuple[str, Tensor]]:
+        """None: the masters that are trained are those that are served."""
+        return ()
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors: `exp_avg.NAME`, fp32."""

@@ -1,0 +1,69 @@
+"""Several ranks of one world on this machine, as torchrun starts them, but forked: nothing is imported again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from deft.core.errors import DeftError
+from deft.core.signals import EXIT_CODE, Preempted
+from deft.distributed.watch import speaks
+from deft.run.quiet import quiet
+
+SECONDS = 60
+"""After which a rank that is still there is killed."""
+FORK = multiprocessing.get_context("fork")
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun says to a rank."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    address["TORCHELASTIC_RUN_ID"] = "test"
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
+
+
+def run(folder: Path, size: int, job: Callable[[int], Any]) -> list[int]:
+    """Processes that do the job of each rank, and their exit codes; what they say goes to folder/rank-N.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun keeps one
+    ranks = [FORK.Process(target=_rank, args=(folder, environment(n, size, store.port), n, job)) for n in range(size)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(SECONDS)
+        if each.is_alive():
+            each.kill()
+            each.join()
+    return [each.exitcode or 0 for each in ranks]
+
+
+def said(folder: Path, rank: int = 0) -> str:
+    return (folder / f"rank-{rank}.txt").read_text()
+
+
+def _rank(folder: Path, values: Mapping[str, str], rank: int, job: Callable[[int], Any]) -> None:
+    """The job of one rank, with the exit codes and the messages of the command line."""
+    os.environ.update(values)
+    output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)  # noqa: SIM115
+    code = 0
+    try:
+        with quiet():
+            job(rank)
+    except BaseException as error:
+        code = EXIT_CODE if isinstance(error, Preempted) else getattr(error, "exit_code", 70)
+        if speaks(error):
+            print(f"deft: {error}")
+            if not isinstance(error, DeftError | Preempted):
+                traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)

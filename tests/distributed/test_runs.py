@@ -1,0 +1,170 @@
+"""Whole runs on several ranks: the bytes of one rank, gone on with by any number, and ended by whatever ends one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401  here, so that no rank has to
+import pytest
+from ranks import run, said
+from resumed_runs import differences, folder, lines, settings
+from rich.console import Console
+
+from deft.core.signals import handled
+from deft.distributed import watch
+from deft.run import config
+from deft.run.reading import Session
+from deft.run.train import train
+from deft.training import step
+from deft.training.state import TrainState
+
+__all__ = ["folder"]
+
+
+Fault = Callable[[int, int], Any]
+
+
+def job(folder: Path, output: str, fault: Fault = lambda rank, step: None, **more: Any) -> Callable[[int], Any]:
+    """A run on the rank that calls it; `fault` is called with rank and step before each micro-batch."""
+    usual = {"lanes": 2, "dropout": "off"}
+    asked = config.make(settings(folder, output, **{**usual, **more}))
+
+    def of_rank(rank: int) -> None:
+        plain = step._backward
+
+        def watched(state: TrainState, *given: Any) -> Any:
+            return plain(state, *given) * (fault(rank, state.step + 1) or 1.0)
+
+        step._backward = watched
+        with handled() as signals:
+            train(asked, Session(signals=signals, console=Console(width=200, color_system=None)))
+
+    return of_rank
+
+
+def whole(folder: Path, output: str, ranks: int, **more: Any) -> None:
+    codes = run(folder / f"{output}-said", ranks, job(folder, output, **more))
+    assert codes == [0] * ranks, [said(folder / f"{output}-said", rank) for rank in range(ranks)]
+
+
+def stopping_after(number: int) -> Fault:
+    """A signal to the last rank in a step."""
+
+    def at_step(rank: int, step: int) -> None:
+        if step == number and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return at_step
+
+
+@pytest.mark.parametrize("more", [{"precision": "fp32"}, {"adapter": {"name": "lora", "r": 4}}])
+def test_two_ranks_then_one_then_two_again_have_the_bytes_of_one(folder: Path, more: dict[str, Any]) -> None:
+    """Ended by signals to a rank that writes nothing, gone on with by another number; logs and weights, to the bit."""
+    whole(folder, "alone", 1, **more)
+    for ranks, until in ((2, 3), (1, 6), (2, 0)):
+        place = folder / f"said-{until}"
+        codes = run(place, ranks, job(folder, "several", stopping_after(until), **more))
+        assert codes == [75 if until else 0] * ranks, [said(place, rank) for rank in range(ranks)]
+        if until:
+            assert f"saved step {until if ranks > 1 else until - 1}, run the same command again" in said(place)
+        if ranks > 1:
+            assert said(place, 1) == ""
+    assert differences(folder, "several", "alone") == []
+
+
+def test_more_lanes_than_micro_batches_and_dropout(folder: Path) -> None:
+    """Where a step has one micro-batch two ranks have two; what is dropped out is the same for three."""
+    for name, ranks in (("two", 2), ("three", 3)):
+        whole(folder, name, ranks, lanes="auto" if ranks == 2 else 2, dropout="config", microbatch_tokens=4096)
+    assert differences(folder, "two", "three") == []
+
+
+def raising(rank: int, step: int) -> None:
+    if (rank, step) == (1, 3):
+        raise ValueError("no luck")
+
+
+def killed(rank: int, step: int) -> None:
+    if (rank, step) == (1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_killed(rank: int, step: int) -> None:
+    if (rank, step) == (0, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def halted(rank: int, step: int) -> None:
+    if (rank, step) == (1, 3):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "speaker", "what"),
+    [
+        (raising, [6, 70], 0, "rank 1 failed first: ValueError: no luck (at step 3)"),
+        (killed, [6, -9], 0, "rank 1 was lost: killed or stopped, or its machine is gone (at step 3)"),
+        (halted, [6, -9], 0, "rank 1 was lost: killed or stopped, or its machine is gone (at step 3)"),
+        (first_killed, [-9, 6], 1, "rank 0 was lost"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_and_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, codes: list[int], speaker: int, what: str
+) -> None:
+    monkeypatch.setattr(watch, "SILENCE", 4.0)
+    began = time.monotonic()
+    assert run(folder / "said", 2, job(folder, "run", fault)) == codes, said(folder / "said")
+    assert time.monotonic() - began < 15
+    assert what in said(folder / "said", speaker)
+    if fault is not first_killed:
+        assert (folder / "run" / "checkpoints" / "step-000002").is_dir()
+        assert [record["step"] for record in lines(folder / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_is_wrong_with_the_input_is_said_once(folder: Path) -> None:
+    (folder / "train.jsonl").write_text(json.dumps({"messages": "none"}) + "\n")
+    assert run(folder / "said", 2, job(folder, "run")) == [2, 6]
+    assert "train.jsonl:1" in said(folder / "said")
+    assert said(folder / "said", 1) == ""
+
+
+def test_a_finished_run_is_found_by_all(folder: Path) -> None:
+    whole(folder, "run", 2, epochs=1)
+    whole(folder, "run", 2, epochs=1)
+    assert "finished at step 5" in said(folder / "run-said")
+
+
+def test_a_bad_step_is_skipped_by_all(folder: Path) -> None:
+    def spoil(rank: int, number: int) -> float:
+        return float("nan") if (rank, number) == (1, 2) else 1.0
+
+    more: dict[str, Any] = {"epochs": 1, "skip_bad_steps": 1}
+    assert run(folder / "said", 2, job(folder, "run", spoil, **more)) == [0, 0], said(folder / "said")
+    assert "skipped (1 of 1 at most)" in said(folder / "said")
+    assert run(folder / "said", 2, job(folder, "stopped", spoil, epochs=1)) == [5, 6]
+    assert "loss is not finite at step 2" in said(folder / "said")
+
+
+def test_a_signal_that_comes_when_all_have_agreed_to_go_on_ends_the_next_step(folder: Path) -> None:
+    """A rank that left at once would be waited for by the others."""
+    asked = job(folder, "run", epochs=1)
+
+    def of_rank(rank: int) -> None:
+        plain, reads = step._read, iter(range(1, 9))
+
+        def read(*given: Any) -> step.StepNumbers:
+            if next(reads) == 2 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(*given)
+
+        step._read = read
+        asked(rank)
+
+    assert run(folder / "said", 2, of_rank) == [75, 75]
+    assert "saved step 3, run the same command again" in said(folder / "said")
