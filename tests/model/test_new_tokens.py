@@ -229,6 +229,8 @@ def test_a_run_goes_on_with_the_same_tokens_alone(good_and_bad: Path) -> None:
 
 def test_an_adapter_of_new_tokens_is_not_gone_on_from(good_and_bad: Path) -> None:
     run = run_with(good_and_bad, "run", adapter={"r": 4}, epochs=1, steps=1)
+    described = json.loads((run.folder / "adapter" / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows
     for more in ({}, {"merge": True}):
         with pytest.raises(InputError, match=r"rows of new tokens.*name the final/ of its run as model"):
             run_with(good_and_bad, "more", model=str(run.folder / "adapter"), data__add_tokens=(), **more)

@@ -424,13 +424,15 @@ def link_outside(folder: Path) -> Path | None:
 
     Its content might be anything on this machine, and a model's small files are carried into what is made of it.
     """
-    inside = folder.resolve()
-    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
-        target = path.resolve()
-        is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if path.is_symlink() and path.suffix != ".safetensors" and not (target.is_relative_to(inside) or is_of_hub):
-            return path
-    return None
+    paths = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
+    return next((path for path in paths if path.suffix != ".safetensors" and leads_outside(path, folder)), None)
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a path in a model folder is a link to what is neither in the folder nor in a Hub cache."""
+    target = path.resolve()
+    is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return path.is_symlink() and not (target.is_relative_to(folder.resolve()) or is_of_hub)
 
 
 def read(path: Path, record: FileRecord) -> bytes:

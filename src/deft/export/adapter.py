@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from deft.core import files
+from deft.core.files import Staging
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompt_form
 from deft.evaluation.prompt_form import PromptForm
+from deft.export import carried
 from deft.export.folder import EXPORT_ROWS, TOLERANCE, ExportError, logits
 from deft.model import adapters, quantized, virtual_tokens
-from deft.model.config import AdapterConfig
+from deft.model.config import FILE, AdapterConfig
 from deft.training.checkpoint import serialised
 from deft.training.masters import Masters
 
@@ -71,8 +74,6 @@ def write(
     tokenizer  is written beside it where it has new tokens
     about      what manifest.json says of it
     """
-    if os.path.lexists(folder):
-        files.set_aside(folder)
     described: Any = adapters.peft_config(model, settings)
     described.base_model_name_or_path, described.inference_mode = base, True
     described.trainable_token_indices = adapters.token_indices(masters.parameters)
@@ -80,11 +81,9 @@ def write(
         described.target_modules = {name.rpartition(".")[2] for name in adapters.layers(model)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
     tensors = {adapters.peft_name(name): masters[name].cpu() for name in masters.parameters}
-    with files.staged(folder, about) as staging:
-        staging.write_json("adapter_config.json", json.loads(json.dumps(values, default=str)))
-        staging.write("adapter_model.safetensors", serialised(tensors))
+    with _in_peft_form(folder, json.loads(json.dumps(values, default=str)), tensors, about) as staging:
         if tokenizer.new_ids:
-            tokenizer.hf.save_pretrained(staging.path)
+            carried.write_tokenizer(tokenizer.hf, staging.path)
 
 
 def write_virtual(
@@ -104,14 +103,23 @@ def write_virtual(
     """
     described = {**virtual_tokens.described(model), "base_model_name_or_path": base, "inference_mode": True}
     (tensor,) = (masters[name].cpu() for name in masters.parameters)
+    with _in_peft_form(folder, described, {virtual_tokens.KEY: tensor}, about) as staging:
+        carried.write_tokenizer(tokenizer.hf, staging.path)
+        staging.write_text("README.md", card)
+        staging.write_text(prompt_form.FILE, form.as_json())
+
+
+@contextmanager
+def _in_peft_form(
+    folder: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> Iterator[Staging]:
+    """A new folder with the two files that peft reads, for the body to add to; an earlier one is set aside."""
     if os.path.lexists(folder):
         files.set_aside(folder)
     with files.staged(folder, about) as staging:
-        staging.write_json("adapter_config.json", described)
-        staging.write("adapter_model.safetensors", serialised({virtual_tokens.KEY: tensor}))
-        tokenizer.hf.save_pretrained(staging.path)
-        staging.write_text("README.md", card)
-        staging.write_text(prompt_form.FILE, form.as_json())
+        staging.write_json(FILE, described)
+        staging.write(adapters.WEIGHTS, serialised(tensors))
+        yield staging
 
 
 def dequantize(model: Any, masters: Masters, rows: Sequence[Sequence[int]]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from deft.core import files
 from deft.core.files import Staging
 from deft.model import weight_files
 from deft.model.multimodal import PROCESSOR_FILES
@@ -51,18 +52,11 @@ _OF_DTYPE = ("torch_dtype", "dtype")
 
 
 def files_of(base: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """Names in a model folder that fit a pattern, and the files; a link that leads outside of the folder is left out.
-
-    A snapshot of the hub's cache is links to blobs beside it, which belong to it.
-    """
-    inside = [
-        base.resolve(),
-        base.resolve().parents[1] / "blobs" if base.parent.name == "snapshots" else base.resolve(),
-    ]
+    """Names in a model folder that fit a pattern, and the files; a link that leads out of the folder is left out."""
     for path in sorted([*base.glob("*"), *base.glob("additional_chat_templates/*")]):
         name = path.relative_to(base).as_posix()
         is_meant = path.is_file() and any(fnmatch(name, pattern) for pattern in patterns)
-        if is_meant and any(path.resolve().is_relative_to(folder) for folder in inside):
+        if is_meant and not files.leads_outside(path, base):
             yield name, path
 
 
@@ -88,8 +82,10 @@ def copy_tokenizer(staging: Staging, base: Path, template: str | None) -> None:
         staging.write_text("chat_template.jinja", template)
 
 
-def name_tokenizer_class(path: Path) -> None:
-    """By the name that transformers 4 knows as well, where 5 has written one of its own."""
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """A tokenizer that training has changed, with a class that transformers 4 knows where 5 has one of its own."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
     document = json.loads(path.read_bytes())
     if document.get("tokenizer_class") == "TokenizersBackend":
         path.write_bytes(as_json(document | {"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -294,8 +294,7 @@ def _write_tokenizer(tokenizer: Any, staging: Staging, base: Path | None) -> Non
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     own: Any = None if base is None else AutoTokenizer.from_pretrained(base, **options)
     if base is None or not _is_same_tokenizer(tokenizer, own):
-        tokenizer.save_pretrained(staging.path)
-        carried.name_tokenizer_class(staging.path / "tokenizer_config.json")
+        carried.write_tokenizer(tokenizer, staging.path)
         return
     has_changed = tokenizer.chat_template != own.chat_template
     carried.copy_tokenizer(staging, base, tokenizer.chat_template if has_changed else None)

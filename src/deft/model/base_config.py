@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
 from deft.core.errors import InputError, Problem, Problems
 from deft.model import multimodal, security
@@ -34,8 +35,6 @@ def read(path: str) -> PreTrainedConfig:
 
 def folder(path: str) -> Path:
     """Where the files of a model folder or hub id lie on this machine."""
-    from transformers.utils import cached_file
-
     found = cached_file(path, "config.json")
     assert found is not None, path
     return Path(found).parent

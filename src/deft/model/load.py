@@ -178,7 +178,9 @@ def _counted(found: Sequence[Any]) -> str:
 def _refuse_broken(path: str, model: PreTrainedModel) -> None:
     """Weights that are no numbers: no step could mend them, and no rate is to blame."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.abs().amax().isfinite():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        if not torch.stack(parameter.aminmax()).isfinite().all():
             broken = ~parameter.isfinite()
             row = int(broken.nonzero()[0][0])
             what = f"{name} has {int(broken.sum()):,} values that are not finite, in row {row} first"
