@@ -196,9 +196,10 @@ def test_an_attention_in_the_config_is_not_looked_for(folder: Path) -> None:
     assert load(inspect(str(folder)), device="cpu", dtype=torch.float32).config._attn_implementation == "sdpa"
 
 
-def test_weights_that_are_no_numbers_are_named(folder: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][7, 3:] = float("nan")
+    weights["lm_head.weight"][7, 3:] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lm_head\.weight has 29 values that are not finite, in row 7 first"):
         load(inspect(str(folder)), device="cpu", dtype=torch.float32)
