@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +19,8 @@ from deft.core.signals import EXIT_CODE, Preempted
 from deft.distributed.watch import speaks
 from deft.run.quiet import quiet
 
-SECONDS = 60
-"""After which a rank that is still there is killed."""
+SECONDS = 240.0
+"""After which the ranks that are still there are killed, and have said where they are."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -36,11 +38,12 @@ def run(folder: Path, size: int, job: Callable[[int], Any]) -> list[int]:
     ranks = [FORK.Process(target=_rank, args=(folder, environment(n, size, store.port), n, job)) for n in range(size)]
     for each in ranks:
         each.start()
+    until = time.monotonic() + SECONDS
     for each in ranks:
-        each.join(SECONDS)
-        if each.is_alive():
-            each.kill()
-            each.join()
+        each.join(max(0.0, until - time.monotonic()))
+    for each in ranks:
+        each.kill()
+        each.join()
     return [each.exitcode or 0 for each in ranks]
 
 
@@ -55,6 +58,7 @@ def _rank(folder: Path, values: Mapping[str, str], rank: int, job: Callable[[int
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.dump_traceback_later(SECONDS - 10, file=output)
     code = 0
     try:
         with quiet():

@@ -22,8 +22,11 @@ from deft.core.errors import LostProcessError
 from deft.core.signals import EXIT_CODE, Preempted
 
 LOST = "was lost: killed or stopped, or its machine is gone"
+MISSING = "never came: it ended before it could say so, or its machine does not reach the others"
 PERIOD = 0.5
 """Seconds between two signs of life."""
+ARRIVAL = 600.0
+"""Seconds in which every rank gives its first one: a machine may be slow to load Python's packages."""
 SILENCE = 8.0
 """Seconds without one after which a rank is lost; SUSPECTED where a collective has failed, as with a rank that died."""
 SUSPECTED = 3.0
@@ -87,11 +90,13 @@ class Watch:
     _seen: dict[int, tuple[bytes, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._began = time.monotonic()
         self.store = self.connect()
         self._thread = threading.Thread(target=self._watch, args=(self.connect(),), name="watch", daemon=True)
 
     def begin(self) -> None:
-        """Signs of life begin."""
+        """Signs of life begin; the first comes before anything else can happen: who was never seen is not missed."""
+        self._beat(self.store, 0)
         self._thread.start()
 
     def retire(self) -> None:
@@ -149,8 +154,7 @@ class Watch:
         while not self._ended.wait(PERIOD):
             count += 1
             try:
-                about = {"step": self.step, "pid": os.getpid(), "host": socket.gethostname(), "count": count}
-                store.set(f"beat/{self.rank}", json.dumps(about))
+                self._beat(store, count)
                 if self.rank < 2:  # two of them, so that one is left where the other is lost
                     self._look(store)
                 if store.check(["fault"]):
@@ -163,11 +167,19 @@ class Watch:
             if self.fault and not self._is_out and time.monotonic() - found_at > GRACE:
                 self._leave(self.fault)
 
+    def _beat(self, store: KeyStore, count: int) -> None:
+        about = {"step": self.step, "pid": os.getpid(), "host": socket.gethostname(), "count": count}
+        store.set(f"beat/{self.rank}", json.dumps(about))
+
     def _look(self, store: KeyStore) -> None:
-        """Finds a rank whose signs of life have ended; one that is stopped, on this machine, is killed."""
+        """Finds a rank whose signs of life have ended, or never came; one that is stopped, on this machine, is killed."""
         now = time.monotonic()
         for rank in range(self.size):
-            if rank == self.rank or not store.check([f"beat/{rank}"]) or store.check([f"left/{rank}"]):
+            if rank == self.rank or store.check([f"left/{rank}"]):
+                continue
+            if not store.check([f"beat/{rank}"]):
+                if now - self._began > ARRIVAL:
+                    self._tell(store, Fault(rank, 0, MISSING, is_silent=True))
                 continue
             beat = store.get(f"beat/{rank}")
             if rank not in self._seen or self._seen[rank][0] != beat:

@@ -204,7 +204,11 @@ def _connecting(rank: int) -> Callable[[], KeyStore]:
 
     def connect() -> Any:
         is_master = keeps.pop() if keeps else False
-        tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(minutes=5))
+        try:
+            tcp = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(minutes=5))
+        except RuntimeError as error:
+            what = f"rank {rank} cannot reach the store of all ranks at {host}:{port}"
+            raise LostProcessError(f"{what}: is rank 0 there, and the port open? ({error})") from error
         return dist.PrefixStore(attempt, tcp)
 
     return connect
