@@ -7,12 +7,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from faults import runs
+from faults import ranks, runs
 from faults.harness import Result, Scale, spread, tally
 from faults.scenes import scene
 
-TITLE = "kill -9 at random moments, of full fine-tuning and of an adapter: resumed to the same bits by the same command"
-FIGURE = 230
+TITLE = "kill -9 at random moments, of full fine-tuning, an adapter, one of two ranks: resumed to the same bits"
+FIGURE = 280
 ADAPTER = {"adapter__name": "lora", "adapter__r": 8, "adapter__dropout": 0.1, "precision": "bf16"}
 
 
@@ -23,7 +23,7 @@ def run(scale: Scale) -> Result:
     for seed, (settings, count) in enumerate(arms):
         thrown, seen = _thrown(seed, count, settings)
         points, sees = points + thrown, seen or sees
-    return tally(points, sees)
+    return tally(points + _thrown_at_ranks(scale.of(1, 5, 50)), sees)
 
 
 def control() -> Result:
@@ -49,6 +49,22 @@ def _thrown(seed: int, count: int, settings: dict[str, Any]) -> tuple[list[str],
             points.append(_kill(folder, f"run-{number}", moment, reference, settings))
             sees = runs.resumed(folder, f"run-{number}") or sees
     return points, sees
+
+
+def _thrown_at_ranks(count: int) -> list[str]:
+    """The same with two ranks, one of which is killed; the other sees it and ends."""
+    points = list[str]()
+    with scene() as folder:
+        reference, seconds = runs.undisturbed(folder, **ranks.SETTINGS)
+        for number, moment in enumerate(spread(9, count, 0.25 * seconds, 2 * seconds)):
+            started = ranks.start(folder, f"run-{number}", 2)
+            victim = started.children[number % 2]
+            victim.wait_until(lambda: False, moment)
+            victim.kill()
+            started.wait()
+            wrong = ranks.finish(folder, f"run-{number}", 2, reference)
+            points.append(f"rank {number % 2} of 2 killed at {moment:.2f} s: {wrong}" if wrong else "")
+    return points
 
 
 def _kill(folder: Path, output: str, moment: float, reference: Path, settings: dict[str, Any]) -> str:

@@ -104,6 +104,12 @@ CASES: tuple[Case, ...] = (
     chat("a NUL byte", GOOD_LINE.replace(b"Lima", b"\x00"), "not valid JSON"),
     chat("a key twice", GOOD_LINE[:-1] + b', "messages": []}', "'messages' stands twice"),
     chat("nested too deeply", b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+    chat(
+        "a tool nested too deeply",
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        b'"tools": [{"name": "f", "parameters": ' + b'{"a": ' * 490 + b"1" + b"}" * 490 + b"}]}",
+        "nested too deeply",
+    ),
     chat("a number of 5,000 digits", b'{"messages": [], "id": ' + b"9" * 5000 + b"}", "more than 4,300 digits"),
     chat("no JSON at all", b"What is the capital of Peru? Lima.", "not valid JSON"),
     # The file as a whole

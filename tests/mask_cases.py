@@ -3,6 +3,7 @@ contents, and masks that are broken on purpose."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from corpus_tokenizers import loaded
 from mask_oracle import Call, Judge, Row, runs, shaped
 from readers import understand
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deft.core.errors import DeftError
 from deft.core.types import (
@@ -74,8 +76,9 @@ def marks(template: str) -> list[str]:
 
 def tokenizer(corpus: Path, name: str = "qwen2.5", marks_of: str = "") -> PreTrainedTokenizerFast:
     """A tokenizer of the corpus; what looks like a control token in the template `marks_of` is one for it."""
-    made = AutoTokenizer.from_pretrained(corpus / "tokenizers" / name)
+    made = loaded(corpus, name)
     if marks(marks_of):
+        made = copy.deepcopy(made)
         made.add_special_tokens({"additional_special_tokens": marks(marks_of)})
     return made
 

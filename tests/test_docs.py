@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import deft
 from deft.data import format as formats
@@ -49,3 +52,11 @@ def test_the_first_change_is_a_format_that_works(tmp_path: Path) -> None:
         [sys.executable, "-m", "ruff", "check", "--config", DOCS.parent / "pyproject.toml", path], capture_output=True
     )
     assert checked.returncode == 0, checked.stdout.decode()
+
+
+def test_the_tables_of_scaling_are_what_the_formulas_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS.parent / "examples"))
+    tables = importlib.import_module("scaling_tables")
+    page = tables.DOCS.read_text(encoding="utf-8")
+    assert page.count("| Qwen3-32B |") == 3
+    assert tables.written(page) == page, "write them again: python examples/scaling_tables.py"

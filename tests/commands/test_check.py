@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from encoders import chat
 from rich.console import Console
 from tiny_models import write_llama
@@ -149,8 +148,6 @@ def test_the_model_is_told_from_its_config(tmp_path: Path, model: Path) -> None:
     found, said = checked(model, data(tmp_path, *ROWS))
     real = AutoModelForCausalLM.from_pretrained(model)
     assert found.model.parameters == sum(parameter.numel() for parameter in real.parameters())
-    assert found.model.state_bytes(torch.float32) == 16 * found.model.parameters
-    assert found.model.state_bytes(torch.bfloat16) == 18 * found.model.parameters
     assert found.model.against_packing == ""
     assert "llama" in said
     assert "128 positions" in said

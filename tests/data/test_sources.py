@@ -282,7 +282,7 @@ def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "sub/c.csv", "README.md", ".hidden.jsonl", "dataset_info.json"):
         content = {"a.jsonl.gz": gzip.compress(JSONL), "sub/c.csv": as_csv()}.get(name, JSONL)
         written(tmp_path / name, content)
-    assert [Path(name).name for name in sources.files(str(tmp_path))] == ["a.jsonl.gz", "b.jsonl", "c.csv"]
+    assert [Path(name).name for name in sources.listing(str(tmp_path)).files] == ["a.jsonl.gz", "b.jsonl", "c.csv"]
     assert values(str(tmp_path)) == ROWS * 3
     assert values(str(tmp_path / "*.jsonl")) == ROWS
     assert values(str(tmp_path / "**" / "*.csv")) == ROWS
@@ -344,6 +344,19 @@ def test_a_table_with_a_name_twice_is_refused_as_a_row_would_keep_one_of_them(
             writer.write_table(table)
     with pytest.raises(InputError, match=r"a\.arrow:1: two columns named '(messages\.)?text'; rename or drop one"):
         read(tmp_path, "a.arrow", sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([10**7, 1], pa.date32()), pa.array([1, 2], pa.timestamp("ns")), pa.array([1, 2**62], pa.timestamp("us"))],
+    ids=["date", "nanoseconds", "timestamp"],
+)
+def test_times_that_python_has_no_values_for_are_text(tmp_path: Path, column: pa.Array) -> None:
+    path = tmp_path / "times.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "when": column}), path)
+    rows = [row.value for row in sources.read(str(path)) if isinstance(row, Row)]
+    assert [row["text"] for row in rows] == ["a", "b"]
+    assert all(isinstance(row["when"], str) for row in rows)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])

@@ -5,18 +5,22 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 from deft.core.errors import DeftError
 from deft.core.signals import EXIT_CODE, Preempted
 from deft.distributed.watch import speaks
+from deft.distributed.world import World, joined
 from deft.run.quiet import quiet
 
 SECONDS = 240.0
@@ -34,17 +38,51 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 def run(folder: Path, size: int, job: Callable[[int], Any]) -> list[int]:
     """Processes that do the job of each rank, and their exit codes; what they say goes to folder/rank-N.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun keeps one
-    ranks = [FORK.Process(target=_rank, args=(folder, environment(n, size, store.port), n, job)) for n in range(size)]
-    for each in ranks:
-        each.start()
-    until = time.monotonic() + SECONDS
-    for each in ranks:
-        each.join(max(0.0, until - time.monotonic()))
-    for each in ranks:
-        each.kill()
-        each.join()
+    with store() as port:
+        ranks = [FORK.Process(target=_rank, args=(folder, environment(n, size, port), n, job)) for n in range(size)]
+        for each in ranks:
+            each.start()
+        until = time.monotonic() + SECONDS
+        for each in ranks:
+            each.join(max(0.0, until - time.monotonic()))
+        for each in ranks:
+            each.kill()
+            each.join()
     return [each.exitcode or 0 for each in ranks]
+
+
+@contextmanager
+def store() -> Iterator[int]:
+    """The port of a store, as torchrun keeps one: in a process of its own, as what is forked beside its threads may
+    wait for ever for a lock that one of them held."""
+    receiving, sending = FORK.Pipe(duplex=False)
+    keeper = FORK.Process(target=_keep, args=(sending,))
+    keeper.start()
+    try:
+        yield receiving.recv()
+    finally:
+        keeper.kill()
+        keeper.join()
+
+
+def _keep(sending: Any) -> None:
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    sending.send(kept.port)
+    while True:
+        signal.pause()
+
+
+def on_ranks(folder: Path, size: int, job: Callable[[World], Any]) -> list[Any]:
+    """What the job gives on each rank."""
+
+    def of_rank(rank: int) -> None:
+        with joined() as world:
+            world.start(torch.device("cpu"))
+            torch.save(job(world), folder / f"{rank}.pt")
+
+    codes = run(folder, size, of_rank)
+    assert codes == [0] * size, [said(folder, rank) for rank in range(size)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def said(folder: Path, rank: int = 0) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run, said
+from ranks import on_ranks
 from states import state_around
 from tiny_training import dropout_model, random_examples
 
@@ -26,8 +25,6 @@ from deft.training import chunked, loop
 from deft.training.masters import Masters
 from deft.training.state import TrainState
 from deft.training.step import optimizer_step
-
-CPU = torch.device("cpu")
 
 
 def planned(lanes: int = 2) -> loader.Loader:
@@ -63,19 +60,6 @@ CASES = [(dtype, is_lora) for dtype in (torch.float32, torch.bfloat16) for is_lo
 
 def all_cases(world: World) -> list[dict[str, Any]]:
     return [steps(world, *case) for case in CASES]
-
-
-def on_ranks(folder: Path, size: int, job: Callable[[World], Any]) -> list[Any]:
-    """What the job gives on each rank."""
-
-    def of_rank(rank: int) -> None:
-        with joined() as world:
-            world.start(CPU)
-            torch.save(job(world), folder / f"{rank}.pt")
-
-    codes = run(folder, size, of_rank)
-    assert codes == [0] * size, [said(folder, rank) for rank in range(size)]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -174,6 +158,7 @@ def test_ranks_that_compute_otherwise_are_told(tmp_path: Path) -> None:
 
 def met(world: World) -> list[Any]:
     made = world.from_first("number", lambda: [world.rank, "made"])
+    assert world.least("number", 5 - world.rank) == 4
     with world.one_a_machine_first("turn"):
         turn = json.dumps(made)
     world.stop_unless_same("all", "same", "")
@@ -201,3 +186,4 @@ def test_a_world_of_one_shares_nothing() -> None:
         assert world == World()
         assert world.sum(numbers) is numbers
         assert world.from_first("number", lambda: 7) == 7
+        assert world.least("number", 7) == 7

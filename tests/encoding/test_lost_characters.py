@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus_tokenizers import loaded
 from encoders import chat, row_encoder, source
 from tiny_tokenizers import TEXT, byte_level, letters, sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deft.core.types import Fate
 from deft.dataset import build
@@ -126,7 +127,7 @@ def test_learnt_text_that_a_normalizer_changes_is_told(normalizer: Any, answer: 
 
 
 def test_tokenizers_with_all_bytes_are_never_asked(corpus: Path) -> None:
-    made = [AutoTokenizer.from_pretrained(folder) for folder in sorted((corpus / "tokenizers").iterdir())]
+    made = [loaded(corpus, folder.name) for folder in sorted((corpus / "tokenizers").iterdir())]
     assert len(made) == 5
     assert all(wrap(tokenizer).coverage is None for tokenizer in [*made, byte_level(), sentencepiece()])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_tokenizers import loaded
 from encoders import row_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,7 +347,7 @@ def corpus_rows(corpus: Path) -> list[Conversation]:
 
 @pytest.fixture(scope="module")
 def qwen(corpus: Path) -> Tokenizer:
-    return edge.load(str(corpus / "tokenizers" / "qwen2.5"))
+    return edge.wrap(loaded(corpus, "qwen2.5"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

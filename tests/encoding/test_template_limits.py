@@ -16,6 +16,7 @@ from deft.core.errors import InputError
 from deft.core.types import Message
 from deft.encoding.render.sandbox import Exhausted, Meter
 from deft.encoding.render.template import Refusal, Rendering, Template
+from deft.encoding.render.traced import TEMPLATE, owner_of
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}"
 ENDS = "{% endfor %}{% endfor %}"
@@ -135,6 +136,11 @@ def test_safe_text_escapes_what_is_added_to_it_as_in_transformers() -> None:
     (expected,), *_ = render_jinja_template([[{"role": "user", "content": '"'}]], chat_template=template)
     assert expected == "<&#34;&amp;&<"
     assert Rendering(Template(template, {}), [Message("user", '"')]).plain(1) == expected
+
+
+def test_what_is_added_to_safe_text_keeps_its_owner() -> None:
+    text = Template("{{ 'a'|safe + messages[0].content }}", {}).render([Message("user", "Hi")])
+    assert text.runs == ((TEMPLATE, 1), (owner_of(0), 2))
 
 
 def test_what_no_sandbox_allows_is_said_to_be_so_everywhere() -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny_writers import TEMPLATE, model_of, tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from deft.core.errors import InputError
+from deft.encoding import tokenizer as tokenizers
 from deft.export import carried
 from deft.export.folder import export, verify
 from deft.model import load as models
-from deft.model import weight_files
+from deft.model import selftest, weight_files
 
 OLD = Path(os.environ.get("DEFT_TRANSFORMERS_4", Path(sys.prefix) / "transformers-4"))
 """Where `make test` puts transformers 4, beside the one that deft runs with."""
@@ -167,8 +169,12 @@ def test_the_generation_config_is_the_bases(settings: dict[str, Any], tmp_path: 
     assert kept == document | {"eos_token_id": [2, 7], "use_cache": True, "pad_token_id": 2}
 
 
-def test_a_tokenizer_that_has_changed_is_written_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_said", [True, False])
+def test_a_tokenizer_that_has_changed_is_written_anew(is_said: bool, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "llama", is_new=False)
+    if not is_said:
+        document = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({key: document[key] for key in document if key != "vocab_size"}))
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     export(model_of(tokenizer), tokenizer, tmp_path / "final", dtype=torch.float32, stop_ids=(), chat_template=None,
@@ -208,11 +214,77 @@ def test_a_spoilt_folder_is_refused_or_works(tmp_path: Path) -> None:
     assert fates["works"] >= 50, fates
 
 
-def _fate(base: Path, what: str) -> str:
-    from deft.core.errors import InputError
-    from deft.encoding import tokenizer as tokenizers
-    from deft.model import selftest
+def test_a_stop_token_beyond_all_numbers_of_tokens_is_refused(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llama", is_new=False)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 10**30}))
+    with pytest.raises(InputError, match=r"eos_token_id 10+ is no token id"):
+        models.inspect(str(base))
 
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "config.json",
+    "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+CONTENTS = {
+    "empty": b"", "null": b"null", "list": b"[]", "number": b"7", "deep": b"[" * 5000, "long": b"9" * 6000,
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "zeros": b"\0" * 64,
+    "half": b'{"a": "\\ud800"}', "not UTF-8": b"\xff\xfe{", "page": b"<html>404</html>",
+    "cut": b'{"model": {"vocab": {',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_any_bytes_is_refused_or_works(name: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llama", is_new=False)
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="100KB")
+    (base / "model.safetensors").unlink()
+    before = (base / name).read_bytes() if (base / name).exists() else b""
+    fates = {"refused": 0, "works": 0}
+    for what, content in CONTENTS.items() | {("cut in half", before[: len(before) // 2])}:
+        (base / name).write_bytes(content)
+        fates[_fate(base, f"{name}: {what}")] += 1
+    assert sum(fates.values()) == len(CONTENTS) + 1
+    assert name in ("chat_template.jinja", "special_tokens_map.json") or fates["refused"] > 8, fates
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["folder", "loop", "nowhere", "pipe"])
+def test_an_entry_that_is_no_file_is_refused_by_name(kind: str, name: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llama", is_new=False)
+    path = base / name
+    path.unlink(missing_ok=True)
+    {
+        "folder": path.mkdir,
+        "loop": lambda: path.symlink_to(name),
+        "nowhere": lambda: path.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    for read in (models.inspect, tokenizers.load):
+        with pytest.raises(InputError, match=rf"{name}: is no file that can be read; put the file in its place"):
+            read(str(base))
+
+
+def test_what_is_private_in_a_base_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, secret = base_of(tmp_path / "base", "llama", is_new=False), "a word that nobody guesses"
+    monkeypatch.setenv("MY_TOKEN", secret)
+    private = {
+        "use_auth_token": "mine",
+        "_name_or_path": "/home/me/secret-project",
+        "note": secret,
+        "hub": "hf_" + "a" * 20,
+    }
+    for name in ("config.json", "tokenizer_config.json"):
+        document = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**document, **private, "mine": "kept"}))
+    final = final_of(base, tmp_path / "final")
+    for name in ("config.json", "tokenizer_config.json"):
+        kept = json.loads((final / name).read_text())
+        assert private.keys() & kept.keys() == set()
+        assert kept["mine"] == "kept"
+        assert name == "config.json" or "eos_token" in kept
+
+
+def _fate(base: Path, what: str) -> str:
     try:
         found = models.inspect(str(base))
         tokenizers.load(str(base))

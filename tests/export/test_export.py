@@ -30,11 +30,8 @@ from transformers import (
 from deft.core import files
 from deft.core.errors import DiskError, InputError
 from deft.export.card import model_card
-from deft.export.folder import (
-    ExportError,
-    export,
-    verify,
-)
+from deft.export.folder import export, verify
+from deft.export.weights import ExportError
 from deft.model import attention
 
 MESSAGES = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "sat"}]
@@ -393,8 +390,8 @@ def then_fill(write):
 """
 FILLED_BEFORE = {
     "config.json": "fill(bytes=200)",
-    "model.safetensors": "import transformers as t\nt.GenerationConfig.save_pretrained = fill",
-    "tokenizer.json": "room._write_model = then_fill(room._write_model)",
+    "model.safetensors": "room._write_configs = then_fill(room._write_configs)",
+    "tokenizer.json": "room.write = then_fill(room.write)",
 }
 
 

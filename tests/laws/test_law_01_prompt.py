@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mask_oracle  # noqa: F401  transformers is told the time that deft tells templates
 import pytest
 
 from deft.core.types import Message, Rendered, ToolCall

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_tokenizers import loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level, sentencepiece
-from transformers import PreTrainedTokenizerFast
 
 import deft
 from deft.core.types import Rendered, Span
@@ -57,7 +57,7 @@ def test_weights_belong_to_the_tokens_of_the_span(corpus: Path) -> None:
     rows = [row.value for row in sources.read(str(corpus / "data" / "fastchat_dummy_conversation.json"))]
     checked = 0
     for name in ("qwen2.5", "mistral-v1", "minimind"):
-        tokenizer = _loaded(corpus / "tokenizers" / name)
+        tokenizer = loaded(corpus, name)
         batch = deft.encode(rows[:200], tokenizer, max_length=4096)
         for example in batch:
             answers = [m["value"] for m in rows[example.origin.line - 1]["conversations"] if m["from"] == "gpt"]
@@ -78,9 +78,3 @@ def test_clean_chats_are_encoded_as_apply_chat_template_does() -> None:
     assert example.tokens.tolist() == ids[: len(example.tokens)]
     assert tokenizer.decode(ids[len(example.tokens) :]) == "\n"
     tokenizer.chat_template = None
-
-
-def _loaded(path: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)

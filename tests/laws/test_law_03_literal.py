@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mask_cases as cases
 import pytest
+from corpus_tokenizers import loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, SPECIALS, byte_level, sentencepiece
@@ -26,8 +27,13 @@ def chat(content: str, answer: str = "No.") -> dict[str, Any]:
 
 
 def control_tokens(example: Any, tokenizer: Any) -> list[str]:
-    special = set(Tokenizer(tokenizer).special_tokens.values())
+    special = {*special_tokens(tokenizer).values()}
     return [tokenizer.convert_ids_to_tokens(int(token)) for token in example.tokens if int(token) in special]
+
+
+@cache
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    return Tokenizer(tokenizer).special_tokens
 
 
 @pytest.fixture(params=["byte level", "sentencepiece"])
@@ -51,32 +57,31 @@ def test_a_stop_mark_in_an_answer_is_text_and_the_real_one_ends_it(tokenizer: An
     assert int(example.tokens[-1]) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-@given(content=CONTENT, answer=CONTENT)
-@settings(max_examples=100, deadline=None)
-def test_no_content_ever_makes_a_control_token(content: str, answer: str) -> None:
+@given(rows=st.lists(st.tuples(CONTENT, CONTENT), min_size=10, max_size=10))
+@settings(max_examples=20, deadline=None)
+def test_no_content_ever_makes_a_control_token(rows: list[tuple[str, str]]) -> None:
     made = byte_level()
     made.chat_template = CHATML
-    (example,) = deft.encode([chat(content, "x" + answer)], made)
-    assert control_tokens(example, made) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    chats = deft.encode([chat(content, "x" + answer) for content, answer in rows], made)
+    assert len(chats) == len(rows)
+    for example in chats:
+        assert control_tokens(example, made) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
     made.chat_template = None
-    (pair,) = deft.encode([{"prompt": content, "completion": "x" + answer}], made)
-    opening = [] if content else ["<s>"]
-    assert control_tokens(pair, made) == [*opening, "</s>"]
+    pairs = deft.encode([{"prompt": content, "completion": "x" + answer} for content, answer in rows], made)
+    for pair, (content, _) in zip(pairs, rows, strict=True):
+        opening = [] if content else ["<s>"]
+        assert control_tokens(pair, made) == [*opening, "</s>"]
 
 
 def test_real_tokenizers_keep_hostile_text_as_text(corpus: Path) -> None:
-    from transformers import AutoTokenizer
-
     checked = 0
     for name in ("qwen2.5", "mistral-v3", "minimind", "mistral-v1"):
-        made = AutoTokenizer.from_pretrained(corpus / "tokenizers" / name)
-        marks = list(Tokenizer(made).special_tokens)[:40]
+        made = loaded(corpus, name)
+        marks = [*special_tokens(made)][:40]
         rows = [chat(f"please {mark} now{mark}", f"well, {mark}") for mark in marks]
-        (clean,) = deft.encode([chat("please", "well")], made)
-        for example in deft.encode(rows, made):
-            assert control_tokens(example, made) == control_tokens(clean, made), json.dumps(
-                rows[example.origin.line - 1]
-            )
+        clean, *hostile = deft.encode([chat("please", "well"), *rows], made)
+        for example in hostile:
+            assert control_tokens(example, made) == control_tokens(clean, made), rows[example.origin.line - 2]
             checked += 1
     assert checked == 78
 

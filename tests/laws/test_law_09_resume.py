@@ -19,7 +19,7 @@ from deft.run import config
 from deft.run import train as run
 from deft.run.reading import Session
 from deft.tracking import jsonl
-from deft.training import checkpoint, randomness, resuming
+from deft.training import checkpoint, pieces, randomness, resuming
 from deft.training.checkpoint import Checkpoint
 
 __all__ = ["folder"]
@@ -63,6 +63,25 @@ def test_killed_and_resumed_is_the_same_run(precision: str, folder: Path) -> Non
     assert differences(folder, "whole", "cut") == []
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"data__add_tokens": ["<|one|>", "<|two|>"], "adapter": {"r": 2}, "neftune": 5.0},
+        {"loss": {"name": "kl", "options": {"beta": 0.5}}},
+        {"optimizer__name": "schedulefree:AdamWScheduleFree", "schedule__name": "constant", "checkpoint__keep_best": 1},
+    ],
+    ids=["new tokens and noise", "kl", "schedule-free"],
+)
+def test_so_is_one_that_draws_or_keeps_more(more: dict[str, Any], folder: Path) -> None:
+    if "optimizer__name" in more:
+        pytest.importorskip("schedulefree")
+    more |= {"epochs": 1, "precision": "bf16"}
+    train(folder, "whole", **more)
+    train(folder, "cut", stop=3, **more)
+    assert "resumed step 2 of 5" in train(folder, "cut", **more)
+    assert differences(folder, "whole", "cut") == []
+
+
 @pytest.mark.parametrize("lost", ["random", "optimizer", "weights"])
 def test_the_comparison_sees_what_is_not_restored(lost: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(folder, "whole")
@@ -71,9 +90,9 @@ def test_the_comparison_sees_what_is_not_restored(lost: str, folder: Path, monke
         monkeypatch.setattr(randomness, "restore", lambda state: None)
     else:
         prefix = "exp_avg" if lost == "optimizer" else "weight"
-        read = checkpoint.Stored.__getitem__
+        read = pieces.StoredTensors.__getitem__
         monkeypatch.setattr(
-            checkpoint.Stored,
+            pieces.StoredTensors,
             "__getitem__",
             lambda stored, key: read(stored, key).mul(0.9) if key.startswith(prefix) else read(stored, key),
         )
@@ -128,7 +147,7 @@ def test_the_second_epoch_is_not_the_first_again(folder: Path) -> None:
 
 
 def test_a_checkpoint_survives_writing_and_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD", 32)
+    monkeypatch.setattr(pieces, "SHARD", 32)
     tensors = {
         "a": torch.arange(12, dtype=torch.float32).reshape(3, 4).T,
         "b": torch.tensor([1.5, -0.0, float("nan")], dtype=torch.bfloat16),

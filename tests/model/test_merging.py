@@ -40,6 +40,13 @@ def foreign(folder: Path, name: str = "foreign", **more: Any) -> tuple[Path, tor
         return folder / name, adapted.eval()(input_ids=TOKENS).logits
 
 
+def untie(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() + 0.01)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+
+
 def brief(folder: Path, output: str, **more: Any) -> Run:
     """A run whose only step changes nothing that shows: final/ is what it began with."""
     return train(config.make(settings(folder, output, **{**BRIEF, "optimizer__lr": 1e-12, **more})))
@@ -72,6 +79,21 @@ def test_an_adapter_of_any_kind_is_merged_and_all_weights_are_trained(folder: Pa
     assert (made.model, made.merge, made.adapter) == (str(folder / "model"), str(path), None)
     stored = load_file(run.folder / "checkpoints" / "step-000001" / "model-00001.safetensors")
     assert {"weight.model.norm.weight", "weight.model.layers.0.self_attn.q_proj.weight"} <= stored.keys()
+
+
+@pytest.mark.parametrize("target", [["embed_tokens", "q_proj"], ["lm_head"]])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_an_adapter_of_embeddings_or_head_is_merged(target: list[str], is_own: bool, folder: Path) -> None:
+    """peft puts the base weights of these layers into its files, deft does not. Over tied ones it is no merge."""
+    tied, _ = foreign(folder, "tied", target_modules=target)
+    if target == ["lm_head"]:
+        with pytest.raises(InputError, match=r"merged it gives other logits than beside its base"):
+            brief(folder, "never", model=str(tied), merge="true")
+    untie(folder / "model")
+    path, meant = foreign(folder, target_modules=target)
+    if is_own:
+        path = brief(folder, "first", model=str(path)).folder / "adapter"
+    assert error_of(brief(folder, "run", model=str(path), merge="true"), meant) < 1e-5
 
 
 def test_a_new_adapter_over_a_merged_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

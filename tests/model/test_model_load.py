@@ -141,13 +141,13 @@ def test_weights_of_another_shape(folder: Path) -> None:
 
 
 def test_weights_without_a_place_are_named_and_kept(folder: Path) -> None:
-    assert inspect(str(folder)).note == ""
+    assert inspect(str(folder)).notes == ()
     weights = load_file(folder / "model.safetensors") | {"model.layers.2.mtp": torch.ones(3)}
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as old files have it
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     base = inspect(str(folder))
     assert base.left_over == ("model.layers.2.mtp",)
-    assert "1 weight of its files have no place in llama" in base.note
+    assert "1 weight of its files have no place in llama" in base.notes[0]
 
 
 def test_a_pointer_of_git_lfs_and_a_missing_shard_are_told_apart(folder: Path) -> None:
@@ -179,6 +179,8 @@ def test_the_dtype_is_that_of_the_weights(said: str | None, stored: str, tmp_pat
         ({"pad_token_id": VOCABULARY}, f"pad_token_id {VOCABULARY} is past the vocabulary"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"its weights are quantized \(gptq\)"),
         ({"dtype": "auto"}, "dtype 'auto' is none of torch's; take it out"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; say how many tokens"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings is '64'|it cannot be loaded"),
         ({"is_encoder_decoder": True}, "is an encoder-decoder, not a causal language model"),
         ({"rms_norm_eps": None}, "config.json|it cannot be loaded"),
     ],
@@ -236,7 +238,7 @@ def test_weights_of_several_dtypes_are_told(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     base = inspect(str(folder))
     assert (base.dtype, base.dtypes) == ("float32", ("bfloat16", "float32"))
-    assert "lie in bfloat16 and float32; final/ has all of them in float32" in base.note
+    assert "lie in bfloat16 and float32; final/ has all of them in float32" in base.notes[0]
 
 
 def test_a_header_that_calls_weights_whole_numbers_is_refused(folder: Path) -> None:
@@ -250,3 +252,62 @@ def test_a_generation_config_that_cannot_be_read_is_refused(folder: Path) -> Non
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"its generation_config\.json cannot be read"):
         inspect(str(folder))
+
+
+def test_a_stop_token_past_the_vocabulary_is_told(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, VOCABULARY]}))
+    assert f"eos_token_id {VOCABULARY} is past its vocabulary" in inspect(str(folder)).notes[0]
+
+
+@pytest.mark.parametrize("value", [{"top_p": "0.9"}, {"temperature": "1e-1"}, {"top_k": "50"}, {"min_p": ".1"}])
+def test_a_number_that_is_text_in_a_generation_config_is_refused(folder: Path, value: dict[str, str]) -> None:
+    for more in ({}, {"do_sample": True}):
+        (folder / "generation_config.json").write_text(json.dumps({**value, **more}))
+        with pytest.raises(InputError, match=rf"{next(iter(value))} is the text '.*take the quotes away"):
+            inspect(str(folder))
+
+
+def test_embeddings_that_are_all_zero_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="its embeddings are all 0"):
+        load(inspect(str(folder)), device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_key_with_two_values_is_refused(name: str, folder: Path) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("{", '{"eos_token_id": 5, ', 1))
+    with pytest.raises(InputError, match=rf"{name}: eos_token_id stands twice, with two values"):
+        inspect(str(folder))
+
+
+def test_shards_that_hold_others_than_their_index_says_are_refused(folder: Path) -> None:
+    build("llama").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = list(index["weight_map"].values())
+    name, right = next(pair for pair in index["weight_map"].items() if places.count(pair[1]) > 1)
+    shards = sorted(set(places))
+    wrong = next(each for each in shards if each != right)
+    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], name: wrong}}))
+    with pytest.raises(InputError, match=rf"has {name}, which model\.safetensors\.index\.json says is in {wrong}"):
+        inspect(str(folder))
+    path.write_text(json.dumps(index))
+    first, second = shards[:2]
+    tensors = load_file(folder / first)
+    save_file(load_file(folder / second) | tensors, folder / second, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{second}: has {min(tensors)}, which {first} has as well"):
+        inspect(str(folder))
+
+
+def test_a_head_of_its_own_beside_a_config_that_ties_it_is_refused(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(InputError, match=r"a head that is not its embeddings, and config\.json ties the two"):
+        load(inspect(str(folder)), device="cpu", dtype=torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    assert load(inspect(str(folder)), device="cpu", dtype=torch.float32).lm_head.weight is not None

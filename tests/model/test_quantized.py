@@ -23,7 +23,8 @@ from deft.model import adapters, quantized, security, selftest
 from deft.model import load as models
 from deft.model.config import AdapterConfig
 from deft.model.trainable import Trainable
-from deft.run import config
+from deft.run import config, scaling
+from deft.run.scaling import Sizes
 from deft.run.train import Run, train
 from deft.training import objectives
 
@@ -199,11 +200,12 @@ def test_memory_is_known_before_weights_are_loaded(folder: Path) -> None:
     base = models.inspect(str(folder / "model"))
     lora = AdapterConfig(r=4)
     whole, codes = (models.summarise(base, Trainable(lora, quantize=kind)) for kind in ("off", "nf4"))
+    sizes = [Sizes.of(*models.skeleton(base, Trainable(lora, quantize=kind))).whole for kind in ("off", "nf4")]
+    saved = scaling.state(sizes[0], torch.bfloat16).total - scaling.state(sizes[1], torch.bfloat16).total
+    assert saved == 2 * codes.quantized - codes.quantized_bytes
     assert (whole.parameters, whole.trained) == (codes.parameters, codes.trained)
     model = tiny("Llama")
     quantized.quantize(model, "nf4")
-    saved = whole.state_bytes(torch.bfloat16) - codes.state_bytes(torch.bfloat16)
-    assert saved == 2 * codes.quantized - codes.quantized_bytes
     real = models.load(base, device="cpu", dtype=torch.float32)
     quantized.quantize(real, "nf4")
     assert codes.quantized_bytes == quantized.code_bytes(real)

@@ -131,10 +131,32 @@ def test_a_number_that_is_not_finite_is_refused(override: str) -> None:
     assert all(problem.where.startswith(key.partition("[")[0]) for problem in error.value.problems), error.value
 
 
-@pytest.mark.parametrize("value", ["2026-11-30", "007", "1e3", "12:30", "yes", "off", "1_000", "0x10", "2026"])
+@pytest.mark.parametrize(
+    "value",
+    ["2026-11-30", "007", "1e3", "12:30", "yes", "off", "1_000", "0x10", "2026", "a #b", "#b", "a: b #c", "&a", "- a"],
+)
 def test_a_name_is_the_text_that_was_typed(value: str) -> None:
     made = config.load(None, [*MINIMAL, f"output={value}", f"template={value}", f"model={value}"][1:])
     assert (made.output, made.template, made.model) == (value, value, value)
+
+
+@pytest.mark.parametrize("value", ["a #1.jsonl", "#1.jsonl", "a: b #c", "'a' #1"])
+def test_nothing_on_a_command_line_is_a_comment(value: str) -> None:
+    made = config.load(None, [MINIMAL[0], f"data.train={value}", f"data.eval={value}"])
+    assert [source.path for source in (*made.data.train, *made.data.eval)] == [value, value]  # type: ignore[misc]
+    assert config.setting("data.train=['a #1', b]") == ("data.train", ["a #1", "b"])
+    with pytest.raises(Problems, match=r"seed: .* not '1 #2'"):
+        config.load(None, [*MINIMAL, "seed=1 #2"])
+
+
+@pytest.mark.parametrize("value", ["1:30", "1:30.5", "0x10", "0b11", "0o17"])
+def test_a_number_to_another_base_is_refused(value: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"model: m\ndata: a\noptimizer: {{lr: {value}}}\n")
+    for given in ((str(tmp_path / "a.yaml"), ()), (None, [*MINIMAL, f"optimizer.lr={value}"])):
+        with pytest.raises(Problems, match=f"optimizer.lr: should be a valid number, .* not '{value}'"):
+            config.load(*given)
+    (tmp_path / "a.yaml").write_text("model: m\ndata: a\nseed: 010\n")
+    assert config.load(str(tmp_path / "a.yaml")).seed == config.load(None, [*MINIMAL, "seed=010"]).seed == 10
 
 
 def test_off_and_dates_in_files_are_what_they_mean(tmp_path: Path) -> None:

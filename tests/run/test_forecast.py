@@ -24,11 +24,13 @@ from deft.core import hardware
 from deft.core.errors import MemoryShort
 from deft.core.hardware import Machine
 from deft.core.types import Encoded, Origin, Tally
+from deft.distributed.world import World
 from deft.model import attention, fused_layers
 from deft.model.causal_lm import CausalLM
 from deft.model.checkpointing import Checkpointing
-from deft.model.load import Base, inspect
-from deft.model.trainable import ALL
+from deft.model.config import AdapterConfig
+from deft.model.load import Base, inspect, skeleton
+from deft.model.trainable import ALL, Trainable
 from deft.plan import loader
 from deft.plan.loader import Loader
 from deft.plan.order import Batching
@@ -42,8 +44,9 @@ from deft.run import (
 from deft.run import (
     train as run,
 )
-from deft.run.forecast import Fit, Forecast, trace
+from deft.run.forecast import Fit, Forecast, Share, Trace, trace
 from deft.run.reading import Session
+from deft.run.scaling import CHECKPOINTING, Count, Groups
 from deft.training import chunked, objectives
 from deft.training.chunked import Chunked
 from deft.training.state import TrainState
@@ -86,7 +89,7 @@ def state_of(base: Base) -> TrainState:
 # What a step takes
 
 
-@pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_without_memory_is_that_of_the_same_step_with_it(dtype: torch.dtype, mode: Checkpointing) -> None:
     batch = planned([40, 30, 30, 20], budget=200).step(0).micro_batches[0]
@@ -129,7 +132,7 @@ def test_layers_that_are_alike_need_not_all_be_looked_at(length: int) -> None:
     assert asdict(extended) == pytest.approx(asdict(whole), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", forecast.CHECKPOINTING)
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_what_one_layer_takes_for_a_moment_does_not_hide_what_many_keep(mode: Checkpointing) -> None:
     learnt = (np.arange(1000) >= 900).astype(np.float32)  # A last layer does less where less is learnt.
     batch = loader.build([(np.arange(1000) % 50, learnt)])
@@ -181,6 +184,8 @@ def test_the_largest_micro_batch_is_the_fullest() -> None:
     batch, is_alone = forecast.largest(planned([5, 6, 50, 7, 8, 9, 10, 11], budget=64))
     assert (max(batch.documents), is_alone) == (49, False)
     assert forecast.largest(planned([5, 6], budget=64))[1]
+    two = planned([30, 40], budget=40)
+    assert [forecast.largest(two, ranks)[1] for ranks in (1, 2)] == [False, True]
 
 
 def memory_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_memory_is_saved_where_it_costs_least(tmp_path: Path, monkeypatch: pytes
     peaks = {}
     for tokens in (2048, 1024, 512):
         batch, is_alone = forecast.largest(replace(plan, microbatch_tokens=tokens))
-        for mode in forecast.CHECKPOINTING:
+        for mode in CHECKPOINTING:
             peaks[tokens, mode] = trace(config, batch, chunked.NLL, FP32, is_alone, mode).peak_bytes
     assert peaks[2048, "none"] > peaks[1024, "none"] > peaks[1024, "selective"] > peaks[1024, "full"]
     for way, peak in peaks.items():
@@ -219,6 +224,88 @@ def test_what_can_never_fit_ends_with_its_exit_code(base: Base, monkeypatch: pyt
     with pytest.raises(MemoryShort, match="smaller max_length") as error:
         forecast.fit(planned([32] * 16, budget=512), base, chunked.NLL, FP32, is_auto=True)
     assert error.value.exit_code == 7
+
+
+# What ranks share
+
+GROUPS = Groups(layers=Count(60), largest=Count(30), root=Count(40), head=Count(20))
+"""Two layers of 30 parameters, a head of 20 and 20 else, all trained."""
+TWO = Share(ranks=2, shard=2, most=2)
+
+
+@pytest.mark.parametrize(
+    ("share", "dtype", "state", "begin", "end"),
+    [
+        # 12 B/P of 100 by 2; gathered 2 B/P of 40 + 2 * 30; sums 4 B/P of 50; of 30 and 40: made, sent and received
+        (TWO, torch.bfloat16, 600, 600 + 200 + 200 + 30 * 6, 600 + 200 + 200 + 40 * 6),
+        (replace(TWO, is_ordered=False), torch.bfloat16, 600, 600 + 200 + 200 + 30 * 6, 600 + 200 + 200 + 40 * 6),
+        (replace(TWO, ranks=4), torch.bfloat16, 600, 600 + 200 + 200 + 30 * 10, 600 + 200 + 200 + 40 * 10),
+        (replace(TWO, ranks=4, shard=4), torch.bfloat16, 300, 300 + 200 + 100 + 30 * 6, 300 + 200 + 100 + 40 * 6),
+        (TWO, torch.float32, 600, 600 + 400 + 200 + 30 * 12, 600 + 400 + 200 + 40 * 12),
+    ],
+)
+def test_a_rank_has_its_rows_of_the_state_and_what_it_works_at_whole(
+    share: Share, dtype: torch.dtype, state: int, begin: int, end: int
+) -> None:
+    """With much kept for the backward pass and a moment of 7, and with little."""
+    sums = 400 // share.shard
+    for kept, is_alone, peak in ((1600, False, begin + 407), (1600, True, begin - sums + 407), (1210, False, end + 7)):
+        traced = Trace(parameters=100, state_bytes=1200, peak_bytes=kept + 7, kept_bytes=kept, end_bytes=1200)
+        found = forecast.rows_of(traced, GROUPS, replace(FP32, dtype=dtype), share, is_alone)
+        assert (found.state_bytes, found.peak_bytes) == (state, peak)
+
+
+def test_weights_that_are_whole_at_first_count() -> None:
+    traced, parts = Trace(10, 2000, 2000, 2000, 2000), Groups(Count(0, 1000), Count(0, 10), Count(0, 10), Count())
+    share = Share(ranks=100, shard=100, most=100)
+    rows, read, cast = (
+        forecast.rows_of(
+            traced, parts, replace(FP32, dtype=torch.bfloat16), replace(share, whole_in=dtype), True
+        ).peak_bytes
+        for dtype in (None, torch.bfloat16, torch.float32)
+    )
+    assert (read, cast) == (2 * 1010, 4 * 1010)
+    assert rows < read
+
+
+def test_gradients_that_are_sent_are_not_kept() -> None:
+    batch = planned([40], budget=200).step(0).micro_batches[0]
+    kept, sent = (trace(LLAMA, batch, chunked.NLL, FP32, True, "none", ALL, shared) for shared in (False, True))
+    assert (sent.state_bytes, sent.kept_bytes) == (kept.state_bytes, kept.kept_bytes)
+    assert kept.end_bytes - sent.end_bytes == pytest.approx(4 * kept.parameters, rel=0.01)
+    assert sent.peak_bytes < kept.peak_bytes
+
+
+def test_what_fits_only_where_ranks_share_it_fits_there_and_is_named_where_they_do_not(tmp_path: Path) -> None:
+    deep = {"num_hidden_layers": 12, "vocab_size": 60, "layer_types": ["full_attention"] * 12}
+    LlamaConfig(**{**LLAMA.to_dict(), **deep}).save_pretrained(tmp_path)
+    own, plan = inspect(str(tmp_path), needs_weights=False), planned([16] * 4, budget=64)
+
+    def fit(share: Share, memory: int) -> Fit:
+        given = replace(share, memory=forecast.PROCESS + memory)
+        return forecast.fit(plan, own, chunked.NLL, FP32, is_auto=True, share=given)
+
+    whole, rows = (fit(share, 2**40).traced for share in (Share(ranks=2, most=2), TWO))
+    assert whole is not None
+    assert rows is not None
+    assert rows.state_bytes == pytest.approx(whole.state_bytes / 2, rel=1e-3)
+    assert rows.peak_bytes < 0.9 * whole.peak_bytes
+    assert fit(TWO, rows.peak_bytes).checkpointing == "none"
+    with pytest.raises(MemoryShort, match=r"max_length, or share one copy .* \(shard=2\), or train an adapter"):
+        fit(Share(ranks=2, most=2), rows.peak_bytes)
+    for share, memory in ((Share(ranks=2, most=2), 0), (Share(ranks=2), rows.peak_bytes)):
+        with pytest.raises(MemoryShort, match="smaller max_length, or train an adapter"):
+            fit(share, memory)
+
+
+def test_what_is_too_large_says_what_a_rank_would_hold(base: Base) -> None:
+    count = Groups.of(*skeleton(base, ALL)).whole.trained / 2**30
+    whole, rows = (forecast.too_large(base, FP32, ALL, share) for share in (Share(ranks=2, most=2), TWO))
+    assert f"needs {16 * count:.1f} GiB" in whole
+    assert "on each of 2 ranks; take a smaller model, or share one copy between the ranks (shard=2), or train" in whole
+    assert f"needs {8 * count:.1f} GiB" in rows
+    assert "shard=" not in rows
+    assert forecast.ways_out(Trainable(AdapterConfig()), TWO) == ""
 
 
 # The dry run
@@ -284,11 +371,11 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
     model = write_llama(tmp_path / "model", chat_template=CHATML)
     asked = {"model": str(model), "batch": {"examples": 4}, "device": "cpu", "precision": "fp32"}
 
-    def fit(rows: int = 10, lr: float = 1e-5, **settings: Any) -> Fit:
+    def fit(rows: int = 10, lr: float = 1e-5, ranks: int = 1, **settings: Any) -> Fit:
         path = tmp_path / f"{rows}.jsonl"
         path.write_text("".join(json.dumps(chat(f"What is {n}?", "It is big. " * n)) + "\n" for n in range(1, rows)))
         made = config.make({**asked, "data": {"train": str(path)}, "optimizer": {"lr": lr}, **settings})
-        session = Session(console=Console(file=io.StringIO()))
+        session = Session(console=Console(file=io.StringIO()), world=World(0, ranks))
         checked = reading.check(made, session)
         data = prepare.encode(made, checked, session)
         return prepare.plan(made, checked, data, session)
@@ -304,9 +391,14 @@ def test_what_is_the_same_is_traced_once_and_what_differs_again(tmp_path: Path, 
     for count, changed in enumerate([{"rows": 11}, {"seed": 1}, {"microbatch_tokens": 500}, {"precision": "bf16"}], 2):
         fit(**changed)
         assert len(traced) == count, changed
+    for _ in range(2):
+        shared = fit(ranks=2, shard=2)
+        assert len(traced) == 6
+        assert shared.traced is not None
+        assert shared.traced.state_bytes == pytest.approx(first.traced.state_bytes / 2, rel=1e-3)
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: 2**40)
     fit()
-    assert len(traced) == 6
+    assert len(traced) == 7
 
 
 def test_a_run_traces_its_largest_micro_batch_alone_before_it_starts(tmp_path: Path, monkeypatch: Any) -> None:

@@ -29,6 +29,7 @@ from deft.plan import loader
 from deft.plan.loader import Loader
 from deft.plan.order import Batching
 from deft.run import config, plan_time
+from deft.run.scaling import Flop
 from deft.training.chunked import NLL
 from deft.training.state import TrainState
 
@@ -59,8 +60,8 @@ class Clock:
         monkeypatch.setattr(plan_time, "_backward", self.on_backward)
         monkeypatch.setattr(plan_time, "_update", self.on_update)
         monkeypatch.setattr(plan_time, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        flop = SimpleNamespace(of=lambda model: lambda batch: float(len(batch.tokens)))
-        monkeypatch.setattr(plan_time, "_Flop", flop)
+        flop = SimpleNamespace(of=lambda model: lambda tokens, targets, squares: float(tokens))
+        monkeypatch.setattr(plan_time, "Flop", flop)
 
     def on_backward(self, state: TrainState, batch: MicroBatch, objective: Any) -> None:
         self.backward(state, batch, NLL)
@@ -120,14 +121,14 @@ def test_the_device_is_waited_for_before_the_clock_is_read(state: TrainState, mo
 
 
 def test_work_counts_the_layers_per_token_and_the_head_per_target(state: TrainState) -> None:
-    flop, model = plan_time._Flop.of(state.causal_lm.model), state.causal_lm.model
+    flop, model = Flop.of(state.causal_lm.model), state.causal_lm.model
     embedding = model.get_input_embeddings().weight.numel()
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     total = sum(parameter.numel() for parameter in model.parameters())
     assert (flop.layers, flop.head) == (total - (1 if is_tied else 2) * embedding, embedding)
-    batch = planned([20, 30], budget=64, per_step=2).step(0).micro_batches[0]
-    more = planned([20, 31], budget=64, per_step=2).step(0).micro_batches[0]
-    assert flop(more) - flop(batch) == 6 * (flop.layers + flop.head) + 7 * flop.queries * (30**2 - 29**2)
+    priced = [next(plan_time._described(planned([20, last], 64, 2), range(1), flop)).flop for last in (30, 31)]
+    assert priced == [flop(48, 48, 19**2 + 29**2), flop(49, 49, 19**2 + 30**2)]
+    assert priced[1] - priced[0] == 6 * (flop.layers + flop.head) + 7 * flop.queries * (30**2 - 29**2)
 
 
 # The command

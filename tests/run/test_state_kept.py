@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 from tiny_tokenizers import CHATML
 
 from deft.commands.chat import run_generate
 from deft.core import lock
 from deft.core.errors import DamagedError, DiskError, InputError, NumbersError, Problems
-from deft.run import config
+from deft.run import build, config
 from deft.run import folder as run_folder
 from deft.run.reading import Session
 from deft.run.train import Run
@@ -202,6 +202,20 @@ def test_a_finished_run_says_so_of_what_is_as_it_was_written(given: dict[str, An
     run_generate(final, ["hi"], generate={"max_new_tokens": 1})
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "special_tokens_map.json", "pytorch_model.bin", "additional_chat_templates/a.jinja"]
+)
+def test_a_file_that_was_put_into_final_since_is_named(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    final = tmp_path / "run" / "final"
+    (final / "notes").write_text("mine")
+    assert "finished at step 2" in train(given)[1]
+    (final / name).parent.mkdir(exist_ok=True)
+    (final / name).write_text("{}")
+    for use in (lambda: train(given), lambda: run_generate(final, ["hi"], generate={"max_new_tokens": 1})):
+        with pytest.raises(DamagedError, match=rf"final/{name}: was not there when deft wrote the folder"):
+            use()
+
+
 def test_a_byte_of_a_checkpoint_that_changes_before_it_is_used_changes_nothing(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,8 +224,8 @@ def test_a_byte_of_a_checkpoint_that_changes_before_it_is_used_changes_nothing(
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-000002")
 
-    def find(folder: Path, wanted: str = "auto") -> Any:
-        found = plain(folder, wanted)
+    def find(*asked: Any) -> Any:
+        found = plain(*asked)
         for part in ("model", "optimizer"):
             flip(run / "checkpoints" / "step-000001" / f"{part}-00001.safetensors")
         return found
@@ -219,6 +233,173 @@ def test_a_byte_of_a_checkpoint_that_changes_before_it_is_used_changes_nothing(
     monkeypatch.setattr(checkpoint, "find", find)
     train(given)
     assert all(torch.equal(tensor, honest[key]) for key, tensor in weights(run / "final").items())
+
+
+def test_any_byte_of_the_base_that_has_changed_since_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    model = shutil.copytree(given["model"], tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "more": torch.zeros(2**20)}, model / "model.safetensors", {"format": "pt"})
+    asked = {**given, "model": str(model), "output": str(tmp_path / "new"), "adapter": {"r": 2}}
+    train(asked)
+    shutil.rmtree(tmp_path / "new" / "final")
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(2**20)) + 2**20 + 100_001] = 1
+    path.write_bytes(data)
+    with pytest.raises(Problems, match="model: its files changed since step 2"):
+        train(asked)
+
+
+def test_a_base_that_changes_while_the_run_goes_on_is_not_carried_on(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = shutil.copytree(given["model"], tmp_path / "model"), Logs.write
+    asked = {**given, "model": str(model), "output": str(tmp_path / "new")}
+    text = (model / "config.json").read_text()
+
+    def write(logs: Logs, kind: str, record: Any) -> None:
+        (model / "config.json").write_text(text.replace('"max_position_embeddings": ', '"max_position_embeddings": 1'))
+        plain(logs, kind, record)
+
+    monkeypatch.setattr(Logs, "write", write)
+    with pytest.raises(InputError, match=r"model/config\.json: is another file than when the run began; put it back"):
+        train(asked)
+    monkeypatch.undo()
+    assert not (tmp_path / "new" / "final").exists()
+    (model / "config.json").write_text(text)
+    assert "resumed step 2 of 2" in train(asked)[1]
+    assert (tmp_path / "new" / "final").is_dir()
+
+
+def test_a_run_does_not_begin_with_what_it_would_set_aside(given: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Problems, match="run/final lies where this run would write its own; name another output="):
+        train({**given, "model": str(run / "final")})
+    assert (run / "final").is_dir()
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2}])
+def test_fp32_weights_among_others_in_bf16_keep_their_bits(
+    adapter: dict[str, Any] | None, given: dict[str, Any], tmp_path: Path
+) -> None:
+    model = shutil.copytree(given["model"], tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors = {
+        name: each.bfloat16() if "proj" in name else each + 2**-20 * torch.rand(each.shape)
+        for name, each in tensors.items()
+    }
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    asked = {**given, "model": str(model), "output": str(tmp_path / "new"), "adapter": adapter}
+    train(asked, optimizer__lr=1e-30, precision="bf16", export={"dtype": "fp32"})
+    found = weights(tmp_path / "new" / "final")
+    assert all(torch.equal(found[name], each.float()) for name, each in tensors.items())
+
+
+def test_losses_of_other_held_out_rows_do_not_compare(given: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    for name, completion in (("easy.jsonl", " It is 2."), ("hard.jsonl", "zq#@!" * 9)):
+        (tmp_path / name).write_text(json.dumps({"prompt": "What is 1 + 2?", "completion": completion}) + "\n")
+    asked = {**given, "output": str(run), "checkpoint": {"every": 1, "keep": 1, "keep_best": 1}}
+    train(asked, data__eval=str(tmp_path / "easy.jsonl"))
+    before = checkpoint.losses(run / "checkpoints")
+    shutil.rmtree(run / "final")
+    _, said = train(asked, data__eval=str(tmp_path / "hard.jsonl"), epochs=2)
+    assert "the held-out rows are others than before" in said
+    after = checkpoint.losses(run / "checkpoints")
+    assert max(filter(None, before.values())) < min(filter(None, after.values()))
+    assert json.loads((run / "final" / "manifest.json").read_text())["about"]["step"] == min(
+        after, key=after.__getitem__
+    )
+    assert [json.loads(line)["step"] for line in (run / "eval.jsonl").read_text().splitlines()] == [3, 4]
+    assert (run / "eval.jsonl.aside").is_file()
+
+
+def test_all_that_a_finished_run_leaves_is_there_and_whole(given: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    asked = {**given, "output": str(run), "adapter": {"r": 2}}
+    train(asked)
+    shutil.rmtree(run / "adapter")
+    assert "resumed step 2 of 2" in train(asked)[1]
+    assert "finished at step 2" in train(asked)[1]
+    flip(run / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(DamagedError, match=r"adapter/adapter_model\.safetensors: checksum differs"):
+        train(asked)
+    for each in ("checkpoints", "adapter"):
+        shutil.rmtree(run / each)
+    with pytest.raises(DamagedError, match=r"adapter/manifest\.json: cannot be read .*; no checkpoint is left"):
+        train(asked)
+    assert (run / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        (
+            {"adapter": {"r": 2}},
+            {"adapter": {"r": 4, "alpha": 1024.0}},
+            ["adapter.r: 2 -> 4", "adapter.alpha: 32.0 -> 10"],
+        ),
+        (
+            {"adapter": {"r": 2}},
+            {"adapter": {"r": 2, "target": ["q_proj"]}},
+            ["adapter.target: all-linear -> ['q_proj']"],
+        ),
+        ({"adapter": {"r": 2}}, {"adapter": None, "optimizer": {"lr": 2e-4}}, ["adapter: lora -> None"]),
+        ({"freeze": {"unfrozen_layers": 1}}, {"freeze": {"unfrozen_layers": 2}}, ["freeze.unfrozen_layers: 1 -> 2"]),
+        ({}, {"freeze": {"names": ["mlp"]}}, ["freeze.names: [] -> ['mlp']"]),
+    ],
+)
+def test_another_set_of_what_is_trained_is_refused_before_the_model_is_loaded(
+    first: dict[str, Any],
+    then: dict[str, Any],
+    said: list[str],
+    given: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = {**given, "output": str(tmp_path / "new")}
+    train(asked, **first)
+    monkeypatch.setattr(build, "load", lambda *given, **more: pytest.fail("the model was loaded"))
+    with pytest.raises(Problems) as finished:
+        train(asked, **{**then, "epochs": 2})
+    assert "to train on from step" not in str(finished.value)
+    shutil.rmtree(tmp_path / "new" / "final")
+    with pytest.raises(Problems) as refused:
+        train(asked, **{**then, "epochs": 2})
+    assert [str(each) for each in refused.value.problems if not any(str(each).startswith(text) for text in said)] == []
+    assert len(refused.value.problems) == len(said)
+
+
+def test_where_an_adapter_to_go_on_from_lies_is_nothing_and_what_it_holds_all(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    train(given, output=str(tmp_path / "first"), adapter={"r": 2})
+    start = shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "start")
+    asked = {**given, "output": str(tmp_path / "new")}
+    train(asked, adapter={"start": str(start)})
+    moved = start.rename(tmp_path / "moved")
+    assert "finished at step 2" in train(asked, adapter={"start": str(moved)})[1]
+    shutil.rmtree(tmp_path / "new" / "final")
+    assert "adapter.start" not in train(asked, adapter={"start": str(moved)})[1]
+    train(given, output=str(tmp_path / "second"), adapter={"r": 2}, seed=5)
+    with pytest.raises(Problems, match=r"model: adapter.start .*moved -> .*second/adapter changed since"):
+        train(asked, adapter={"start": str(tmp_path / "second" / "adapter")})
+
+
+def test_the_best_checkpoint_is_told_by_what_is_sealed(given: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    (tmp_path / "held.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    asked = {**given, "output": str(run), "checkpoint": {"every": 1, "keep_best": 1}, "optimizer": {"lr": 1e-2}}
+    asked["data"] = {"train": given["data"], "eval": str(tmp_path / "held.jsonl")}
+    train(asked)
+    losses = checkpoint.losses(run / "checkpoints")
+    worst = max(losses, key=losses.__getitem__)
+    lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    changed = [each | {"loss": 0.001} if each["step"] == worst else each for each in lines]
+    (run / "eval.jsonl").write_text("".join(json.dumps(each) + "\n" for each in changed))
+    shutil.rmtree(run / "final")
+    train(asked)
+    assert json.loads((run / "final" / "manifest.json").read_text())["about"]["step"] != worst
 
 
 # Never saved broken

@@ -9,7 +9,7 @@ import torch
 
 from deft.core import files, lock
 from deft.core.errors import DamagedError
-from deft.training import checkpoint
+from deft.training import checkpoint, pieces
 from deft.training.checkpoint import Checkpoint, Keep
 from deft.training.saving import Saver
 
@@ -71,7 +71,7 @@ def test_a_byte_that_changes_after_all_were_verified_is_not_used(
 
 def test_tensors_of_every_kind_and_shape_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK", 8)
-    monkeypatch.setattr(checkpoint, "SHARD", 64)
+    monkeypatch.setattr(pieces, "SHARD", 64)
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool)
     shapes = ((), (0, 3), (5,), (2, 3))
     given = {f"{dtype}{shape}": torch.ones(shape).to(dtype) for dtype in dtypes for shape in shapes}

@@ -46,7 +46,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Stands in for the one read."""
     found: list[Tensor] = []
 
-    def read(numbers: Tensor, ranks: int) -> StepNumbers:
+    def read(numbers: Tensor, ranks: int, shard: int) -> StepNumbers:
         found.append(numbers)
         return StepNumbers(1.0, 1.0)
 

@@ -136,10 +136,8 @@ def _findings(config: Config, checked: Checked, data: Dataset, fit: Fit | None) 
     if config.data.train_on == "all" and checked.is_chat:
         what = "data.train_on is all: what users and tools say is learnt as well"
         yield Finding("note", what, "leave data.train_on out to learn what the assistant says")
-    if checked.base.note:
-        yield Finding(
-            "warning", checked.base.note, "name the model with its own config.json where they should be trained"
-        )
+    for note in checked.base.notes:
+        yield Finding("warning", note, "name the model with its own config.json where that is not meant")
     if warning := checked.tokenizer.warning:
         yield Finding("warning", warning, "whoever serves the model with transformers gets its ids as well")
     yield from stop_findings(checked.tokenizer, checked.base.stop_ids, data.marks)

@@ -74,6 +74,14 @@ def train(arguments: Arguments = None) -> None:
         run(config, Session(signals=handled, began=BEGAN, owns_process=True))
 
 
+@app.command(context_settings=KEYS | {"allow_interspersed_args": False}, add_help_option=False)
+def launch(arguments: Annotated[list[str], typer.Argument(metavar="[TORCHRUN'S OPTIONS] train RUN.YAML")]) -> None:
+    """Train on several GPUs or machines: deft launch --ranks 8 train run.yaml; torchrun, with deft's exit codes."""
+    from deft.commands.launch import run
+
+    raise typer.Exit(run(arguments))
+
+
 @app.command(context_settings=KEYS)
 def check(
     arguments: Arguments = None,
@@ -83,9 +91,22 @@ def check(
     is_timed: Annotated[
         bool, typer.Option("--time", help="load the model, run a few micro-batches, and say how long all steps take")
     ] = False,
+    world: Annotated[
+        int | None, typer.Option(metavar="N", help="say instead what steps take on N GPUs, by formula", min=1)
+    ] = None,
+    per_node: Annotated[int, typer.Option(metavar="N", help="GPUs of a node, with --world", min=1)] = 8,
+    gpu: Annotated[
+        str, typer.Option(metavar="KIND", help="a100, h100 or h200, with --world; and numbers, as h100,infiniband=25")
+    ] = "h100",
 ) -> None:
     """Do everything but train, without weights: exit code 0, or 2 where training would not start."""
     config = _config(arguments)
+    if world is not None:
+        with _imports():
+            from deft.commands.scale import run as scale
+
+        scale(config, world, per_node, gpu, report)
+        return
     with _imports():
         from deft.commands.check import run
 

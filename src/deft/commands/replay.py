@@ -28,7 +28,9 @@ def run(path: str) -> None:
     step_batch, random = badstep.read(folder)
     machine = hardware.resolve(config.device, config.precision, config.microbatch_tokens)
     base, new_ids = models.inspect(config.model), tokenizer.load(config.model, config.data.add_tokens).new_ids
-    state = build(config, lambda: pretrained(base, machine, config.merge, config.quantize), machine, World(), new_ids)
+    state = build(
+        config, lambda: pretrained(base, machine, config.merge, config.quantize), machine, World(), new_ids, base
+    )
     badstep.put_weights(folder, state.causal_lm.model)
     randomness.restore(random)
     objective = losses.load(config.loss.name, config.loss.options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,13 +78,13 @@ class DamagedError(DeftError):
 class LostProcessError(DeftError):
     """A process of this run was killed, or is gone.
 
-    rank       of several that compute the run, the one that failed first
-    is_silent  it could not say so itself
+    rank     of several that compute the run, the one that failed first
+    speaker  the one that says so
     """
 
     exit_code = 6
     rank: int | None = None
-    is_silent = False
+    speaker = 0
 
 
 class DiskError(DeftError):
@@ -178,3 +178,26 @@ class Problems(InputError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Problems, (self.heading, self.problems, self.more)
+
+
+def collect(heading: str, checks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """The results of all checks in order; what they object to comes in one error.
+
+    >>> collect("this cannot be:", [lambda: 1, lambda: 2])
+    [1, 2]
+    """
+    results: list[Any] = []
+    problems: list[Problem] = []
+    more = 0
+    for check in checks:
+        try:
+            results.append(check())
+        except Problems as error:
+            problems += error.problems
+            more += error.more
+        except InputError as error:
+            where, _, what = str(error).partition(": ")
+            problems.append(Problem(where, what))
+    if problems:
+        raise Problems(heading, problems, more)
+    return results

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import stat
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CARD = "README.md"
 """The file of a model folder that people edit."""
+READ = frozenset({".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken", ".bin", ".pt", ".py"})
+"""Ends of the names of files that a model's readers look for."""
+PICKLED = frozenset({".bin", ".pt", ".py"})
+"""Those among them that deft never opens."""
 ASIDE = ".aside"
 """What the names of things that are set aside have at their end."""
 BLOCK = 1 << 24
@@ -132,7 +137,8 @@ def stop_unless_ours(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file as it was written. blocks: the CRC-32 of each `BLOCK` bytes."""
+    """A file as it was written. blocks: the CRC-32 of each `BLOCK` bytes, which is what a reader checks: at three times
+    the speed, and of any part of the file."""
 
     bytes: int
     sha256: str
@@ -300,6 +306,7 @@ class Staging:
         with self.open(name) as file:
             for chunk in chunks:
                 file.write(chunk)
+                del chunk  # before the next one is made
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, [_encoded(text)])
@@ -361,6 +368,18 @@ def staged(folder: Path, about: Mapping[str, Any] | None = None) -> Iterator[Sta
             os.close(handle)
 
 
+@contextmanager
+def shared(path: Path) -> Iterator[Staging]:
+    """A staging folder of another process, for files of this one; that one has to list what `files` says of them.
+
+    Raises DiskError with its path where the disk refuses, or it cannot be seen from here.
+    """
+    if not path.is_dir():
+        raise DiskError(f"{path}: cannot be seen on {socket.gethostname()}; all ranks need one folder that they share")
+    with _complaining(path):
+        yield Staging(path, {})
+
+
 def about(folder: Path) -> Mapping[str, Any]:
     """What a folder's manifest says of it; nothing where there is none."""
     return read_manifest(folder).about if (folder / MANIFEST).is_file() else {}
@@ -386,23 +405,38 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{path}: checksum differs, or not written by deft") from error
 
 
-def verify(folder: Path, but: Collection[str] = ()) -> Manifest:
+def verify(folder: Path, but: Collection[str] = (), share: tuple[int, int] = (0, 1)) -> Manifest:
     """The manifest of a folder each of whose files has the bytes that were written.
 
-    but  files that may differ, or be gone
+    but    files that may differ, or be gone
+    share  (i, n): only every n-th file is looked at, from the i-th on
 
     Raises DamagedError that names the first file, and its first block, that has not.
     """
     manifest = read_manifest(folder)
-    listed = {folder / name: record for name, record in manifest.files.items() if name not in but}
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    names = [name for name in manifest.files if name not in but][share[0] :: share[1]]
+    listed = {folder / name: manifest.files[name] for name in names}
+    with ThreadPoolExecutor() as pool:  # checksums let other threads run
         for _ in pool.map(_verify_file, listed.keys(), listed.values()):
             pass
     return manifest
 
 
+def verify_own_model(folder: Path) -> Manifest:
+    """`verify` for a model folder that deft wrote, whose model card may have been edited.
+
+    Raises DamagedError as well for a file that was put there since and would be read with the others.
+    """
+    manifest = verify(folder, but=(CARD,))
+    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in READ and name != MANIFEST and name not in manifest.files:
+            raise DamagedError(f"{path}: was not there when deft wrote the folder")
+    return manifest
+
+
 def verify_model(folder: Path) -> None:
-    """`verify` for a model folder, where it is one that deft wrote; its model card may have been edited.
+    """`verify_own_model` where deft wrote the folder, as far as can be told; nothing otherwise.
 
     Raises DamagedError, with what to do about a change that was meant.
     """
@@ -414,9 +448,29 @@ def verify_model(folder: Path) -> None:
     if b'"about"' not in text or b'"sha256"' not in text:
         return
     try:
-        verify(folder, but=(CARD,))
+        verify_own_model(folder)
     except DamagedError as error:
         raise DamagedError(f"{error}; if it was changed on purpose, remove {path}: nothing is compared then") from error
+
+
+def marks(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when a file that a model's readers look for is written to or replaced, by its name."""
+    found = {}
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        if path.is_file() and (path.suffix in READ or not path.suffix):
+            status = path.stat()
+            found[path.relative_to(folder).as_posix()] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def odd_entry(folder: Path) -> Path | None:
+    """The first entry of a model folder that is called like a file of one, and cannot be read as one: a folder, a pipe,
+    a link to nothing or to itself."""
+    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        is_meant = path.suffix in READ and path.suffix not in PICKLED
+        if is_meant and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            return path
+    return None
 
 
 def link_outside(folder: Path) -> Path | None:
@@ -430,7 +484,7 @@ def link_outside(folder: Path) -> Path | None:
 
 def leads_outside(path: Path, folder: Path) -> bool:
     """Whether a path in a model folder is a link to what is neither in the folder nor in a Hub cache."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # which a link to itself does not stop
     is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return path.is_symlink() and not (target.is_relative_to(folder.resolve()) or is_of_hub)
 
@@ -453,11 +507,16 @@ class Blocks:
         self._edge, self._room = -1, memoryview(bytearray(min(BLOCK, record.bytes)))
 
     def read(self, start: int, stop: int) -> bytearray:
-        """The bytes from `start` to `stop`; whole blocks go to their place without a copy."""
+        """The bytes from `start` to `stop`."""
+        found = bytearray(max(0, min(stop, self._record.bytes) - start))
+        self.fill(memoryview(found), start, stop)
+        return found
+
+    def fill(self, view: memoryview, start: int, stop: int) -> None:
+        """Puts the bytes from `start` to `stop` into memory of that size; whole blocks without a copy."""
         if not 0 <= start <= stop <= self._record.bytes:
             raise DamagedError(f"{self._path}: {self._record.bytes} bytes long, {stop} are asked for")
-        found, place = bytearray(stop - start), start
-        view = memoryview(found)
+        place = start
         while place < stop:
             block, inner = divmod(place, BLOCK)
             size = min(BLOCK, self._record.bytes - block * BLOCK)
@@ -472,7 +531,11 @@ class Blocks:
             end = min(stop, block * BLOCK + size)
             view[place - start : end - start] = self._room[inner : inner + end - place]
             place = end
-        return found
+
+    def check(self) -> None:
+        """Reads all of it."""
+        for block in range(len(self._record.blocks)):
+            self._fill(block, self._room[: min(BLOCK, self._record.bytes - block * BLOCK)])
 
     def _fill(self, block: int, into: memoryview) -> None:
         done = 0
@@ -597,16 +660,9 @@ def _verify_file(path: Path, record: FileRecord) -> None:
             raise DamagedError(f"{path}: is not a plain file")
         if status.st_size != record.bytes:
             raise DamagedError(f"{path}: {status.st_size} bytes long, {record.bytes} were written")
-        with open(path, "rb", opener=_plainly) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
-                return
-            file.seek(0)
-            found = _hashed(file).blocks
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
-    differing = (index for index, pair in enumerate(zip(found, record.blocks, strict=False), 1) if pair[0] != pair[1])
-    block = next(differing, None)
-    raise DamagedError(f"{path}: checksum differs" + (f" (block {block})" if block else ""))
+    Blocks(path, record).check()
 
 
 def _hashed(file: IO[bytes]) -> FileRecord:

@@ -62,41 +62,37 @@ def typed(part: Any) -> Any:
     """A content part with a type, as OpenAI and Anthropic write it; what is none stays as it is.
 
     >>> typed({"functionCall": {"name": "weather", "args": {"city": "Oslo"}}})
-    {'type': 'tool_call', 'value': {'name': 'weather', 'arguments': {'city': 'Oslo'}, 'id': None}}
+    {'type': 'tool_use', 'id': None, 'name': 'weather', 'input': {'city': 'Oslo'}}
     >>> typed({"text": "Easy.", "thought": True})
     {'type': 'reasoning', 'text': 'Easy.'}
     """
     if not isinstance(part, Mapping) or "type" in part:
         return part
-    kind = next((kind for kind in (*_BEDROCK, *_GEMINI, "text") if part.get(kind) is not None), None)
-    if kind == "text":
-        return {"type": "reasoning" if part.get("thought") else "text", "text": part["text"]}
-    inner = part[kind] if kind else None
-    if kind is None or not isinstance(inner, Mapping):
+    key = next((key for key in (*_NESTED, "reasoningContent", "text") if part.get(key) is not None), "")
+    inner = part.get(key)
+    if key == "text":
+        return {"type": "reasoning" if part.get("thought") else "text", "text": inner}
+    if not isinstance(inner, Mapping):
         return {"type": next(iter(part), ""), **part}
-    get = inner.get
-    if kind in ("functionResponse", "function_response"):
-        return {"type": _RESULT, "content": get("response"), "tool_use_id": get("id"), "name": get("name")}
-    if kind in ("functionCall", "function_call"):
-        return {"type": "tool_call", "value": {"name": get("name"), "arguments": get("args"), "id": get("id")}}
-    if kind == "toolUse":
-        return {"type": "tool_use", "id": get("toolUseId"), "name": get("name"), "input": get("input")}
-    if kind == "toolResult":
-        return {"type": _RESULT, "tool_use_id": get("toolUseId"), "content": get("content")}
-    return {"type": "reasoning", "text": _reasoning(inner)}
+    if key == "reasoningContent":
+        words = inner.get("reasoningText")
+        return {"type": "reasoning", "text": words.get("text") if isinstance(words, Mapping) else words}
+    kind, fields = _NESTED[key]
+    return {"type": kind, **{name: inner.get(own) for name, own in fields.items()}}
 
 
-_BEDROCK = ("toolUse", "toolResult", "reasoningContent")
-_GEMINI = ("functionCall", "function_call", "functionResponse", "function_response")
+_CALL = ("tool_use", {"id": "id", "name": "name", "input": "args"})
+_RESPONSE = (_RESULT, {"tool_use_id": "id", "name": "name", "content": "response"})
+_NESTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "toolUse": ("tool_use", {"id": "toolUseId", "name": "name", "input": "input"}),
+    "toolResult": (_RESULT, {"tool_use_id": "toolUseId", "content": "content"}),
+    **{"functionCall": _CALL, "function_call": _CALL, "functionResponse": _RESPONSE, "function_response": _RESPONSE},
+}
+"""Parts of Bedrock's and Gemini's by their key: their type, and its fields with their own names for them."""
 
 
 def _is_result(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == _RESULT
-
-
-def _reasoning(inner: Mapping[str, Any]) -> Any:
-    found = inner.get("reasoningText")
-    return found.get("text") if isinstance(found, Mapping) else found
 
 
 def _result(part: Mapping[str, Any]) -> dict[str, Any]:

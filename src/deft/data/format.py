@@ -100,11 +100,6 @@ class Format:
         """The fields of a row that this format reads it by; none where it does not."""
         return frozenset().union(*(known for known in self.keys if known <= keys))
 
-    @property
-    def usual(self) -> frozenset[str]:
-        """The fields of its objects of which there is nothing more to know than that they are read."""
-        return _usual(self.parts)
-
     def read(self, row: Row, choices: Choices) -> tuple[tuple[Conversation, ...], frozenset[str]]:
         """The conversations of a row with all that it says beside its format, and the names of what nothing reads.
 
@@ -120,13 +115,14 @@ class Format:
             raise RowError("", f"has {described(value)}, not {self.name}", "mend or remove the row")
         if isinstance(value, dict) and not row_fields.LEARNT.isdisjoint(value):
             row = replace(row, value=row_fields.spread(value, own))
-        odd = row_fields.odd_ones(value, own, self.usual)
+        odd = row_fields.odd_ones(value, own, _usual(self.parts))
         found = row_fields.applied(self.convert(row, choices), row.value, own, odd)
         return found, row_fields.unread(value, keys, own, odd, self.parts)
 
 
 @cache
 def _usual(parts: frozenset[str]) -> frozenset[str]:
+    """The fields of a format's objects of which there is nothing more to know than that they are read."""
     return parts.difference(row_fields.TOOLS)
 
 
@@ -313,12 +309,11 @@ def keys_of(value: Any) -> frozenset[str]:
     >>> sorted(keys_of({"a": 1, "b": 2, "c": None})), sorted(keys_of(["p", "o"]))
     (['a', 'b'], ['<list of text>'])
     """
-    keys = _fields(value)
-    if isinstance(value, dict):
-        # How tables write that a row has no such field.
-        nulls = [key for key, each in value.items() if each is None or (each.__class__ is float and each != each)]
-        return keys.difference(nulls) if nulls else keys
-    return keys
+    if not isinstance(value, dict):
+        return _fields(value)
+    # How tables write that a row has no such field.
+    nulls = [key for key, each in value.items() if each is None or (each.__class__ is float and each != each)]
+    return frozenset(value).difference(nulls)
 
 
 def _fields(value: Any) -> frozenset[str]:
@@ -352,11 +347,6 @@ def fitting(value: Any, columns: Iterable[str] = ()) -> tuple[tuple[Format, ...]
         return found, False
     others = reading(_fields(value))
     return found, len(others) == 1 and others != found
-
-
-def is_null(value: Any) -> bool:
-    """Whether a column has no value in a row: null, or NaN where pandas wrote it."""
-    return value is None or (type(value) is float and value != value)
 
 
 _TEXT, _OTHER_LIST = frozenset({"<text>"}), frozenset({"<list>"})

@@ -9,7 +9,7 @@ from typing import Any
 from deft.core.registry import closest
 from deft.data import documents, names
 from deft.data.fields import shortened
-from deft.data.format import is_null, known_fields, load
+from deft.data.format import keys_of, known_fields, load
 from deft.data.format import names as formats
 
 _TURNS = re.compile(
@@ -58,7 +58,7 @@ def _closest(value: Mapping[str, Any]) -> str:
     if name and lacking:
         return f"{name} is closest and needs {' and '.join(lacking)}"
     if name:
-        return f"{name} is closest, but {' and '.join(key for key, each in value.items() if is_null(each))} is null"
+        return f"{name} is closest, but {' and '.join(key for key in value if key not in keys_of(value))} is null"
     return ""
 
 

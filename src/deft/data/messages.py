@@ -45,6 +45,7 @@ READS = _PLAIN.difference({"from", "value"}).union(
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
 _PLAIN_PART = frozenset({"type", "text", "value"})
 _REASONING_PARTS = {"reasoning", "thinking"}
+_CALLS = frozenset({"tool_calls", "function_call"})
 _CALL_PARTS = {"tool_call", "tool_use", "function_call"}
 
 
@@ -245,6 +246,8 @@ def context(messages: Sequence[Message]) -> list[Message]:
 
 def tool_calls(value: Mapping[str, Any], field: str) -> tuple[ToolCall, ...]:
     """The `tool_calls` of a message, and the `function_call` that came before them in OpenAI's API."""
+    if _CALLS.isdisjoint(value):
+        return ()
     calls = value.get("tool_calls") or ()
     if isinstance(calls, str):
         calls = json_of(calls, f"{field}.tool_calls")

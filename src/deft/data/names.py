@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from deft.data.fields import RowError, shortened
+from deft.data.fields import RowError, is_absent, shortened
 
 QUESTION = ("question", "query", "problem")
 SPEAKER = ("user", "human")
@@ -56,9 +56,9 @@ def fields_of(value: Mapping[str, Any], **groups: Sequence[str]) -> dict[str, st
     >>> fields_of({"query": "2+2?", "response": "4"}, question=QUESTION, answer=ANSWER)
     {'question': 'query', 'answer': 'response'}
     """
-    speaking = {thing: [name for name in names if says(value.get(name))] for thing, names in groups.items()}
-    there = {thing: speaking[thing] or [name for name in names if name in value] for thing, names in groups.items()}
-    chosen = {thing: names[0] for thing, names in there.items() if names}
+    there = {thing: [name for name in names if name in value] for thing, names in groups.items()}
+    speaking = {thing: [name for name in names if not is_absent(value[name])] for thing, names in there.items()}
+    chosen = {thing: (speaking[thing] or names)[0] for thing, names in there.items() if names}
     for thing in groups:
         if thing not in chosen:
             raise _missing(value, thing, groups, chosen)
@@ -95,15 +95,6 @@ def agree(value: Mapping[str, Any], names: Sequence[str]) -> None:
             raise RowError(names[0], f"says something else than {name}, and both are read as one thing", fix)
 
 
-def says(value: Any) -> bool:
-    """Whether a field holds anything.
-
-    >>> says(" "), says([]), says(0)
-    (False, False, True)
-    """
-    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {}, ())
-
-
 def said(value: Mapping[str, Any], name: str) -> Any:
     """What a field holds; of several answers that are one text, as SQuAD lists them under `text`, that text.
 
@@ -125,9 +116,8 @@ def mapping(value: Mapping[str, Any]) -> str:
     'columns: {prompt: ask, completion: tell}'
     """
     turns = [name for name, each in value.items() if isinstance(each, list | tuple) and each and _is_turn(each[0])]
-    texts = [
-        name for name, each in value.items() if isinstance(each, str) and says(each) and name.lower() not in _NOTES
-    ]
+    words = [name for name, each in value.items() if isinstance(each, str) and not is_absent(each)]
+    texts = [name for name in words if name.lower() not in _NOTES]
     if turns:
         return mapped({"messages" if "role" in value[turns[0]][0] else "conversations": shortened(turns[0])})
     if len(texts) > 1:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from deft.core.types import Conversation, Message
-from deft.data import calls, json_text, tool_forms
+from deft.data import json_text, tools
 from deft.data.fields import (
     LARGEST_WEIGHT,
     RowError,
@@ -21,11 +21,9 @@ from deft.data.fields import (
     json_of,
     kind_of,
     object_of,
-    refuse_nan,
     shortened,
     text_of,
     unusable,
-    value_of,
 )
 from deft.data.names import folded
 
@@ -213,7 +211,7 @@ def applied(
             raise unusable(_first(said, TOOLS), "a text has no place for tools")
     if offered:
         found = [replace(each, tools=offered) for each in found]
-    return tuple(map(calls.mended, found))
+    return tuple(map(tools.mended, found))
 
 
 def _with_all(found: Sequence[Conversation], said: Mapping[str, Any]) -> Sequence[Conversation]:
@@ -308,29 +306,8 @@ def _tools(value: Any, own: frozenset[str], odd: Sequence[Odd]) -> tuple[Mapping
     said = {key: value[key] for key in TOOLS if key in value and key not in own} if isinstance(value, dict) else {}
     for name, index, message in odd:
         said |= {f"{name}[{index}].{key}": message[key] for key in TOOLS if key in message}
-    found = {field: tools(each, field) for field, each in said.items() if not is_absent(each)}
+    found = {field: tools.read(each, field) for field, each in said.items() if not is_absent(each)}
     return _agreed(found) or ()
-
-
-def tools(value: Any, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """Tools as a list or its JSON text -> OpenAI's form, without nulls; bare schemas with a name are wrapped.
-
-    >>> tools('[{"name": "add", "parameters": {"properties": {"a": {}, "b": null}}}]')
-    ({'type': 'function', 'function': {'name': 'add', 'parameters': {'properties': {'a': {}}}}},)
-    """
-    value = tool_forms.listed(value_of(value, field))
-    if not isinstance(value, list | tuple):
-        raise RowError(field, f"{kind_of(value)}, not a list", "give a list of tools, or its JSON text")
-    return tuple(_tool(each, f"{field}[{index}]") for index, each in enumerate(value))
-
-
-def _tool(value: Any, field: str) -> Mapping[str, Any]:
-    value = calls.without_nulls(object_of(value_of(value, field), field, "a tool"))
-    inner = value.get("function", value.get("toolSpec", value))
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
-        raise RowError(f"{field}.name", "missing or not text", "a tool needs a name")
-    refuse_nan(value, field)
-    return tool_forms.as_openai(value)
 
 
 def _template_kwargs(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class Reader:
         """The outcome of every row in their order, but for those that wait until the shape of the others is known."""
         for row in rows:
             self.count.rows += 1
-            outcome = self._outcome(row)
+            self.count.readable += isinstance(row, Row)
+            outcome = self._outcome(row, self.given)
             if outcome:
                 self.count.note(outcome)
                 yield outcome
@@ -126,8 +127,8 @@ class Reader:
     def convert_waiting(self, form: Format) -> None:
         """Counts the rows that waited, which have the shape of the others or are refused."""
         waiting, self.count.waiting = self.count.waiting, []
-        for row in waiting:
-            self.count.note(self._converted(row, form))
+        for outcome in filter(None, (self._outcome(row, form) for row in waiting)):
+            self.count.note(outcome)
 
     def one_shape(self) -> Format:
         """The format of all rows read. Raises Problems where there is none, or more than one."""
@@ -147,47 +148,39 @@ class Reader:
             raise Problems(f"{self.source}: {what}", [Problem(self.source, what, f"only for {', '.join(knowing)}")])
         return form
 
-    def _outcome(self, row: Row | Problem) -> Outcome | None:
-        """The outcome of a row, None where it must wait for others."""
+    def _outcome(self, row: Row | Problem, form: Format | None) -> Outcome | None:
+        """The outcome of a row, None where no format is given and the row must wait for others."""
         if isinstance(row, Problem):
             return Outcome(Origin.at(row.where), refused=row)
-        self.count.readable += 1
-        form = self.given
-        if form is None:
-            try:
-                form = self._form(row)
-            except RowError as error:
-                return Outcome(row.origin, refused=_problem(row, error))
+        own_names: Mapping[str, str] = {}
+        try:
+            named, own_names = _as_read(row, self.choices)
+            form = form or self._form(named)
             if form is None:
                 self.count.waiting.append(row)
                 return None
-        return self._converted(row, form)
+            found, unread = form.read(named, self.choices)
+        except RowError as error:
+            return Outcome(row.origin, refused=_problem(row, _as_named_there(error, own_names)))
+        except LeftOut as reason:
+            return Outcome(row.origin, left_out=str(reason))
+        except RecursionError:
+            return Outcome(row.origin, refused=Problem(str(row.origin), "is nested too deeply", "write it flatter"))
+        return Outcome(row.origin, found, compared=form.compared(named) if form.compared else None, unread=unread)
 
     def _form(self, row: Row) -> Format | None:
         """The format that a row's fields say; None where they say none, or several, or where its nulls say another."""
-        named, _ = _as_read(row, self.choices)
-        formats, is_open = fitting(named.value, self.choices.columns)
+        formats, is_open = fitting(row.value, self.choices.columns)
         if not formats:
             return None
         try:
-            form = the_one(named, formats, self.choices)
+            form = the_one(row, formats, self.choices)
         except RowError as error:
             self.count.ambiguous.add([_problem(row, error)], 1)
             return None
         shapes = self.count.by_nulls if is_open else self.count.shapes
         shapes.setdefault(form.name, First()).add([row.origin], 1)
         return None if is_open else form
-
-    def _converted(self, row: Row, form: Format) -> Outcome:
-        own_names: Mapping[str, str] = {}
-        try:
-            named, own_names = _as_read(row, self.choices)
-            found, unread = form.read(named, self.choices)
-        except RowError as error:
-            return Outcome(row.origin, refused=_problem(row, _as_named_there(error, own_names)))
-        except LeftOut as reason:
-            return Outcome(row.origin, left_out=str(reason))
-        return Outcome(row.origin, found, compared=form.compared(named) if form.compared else None, unread=unread)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -60,6 +61,7 @@ _NOT_DATA = (
 )
 _HUGGING_FACE_NOTES = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 _NOTES = ("readme", "license", "licence", "notice", "citation", "changelog")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEAD, _BLOCK = 64, 1 << 16
 
 
@@ -96,8 +98,13 @@ def chunks(path: str, part: Part = Part()) -> Iterator[Chunk]:
 
 
 def is_on_the_hub(path: str) -> bool:
-    """Whether a name is that of a Hub data set, as nothing on this disk is called so."""
-    return not Path(path).exists() and not _is_glob(path) and hub.is_id(path)
+    """Whether a name is that of a Hub data set, as nothing on this disk is called so.
+
+    >>> is_on_the_hub("openai/gsm8k"), is_on_the_hub("data/train.jsonl"), is_on_the_hub("./data")
+    (True, False, False)
+    """
+    is_file = path.lower().endswith((*SUFFIXES, *COMPRESSED))
+    return not is_file and _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def from_values(values: Iterable[Any], source: str = "rows") -> list[Row]:
@@ -126,11 +133,6 @@ def splits(path: str, subset: str | None = None) -> dict[str, list[Path]]:
     """The files of each split of a folder; none where it has no splits, or is no folder."""
     place = Path(path)
     return folders.splits(place, _data_in(place), subset) if place.is_dir() and not _is_glob(path) else {}
-
-
-def files(path: str, part: Part = Part()) -> list[str]:
-    """The files of a file, folder or glob, sorted. Raises InputError if there is none."""
-    return list(listing(path, part).files)
 
 
 def listing(path: str, part: Part = Part()) -> Listing:
@@ -237,7 +239,7 @@ def _similar(file: Path) -> str:
 
 
 def _files(path: str, part: Part) -> Iterator[Chunk]:
-    for name in files(path, part):
+    for name in listing(path, part).files:
         yield from _not_empty(_file(name), name)
 
 

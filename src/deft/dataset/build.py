@@ -131,7 +131,7 @@ def _identity(row_encoder: RowEncoder) -> str:
     tokenizer, template = row_encoder.tokenizer, row_encoder.renderer.template
     special = [tokenizer.special_tokens, tokenizer.bos_id, tokenizer.eos_id, tokenizer.puts_bos, tokenizer.hf.eos_token]
     texts = [tokenizer.hf.backend_tokenizer.to_str(), special, template.source, template.tokens]
-    return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code(examples)])
+    return caches.digest([texts, asdict(row_encoder.renderer.marks), asdict(row_encoder.policy), caches.code()])
 
 
 def encode(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,18 +18,19 @@ from functools import cache as once
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from deft.core import files, lock
 from deft.core.errors import DamagedError, DiskError, InputError
 from deft.core.files import Manifest, Staging
 
-_IMPORT = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|.*)|import ([\w.]+))", re.MULTILINE)
-_FOR_TYPES = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t].*\n|\n)*", re.MULTILINE)
-_NAME = re.compile(r"(\w+)(?: as \w+)?(?: *#.*)?")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STANDARD = Path(hashlib.__file__).resolve().parent
+_ENCODING = (
+    *("data/**/[!_]*.py", "encoding/**/[!_]*.py", "core/errors.py", "core/files.py", "core/registry.py"),
+    *("core/types.py", *(f"dataset/{name}.py" for name in ("data_warnings", "examples", "source", "store"))),
+)
+"""The code that makes tokens of rows: what is loaded once some are made, as a test knows."""
 
 
 def root() -> Path:
@@ -60,48 +60,19 @@ def digest(value: Any) -> str:
 @once
 def package() -> str:
     """The digest of all of deft's code, and of the libraries that it computes with."""
-    return _digest_of(_PACKAGE.rglob("*.py"), ["numpy", "jinja2", "tokenizers", "transformers", "torch", "safetensors"])
+    return _digest_of(("**/*.py",), ("numpy", "jinja2", "tokenizers", "transformers", "torch", "safetensors"))
 
 
 @once
-def code(module: ModuleType) -> str:
-    """The digest of a module of deft, of all modules of deft that it imports, and of the libraries that these import.
-
-    Where one of them imports a package, all modules of that count: they may be loaded by name.
-    """
-    waiting, paths, libraries = _files(module.__name__), set[Path](), {"tokenizers"}
-    while waiting:
-        path = waiting.pop()
-        if path not in paths:
-            paths.add(path)
-            imported = [*_imports(path)]
-            waiting += [file for each in imported for file in _files(*each)]
-            libraries |= {name.partition(".")[0] for name, _ in imported} - sys.stdlib_module_names - {"deft"}
-    return _digest_of(paths, libraries)
+def code() -> str:
+    """The digest of the code that makes tokens of rows, and of the libraries that it computes with."""
+    return _digest_of(_ENCODING, ("datasets", "jinja2", "markupsafe", "numpy", "pyarrow", "tokenizers", "transformers"))
 
 
-def _imports(path: Path) -> Iterator[tuple[str, str]]:
-    """The modules that a module imports when it runs, and the names that it takes from them."""
-    for module, names, alone in _IMPORT.findall(_FOR_TYPES.sub("", path.read_text(encoding="utf-8"))):
-        yield from ((module or alone, name) for name in _NAME.findall(names) or [""])
-
-
-def _files(module: str, name: str = "") -> list[Path]:
-    """The files that `from module import name` is about; none where they are not deft's."""
-    if module.partition(".")[0] != "deft":
-        return []
-    place = _PACKAGE.joinpath(*module.split(".")[1:])
-    for found in (place / name, place) if name else (place,):
-        if found.with_suffix(".py").is_file():
-            return [found.with_suffix(".py")]
-        if found.is_dir() and found == place / name:
-            return sorted(found.rglob("*.py"))
-    return [place / "__init__.py"]
-
-
-def _digest_of(paths: Iterable[Path], libraries: Iterable[str]) -> str:
-    texts = [(path.relative_to(_PACKAGE).as_posix(), _content(path)) for path in sorted(paths)]
-    return digest([texts, {name: _version(name) for name in sorted(libraries)}, sys.version_info[:2]])
+def _digest_of(patterns: Iterable[str], libraries: Iterable[str]) -> str:
+    paths = sorted({path for pattern in patterns for path in _PACKAGE.glob(pattern)})
+    texts = [(path.relative_to(_PACKAGE).as_posix(), _content(path)) for path in paths]
+    return digest([texts, {name: _version(name) for name in libraries}, sys.version_info[:2]])
 
 
 def own_code(name: str) -> str:

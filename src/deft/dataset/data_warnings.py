@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,8 @@ import numpy as np
 
 from deft.core.types import Conversation, Encoded, Fate, Message
 from deft.encoding.render.answer_start import EMPTY
+from deft.encoding.render.proof import forms, without_space
+from deft.encoding.render.template_inputs import arguments_of
 from deft.encoding.rows import EncodedRow, RowEncoder, message_weights
 
 DECODED_ROWS = 50
@@ -299,7 +300,7 @@ def _last_learnt(row_encoder: RowEncoder, part: Encoded, always: frozenset[int])
 
 def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
     """The fields of a chat of which the row's texts show nothing."""
-    text = "".join(_squeezed(_decode(row_encoder, part.tokens.tolist())) for part in _parts(row))
+    text = "".join(without_space(_decode(row_encoder, part.tokens.tolist())) for part in _parts(row))
     messages, _ = row_encoder.renderer.apart(row.conversation.messages)
     weights = message_weights(messages, row_encoder.train_on(row.conversation))
     last = max((index for index, weight in enumerate(weights) if weight > 0), default=-1)
@@ -310,11 +311,9 @@ def _dropped(row_encoder: RowEncoder, row: EncodedRow) -> Iterator[str]:
 
 
 def _forms(row_encoder: RowEncoder, value: str) -> Iterator[str]:
-    """How a field may stand in a text: as it is, escaped in JSON, or as the tokenizer gives it back."""
-    yield _squeezed(value)
-    yield _squeezed(json.dumps(value, ensure_ascii=False)[1:-1])
-    yield _squeezed(json.dumps(value)[1:-1])
-    yield _squeezed(_decode(row_encoder, row_encoder.tokenizer.literal(value, continues=True)))
+    """How a field may stand in a text: as a template writes it, or as the tokenizer gives it back."""
+    yield from forms(value)
+    yield without_space(_decode(row_encoder, row_encoder.tokenizer.literal(value, continues=True)))
 
 
 def _decode(row_encoder: RowEncoder, ids: list[int]) -> str:
@@ -346,33 +345,20 @@ def _fields(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> 
         yield "dropped_reasoning", message.reasoning
         yield "dropped_name", message.name or ""
         for call in message.tool_calls:
-            for text in (call.name, *_leaves(call.arguments)):
+            for text in (call.name, *_texts(arguments_of(call))):
                 yield "dropped_tool_calls", text
     for tool in tools:
         yield "dropped_tools", str(tool.get("function", tool).get("name", ""))
 
 
-def _leaves(arguments: Any) -> Iterator[str]:
+def _texts(value: Any) -> Iterator[str]:
     """The texts in a tool call's arguments.
 
-    >>> list(_leaves('{"city": "Paris", "days": [1, "two"]}'))
+    >>> list(_texts({"city": "Paris", "days": [1, "two"]}))
     ['Paris', 'two']
     """
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = arguments
-        arguments = parsed
-    if isinstance(arguments, Mapping):
-        arguments = list(arguments.values())
-    if isinstance(arguments, list):
-        for value in arguments:
-            yield from _leaves(value) if not isinstance(value, str) else [value]
-    elif isinstance(arguments, str):
-        yield arguments
-
-
-def _squeezed(text: str) -> str:
-    """The text without white space, which templates trim and tokenizers move."""
-    return "".join(text.split())
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)

@@ -19,7 +19,6 @@ from deft.data.shapes import Outcome
 from deft.dataset import data_warnings
 from deft.dataset.source import Item, SourceSpec
 from deft.dataset.store import FATES, SCHEMA, EncodedChunk, Stage, example_digest
-from deft.encoding import tokenizer as edge
 from deft.encoding.edges import Coder
 from deft.encoding.render.chat import ChatRenderer
 from deft.encoding.render.stop import Marks
@@ -30,33 +29,28 @@ from deft.encoding.tokenizer import Tokenizer
 
 def template_of(tokenizer: Tokenizer, setting: str) -> Chosen:
     """The chat template that `template` asks for. Raises InputError as `choose` does."""
-    held = tokenizer
-    return choose(setting, held.chat_template, held.puts_bos, held.special_tokens, held.named_templates)
+    own, named = tokenizer.chat_template, tokenizer.named_templates
+    return choose(setting, own, tokenizer.puts_bos, tokenizer.special_tokens, named)
 
 
-def encoder(
-    tokenizer: Tokenizer,
-    chosen: Chosen,
-    policy: Policy,
-    stop_ids: Sequence[int] = (),
-) -> RowEncoder:
+def encoder(tokenizer: Tokenizer, chosen: Chosen, policy: Policy, stop_ids: Sequence[int] = ()) -> RowEncoder:
     """What turns conversations into tokens.
 
     stop_ids  those of the model's generation_config
     """
-    template = Template(chosen.source, tokenizer.template_tokens, policy.template_kwargs)
-    return RowEncoder(ChatRenderer(template, tokenizer.marks(stop_ids), policy.rules), Coder(tokenizer), policy)
+    return _fresh(tokenizer, chosen.source, tokenizer.marks(stop_ids), policy)
+
+
+def _fresh(tokenizer: Tokenizer, source: str, marks: Marks, policy: Policy) -> RowEncoder:
+    template = Template(source, tokenizer.template_tokens, policy.template_kwargs)
+    return RowEncoder(ChatRenderer(template, marks, policy.rules), Coder(tokenizer), policy)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a process needs to encode the rows of a source.
+    """What a process needs to encode the rows of a source. shape: of all its rows."""
 
-    hf     the Hugging Face tokenizer
-    shape  of all rows of the source
-    """
-
-    hf: Any
+    tokenizer: Tokenizer
     template: str
     marks: Marks
     policy: Policy
@@ -66,21 +60,12 @@ class Recipe:
 
     @classmethod
     def of(cls, row_encoder: RowEncoder, source: SourceSpec, shape: str) -> Recipe:
-        template = row_encoder.renderer.template
-        return cls(
-            row_encoder.tokenizer.hf,
-            template.source,
-            row_encoder.renderer.marks,
-            row_encoder.policy,
-            source.path,
-            shape,
-            source.choices,
-        )
+        renderer, policy = row_encoder.renderer, row_encoder.policy
+        template = renderer.template.source
+        return cls(row_encoder.tokenizer, template, renderer.marks, policy, source.path, shape, source.choices)
 
     def encoder(self) -> RowEncoder:
-        tokenizer = edge.wrap(self.hf)
-        template = Template(self.template, tokenizer.template_tokens, self.policy.template_kwargs)
-        return RowEncoder(ChatRenderer(template, self.marks, self.policy.rules), Coder(tokenizer), self.policy)
+        return _fresh(self.tokenizer, self.template, self.marks, self.policy)
 
 
 @dataclass(frozen=True, slots=True)

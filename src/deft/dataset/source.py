@@ -11,7 +11,7 @@ from deft.core.types import Origin
 from deft.data import chunks, sources, trees
 from deft.data.chunks import Chunk
 from deft.data.format import Choices
-from deft.data.sources import Part
+from deft.data.sources import Listing, Part
 
 NAMED_FILES = 10
 """How many of the files that are not read are named."""
@@ -44,10 +44,14 @@ class SourceSpec:
         """Whether it can be read again by its name alone."""
         return self.rows is None and not self.piped
 
-    def files(self) -> list[str]:
-        """The files it consists of."""
+    @property
+    def listing(self) -> Listing:
+        """The files that it consists of, and what lies beside them; none where it is not on this disk."""
         is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
-        return sources.files(self.path, self.part) if is_here else []
+        return sources.listing(self.path, self.part) if is_here else Listing(())
+
+    def files(self) -> list[str]:
+        return list(self.listing.files)
 
     @property
     def part(self) -> Part:
@@ -68,8 +72,7 @@ class SourceSpec:
         >>> SourceSpec("a", rows=("x",)).unread()
         ''
         """
-        is_here = self.is_by_name and not sources.is_on_the_hub(self.path)
-        names = sources.listing(self.path, self.part).unread if is_here else ()
+        names = self.listing.unread
         if not names:
             return ""
         shown = ", ".join(name.removeprefix(f"{self.path}/") for name in names[:NAMED_FILES])

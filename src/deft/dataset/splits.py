@@ -67,7 +67,8 @@ class ContentIndex:
     def repeated(self) -> list[np.ndarray]:
         """bool [rows] of each store: the row has the words of an earlier one of any."""
         digests = _digests(self.stores)
-        is_encoded = np.concatenate([np.zeros(0, bool), *(_is_encoded(group) for group in self._groups())])
+        groups = (group for store in self.stores for group in store.groups)
+        is_encoded = np.concatenate([np.zeros(0, bool), *map(_is_encoded, groups)])
         twice = np.unique(self.digests[1:][self.digests[1:] == self.digests[:-1]])
         copies = np.flatnonzero(_among(digests, twice))
         is_later = np.ones(len(copies), bool)
@@ -75,9 +76,6 @@ class ContentIndex:
         flags = np.zeros(len(is_encoded), bool)
         flags[np.flatnonzero(is_encoded)[copies[is_later]]] = True
         return np.split(flags, np.cumsum([len(store) for store in self.stores])[:-1]) if self.stores else []
-
-    def _groups(self) -> list[RowGroup]:
-        return [group for store in self.stores for group in store.groups]
 
 
 def _is_encoded(group: RowGroup) -> np.ndarray:

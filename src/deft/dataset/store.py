@@ -92,6 +92,9 @@ class RowGroup:
     files           the names that the numbers in arrays["file"] stand for
     arrays          views of all numbers in `batch` by the names of SCHEMA; of each list NAME_offsets, int32: element n
                     has the values from NAME_offsets[n] to NAME_offsets[n + 1]
+
+    A store is read page by page, long after its file was verified: whatever asks for a row or an example raises
+    DamagedError where that has other numbers than were written.
     """
 
     batch: pa.RecordBatch
@@ -112,20 +115,19 @@ class RowGroup:
         return np.diff(self.arrays[f"{name}_offsets"])
 
     def origin(self, row: int) -> Origin:
-        file, line, item = (self.arrays[name].item(row) for name in ("file", "line", "item"))
-        return Origin(self.files[file], line, item)
+        try:
+            file, line, item = (self.arrays[name].item(row) for name in ("file", "line", "item"))
+            return Origin(self.files[file], line, item)
+        except IndexError as error:
+            raise _damaged(f"row {row}") from error
 
     def example(self, number: int, loss_weight: float = 1.0) -> Example:
-        """The parts of an example; `loss_weight` is that of the source.
-
-        Raises DamagedError where it has other numbers than were written: a store is read page by page, long after its
-        file was verified.
-        """
+        """The parts of an example; `loss_weight` is that of the source."""
         origin = self.origin(bisect_right(self.arrays["examples_offsets"].data, number) - 1)
         scale = self.arrays["scale"].item(number)
         parts = tuple(self._part(part, origin) for part in self.numbers("parts", number))
         if example_digest(parts, scale) != self.arrays["example_digest"].item(number):
-            raise DamagedError(f"{origin}: its tokens are not those that were written to the cache; start again")
+            raise _damaged(origin)
         factor = np.float32(scale * loss_weight)
         return parts if factor == 1.0 else tuple(replace(part, weights=part.weights * factor) for part in parts)
 
@@ -141,12 +143,21 @@ class RowGroup:
 
     def _span(self, name: str, element: int) -> slice:
         offsets = self.arrays[f"{name}_offsets"]
-        return slice(offsets.item(element), offsets.item(element + 1))
+        start, stop = offsets[element : element + 2].tolist() if element + 1 < len(offsets) else (1, 0)
+        if not 0 <= start <= stop:
+            raise _damaged(f"{name} {element}")
+        return slice(start, stop)
 
     def _part(self, part: int, origin: Origin) -> Encoded:
         tokens, runs = self._span("tokens", part), self._span("runs", part)
-        weights = self.arrays["weight"][runs].repeat(self.arrays["length"][runs])
-        return Encoded(origin, self.arrays["tokens"][tokens], weights)
+        lengths = self.arrays["length"][runs]
+        if lengths.min(initial=0) < 0 or lengths.sum() != tokens.stop - tokens.start:
+            raise _damaged(origin)
+        return Encoded(origin, self.arrays["tokens"][tokens], self.arrays["weight"][runs].repeat(lengths))
+
+
+def _damaged(what: object) -> DamagedError:
+    return DamagedError(f"{what}: its tokens are not those that were written to the cache; start again")
 
 
 def example_digest(example: Example, scale: float) -> int:
@@ -377,7 +388,8 @@ class Examples(Sequence[Example]):
     def targets(self, index: int) -> int:
         """The learnt tokens of an example."""
         group, number, _ = self._at(index)
-        return sum(group.arrays["targets"].item(part) for part in group.numbers("parts", number))
+        parts = group.numbers("parts", number)
+        return int(group.arrays["targets"][parts.start : parts.stop].sum())
 
     def _by_group(self) -> Iterator[tuple[RowGroup, np.ndarray, float]]:
         return ((group, numbers, each.loss_weight) for each in self.selections for group, numbers in each.by_group())

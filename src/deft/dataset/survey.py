@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 
 from pydantic import TypeAdapter
 
 from deft.core import files, workers
-from deft.core.errors import InputError, Problem, Problems
+from deft.core.errors import Problem, Problems, collect
 from deft.core.files import Staging
 from deft.core.types import Message
 from deft.data import shapes, sources
 from deft.data.readers import hub
 from deft.data.shapes import Survey
 from deft.dataset import cache as caches
-from deft.dataset import examples
 from deft.dataset.cache import Cache
 from deft.dataset.source import SourceSpec
 
@@ -78,22 +78,15 @@ def _not_read(source: str, found: Survey) -> str:
 
 
 def _each(specs: Iterable[SourceSpec], survey: Callable[[SourceSpec], Survey]) -> list[tuple[SourceSpec, Survey]]:
-    found: list[tuple[SourceSpec, Survey]] = []
-    problems: list[Problem] = []
-    more = 0
-    for each in specs:
+    def surveyed(spec: SourceSpec) -> tuple[SourceSpec, Survey]:
         try:
-            source = replace(each, piped=tuple(each.chunks())) if each.path == sources.STDIN else each
-            found.append((source, survey(source)))
+            source = replace(spec, piped=tuple(spec.chunks())) if spec.path == sources.STDIN else spec
+            return source, survey(source)
         except Problems as error:
-            problems += [Problem(each.path, error.heading.removeprefix(f"{each.path}: ")), *error.problems]
-            more += error.more
-        except InputError as error:
-            where, _, what = str(error).partition(": ")
-            problems.append(Problem(where, what))
-    if problems:
-        raise Problems("the data cannot be read", problems, more)
-    return found
+            first = Problem(spec.path, error.heading.removeprefix(f"{spec.path}: "))
+            raise Problems("", [first, *error.problems], error.more) from error
+
+    return collect("the data cannot be read", [partial(surveyed, each) for each in specs])
 
 
 def _glanced(source: SourceSpec, execution: Execution) -> Survey:
@@ -156,9 +149,7 @@ def _content(source: SourceSpec) -> dict[str, str]:
 def key(source: SourceSpec, content: Mapping[str, str]) -> str:
     """The digest of all that a survey depends on."""
     choices = [asdict(source.choices), source.subset, source.max_rows]
-    return caches.digest(
-        [content, source.path, source.format, _own_code(source.format), choices, caches.code(examples)]
-    )
+    return caches.digest([content, source.path, source.format, _own_code(source.format), choices, caches.code()])
 
 
 def _own_code(format_name: str) -> str:

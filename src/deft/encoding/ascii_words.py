@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -127,8 +126,5 @@ def _agrees(pre_tokenizer: Any, words: re.Pattern[str]) -> bool:
     draw = random.Random(0)
     usual = [chr(code) for code in range(128)] + list(" \n\r\t'aAsStTlLreEvVm019.,!-  \n\n") * 4
     texts = ["".join(draw.choices(usual, k=draw.randint(1, 40))) for _ in range(_CHECKED)]
-    return all(_same(text, words.findall(text), pre_tokenizer.pre_tokenize_str(text)) for text in texts)
-
-
-def _same(text: str, words: Sequence[str], found: Sequence[tuple[str, tuple[int, int]]]) -> bool:
-    return list(words) == [text[start:end] for _, (start, end) in found]
+    cuts = ((text, pre_tokenizer.pre_tokenize_str(text)) for text in texts)
+    return all(words.findall(text) == [text[start:end] for _, (start, end) in found] for text, found in cuts)

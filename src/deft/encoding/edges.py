@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 from deft.core.types import Rendered
+from deft.encoding.raw import Side
 from deft.encoding.tokenizer import Tokenizer, Tokens
 
 _REMEMBERED = 256
@@ -35,12 +36,22 @@ Special = tuple[int, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Ids int32 [T], weights float32 [T], how many special tokens are text, and whether edges forced a split."""
+    """A text as ids int32 [T] and weights float32 [T].
 
+    literal         how many special tokens are text
+    split_at_edges  whether its edges forced a split
+    """
+
+    rendered: Rendered
     tokens: np.ndarray
     weights: np.ndarray
     literal: int
     split_at_edges: bool
+
+    def cut(self, max_length: int, side: Side) -> Coded:
+        """Its first (right) or last (left) `max_length` tokens."""
+        kept = slice(0, max_length) if side == "right" else slice(-max_length, None)
+        return replace(self, tokens=self.tokens[kept], weights=self.weights[kept])
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Coder:
             return found
         tokens = self.tokenizer.encode([rendered.text])[0]
         if all(self._holds(edge, rendered.text, tokens, specials) for edge in _edges(rendered)):
-            return Coded(_ids(tokens.ids), _weights(tokens, rendered), 0, False)
+            return Coded(rendered, _ids(tokens.ids), _weights(tokens, rendered), 0, False)
         return self._split_at_edges(rendered, [])
 
     def _between_specials(self, rendered: Rendered, specials: Sequence[Special]) -> Coded | None:
@@ -86,7 +97,7 @@ class Coder:
             if span.start not in places or span.end not in places:
                 return None
             weights[places[span.start] : places[span.end]] = span.weight
-        return Coded(np.frombuffer(bytearray(b"").join(ids), np.int32), weights, 0, False)
+        return Coded(rendered, np.frombuffer(bytearray(b"").join(ids), np.int32), weights, 0, False)
 
     @cached_property
     def _ids_between(self) -> Callable[[str], bytes | None]:
@@ -106,17 +117,12 @@ class Coder:
 
         Special tokens separate what stands before and after them, so only the text after the last one is encoded again.
         """
-        before = next(((end, mark) for _, end, mark in reversed(specials) if end <= edge), None)
-        tail = self.tokenizer.ids(text[before[0] : edge] if before else text[:edge])
+        end, mark = next(((end, mark) for _, end, mark in reversed(specials) if end <= edge), (0, ""))
+        before = [self.tokenizer.special_tokens[mark]] if mark else []
+        before += self.tokenizer.ids(text[end:edge])
         count = bisect_left(tokens.starts, edge)
-        first = count - len(tail)
-        if first < 0 or tokens.ids[first:count] != tail:
-            return False
-        return (
-            first == 0
-            if before is None
-            else first > 0 and tokens.ids[first - 1] == self.tokenizer.special_tokens[before[1]]
-        )
+        first = count - len(before)
+        return tokens.ids[max(0, first) : count] == before and (first == 0 or bool(mark))
 
     def _split_at_edges(self, rendered: Rendered, literal: Sequence[tuple[int, int]]) -> Coded:
         cuts = sorted({0, len(rendered.text), *_edges(rendered), *(at for pair in literal for at in pair)})
@@ -126,7 +132,7 @@ class Coder:
             piece = self._piece(rendered.text[start:end], start > 0, any(a <= start and end <= b for a, b in literal))
             ids += piece
             weights += [_weight_at(start, rendered)] * len(piece)
-        return Coded(_ids(ids), np.array(weights, np.float32), len(literal), True)
+        return Coded(rendered, _ids(ids), np.array(weights, np.float32), len(literal), True)
 
     def _piece(self, text: str, continues: bool, literal: bool) -> list[int]:
         if literal:

@@ -65,6 +65,15 @@ def cut(parts: Sequence[Piece], max_length: int, side: Side) -> list[Piece]:
     return [piece for piece in ordered if piece.ids]
 
 
+def whole(parts: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:
+    """All of them, with BOS in front where it belongs."""
+    return fit(parts, tokenizer, length(parts) + 1, "right")
+
+
+def length(parts: Sequence[Piece]) -> int:
+    return sum(len(part.ids) for part in parts)
+
+
 def fit(parts: Sequence[Piece], tokenizer: Tokenizer, max_length: int, side: Side) -> list[Piece]:
     """`cut`, with BOS in front where it belongs and counted."""
     if not tokenizer.start_ids:

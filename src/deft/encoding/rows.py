@@ -11,14 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deft.core.types import (
-    Conversation,
-    Encoded,
-    Fate,
-    Kind,
-    Message,
-    Rendered,
-)
+from deft.core.types import Conversation, Encoded, Fate, Kind, Message, Rendered
 from deft.encoding import raw
 from deft.encoding.coverage import Coverage, Kept
 from deft.encoding.edges import Coded, Coder
@@ -80,15 +73,6 @@ class EncodedRow:
     notes: tuple[str, ...] = ()
     loses_characters: bool = False
     changes_characters: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _EncodedText:
-    """One text of a row, encoded; `turns` and `notes` as in Rendered."""
-
-    coded: Coded
-    turns: tuple[int, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +181,12 @@ class RowEncoder:
             rendered = self._proven(conversation, weights)
         except Refusal as refusal:
             return EncodedRow(conversation, Fate.REFUSED, reason=f"render: rendered: {refusal}")
-        part = _EncodedText(self.coder.encode(rendered), (), rendered.notes)
-        if _tokens(part) <= self.policy.max_length:
+        part = self.coder.encode(rendered)
+        if len(part.tokens) <= self.policy.max_length:
             return self._row_of(conversation, [part], Fate.TRAINED)
         if self.policy.overflow != "cut":
-            return self._too_long(conversation, _tokens(part))
-        shorter = replace(part, coded=_cut(part.coded, self.policy.max_length, self.policy.truncation_side))
-        return self._row_of(conversation, [shorter], Fate.CUT)
+            return self._too_long(conversation, len(part.tokens))
+        return self._row_of(conversation, [part.cut(self.policy.max_length, self.policy.truncation_side)], Fate.CUT)
 
     def _proven(self, conversation: Conversation, weights: Sequence[float]) -> Rendered:
         if conversation.kind == "chat":
@@ -225,7 +208,7 @@ class RowEncoder:
 
     def _text(self, conversation: Conversation, weights: Sequence[float]) -> EncodedRow:
         parts, literal = raw.pieces(conversation.messages, weights, self.tokenizer)
-        ids, learnt = raw.join(raw.fit(parts, self.tokenizer, _whole(parts), "right"))
+        ids, learnt = raw.join(raw.whole(parts, self.tokenizer))
         found = raw.windows(ids, learnt, self.policy.max_length)
         examples = tuple((Encoded(conversation.origin, *window),) for window in found)
         return _finished(conversation, examples, Fate.TRAINED, literal)
@@ -236,12 +219,12 @@ class RowEncoder:
             return EncodedRow(conversation, Fate.REFUSED, reason=reason)
         messages = as_raw(conversation.messages)
         parts, literal = raw.pieces(messages, weights, self.tokenizer)
-        whole = raw.fit(parts, self.tokenizer, _whole(parts), "right")
+        whole = raw.whole(parts, self.tokenizer)
         fate = Fate.TRAINED
-        if _length(whole) > self.policy.max_length:
+        if raw.length(whole) > self.policy.max_length:
             shorter = self._shorter_dialogue(parts)
             if shorter is None:
-                return self._too_long(conversation, _length(whole))
+                return self._too_long(conversation, raw.length(whole))
             whole, fate = shorter, Fate.CUT
         encoded = Encoded(conversation.origin, *raw.join(whole))
         return _finished(conversation, ((encoded,),), fate, literal)
@@ -253,8 +236,8 @@ class RowEncoder:
         if self.policy.overflow != "turns":
             return None
         starts = [i for i in range(1, len(parts)) if parts[i - 1].is_output and not parts[i].is_output]
-        tails = (raw.fit(parts[start:], self.tokenizer, _whole(parts), "right") for start in starts)
-        return next((tail for tail in tails if _length(tail) <= limit), None)
+        tails = (raw.whole(parts[start:], self.tokenizer) for start in starts)
+        return next((tail for tail in tails if raw.length(tail) <= limit), None)
 
     def _chat(self, conversation: Conversation) -> EncodedRow | _Chat:
         messages = as_chat(conversation.messages)
@@ -272,12 +255,9 @@ class RowEncoder:
             return [renderer.whole(messages, 1.0, conversation.tools)]
         return renderer.render(messages, weights, conversation.tools)
 
-    def _parts(self, rendered: Sequence[Rendered]) -> list[_EncodedText]:
-        return [_EncodedText(self.coder.encode(text), text.turns, text.notes) for text in rendered]
-
     def _finished_chat(self, chat: _Chat) -> EncodedRow:
-        parts = self._parts(chat.rendered)
-        longest = max(map(_tokens, parts))
+        parts = [*map(self.coder.encode, chat.rendered)]
+        longest = _longest(parts)
         if longest <= self.policy.max_length:
             return self._row_of(chat.conversation, parts, Fate.TRAINED)
         shorter = self._shorter_chat(chat, parts)
@@ -285,55 +265,59 @@ class RowEncoder:
             return self._too_long(chat.conversation, longest)
         return self._row_of(chat.conversation, shorter, Fate.CUT)
 
-    def _shorter_chat(self, chat: _Chat, parts: Sequence[_EncodedText]) -> list[_EncodedText]:
+    def _shorter_chat(self, chat: _Chat, parts: Sequence[Coded]) -> list[Coded]:
         """The parts that fit, and those that do not made shorter; empty where nothing can be kept."""
         limit, side = self.policy.max_length, self.policy.truncation_side
         if self.policy.overflow == "cut":
-            return [replace(part, coded=_cut(part.coded, limit, side)) for part in parts]
+            return [part.cut(limit, side) for part in parts]
         if self.policy.overflow != "turns":
             return []
-        kept: list[_EncodedText] = []
+        kept: list[Coded] = []
         for part in parts:
-            if _tokens(part) <= limit:
+            if len(part.tokens) <= limit:
                 kept.append(part)
             else:
-                end = max(part.turns, default=len(chat.messages) - 1) + 1
-                learnt = [w if i in part.turns else 0.0 for i, w in enumerate(chat.weights[:end])]
+                turns = part.rendered.turns
+                end = max(turns, default=len(chat.messages) - 1) + 1
+                learnt = [w if i in turns else 0.0 for i, w in enumerate(chat.weights[:end])]
                 kept += self._without_turns(chat.messages[:end], learnt, chat.conversation)
         return kept
 
     def _without_turns(
         self, messages: Sequence[Message], weights: Sequence[float], conversation: Conversation
-    ) -> list[_EncodedText]:
+    ) -> list[Coded]:
         """The conversation without as few of its first turns as possible, so that it fits; empty if none does.
 
         The system messages in front, the tools, and the last question with its answer always stay.
         """
         body = _body(messages)
         starts = _questions(messages, body)
-        tried: dict[int, list[_EncodedText]] = {}
+        tried: dict[int, list[Coded]] = {}
 
         def fits(start: int) -> bool:
             try:
                 fewer, learnt = [*messages[:body], *messages[start:]], [*weights[:body], *weights[start:]]
-                tried[start] = self._parts(self._rendered(fewer, learnt, conversation))
+                tried[start] = [*map(self.coder.encode, self._rendered(fewer, learnt, conversation))]
             except Refusal:
                 return False
-            return max(map(_tokens, tried[start])) <= self.policy.max_length
+            return _longest(tried[start]) <= self.policy.max_length
 
         first = bisect_left(starts, True, key=fits)
         return tried[starts[first]] if first < len(starts) else []
 
-    def _row_of(self, conversation: Conversation, parts: Sequence[_EncodedText], fate: Fate) -> EncodedRow:
-        coded = [part.coded for part in parts]
-        encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in coded)
-        split = any(each.split_at_edges and not each.literal for each in coded)
-        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-        return _finished(conversation, (encoded,), fate, max(each.literal for each in coded), split, notes)
+    def _row_of(self, conversation: Conversation, parts: Sequence[Coded], fate: Fate) -> EncodedRow:
+        encoded = tuple(Encoded(conversation.origin, each.tokens, each.weights) for each in parts)
+        split = any(each.split_at_edges and not each.literal for each in parts)
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.rendered.notes))
+        return _finished(conversation, (encoded,), fate, max(each.literal for each in parts), split, notes)
 
     def _too_long(self, conversation: Conversation, length: int) -> EncodedRow:
         reason = f"{length} tokens, max_length is {self.policy.max_length}"
         return EncodedRow(conversation, Fate.TOO_LONG, reason=reason)
+
+
+def _longest(parts: Sequence[Coded]) -> int:
+    return max(len(part.tokens) for part in parts)
 
 
 def _finished(
@@ -377,15 +361,6 @@ def _questions(messages: Sequence[Message], body: int) -> list[int]:
     """Where a conversation may begin, system messages aside, if its first turns go: at each later question."""
     later = range(body + 1, len(messages))
     return [i for i in later if messages[i].role == "user" and messages[i - 1].role != "user"]
-
-
-def _tokens(part: _EncodedText) -> int:
-    return len(part.coded.tokens)
-
-
-def _cut(part: Coded, max_length: int, side: raw.Side) -> Coded:
-    kept = slice(0, max_length) if side == "right" else slice(-max_length, None)
-    return Coded(part.tokens[kept], part.weights[kept], part.literal, part.split_at_edges)
 
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -443,12 +418,3 @@ def as_chat(messages: Sequence[Message]) -> list[Message]:
 
 
 _CHAT_ROLES = {"prompt": "user", "output": "assistant"}
-
-
-def _whole(parts: Sequence[raw.Piece]) -> int:
-    """A length at which nothing is cut, BOS included."""
-    return _length(parts) + 1
-
-
-def _length(parts: Sequence[raw.Piece]) -> int:
-    return sum(len(part.ids) for part in parts)

@@ -15,10 +15,11 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from deft.core import files
 from deft.core.errors import InputError
 from deft.encoding.ascii_words import AsciiWords
 from deft.encoding.coverage import Coverage, keeps_all, steps
-from deft.encoding.render.stop import Marks
+from deft.encoding.render.stop import Marks, any_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,6 +62,9 @@ class Tokenizer:
 
     hf: PreTrainedTokenizerFast
     new_ids: range = range(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.hf, self.new_ids)  # what is known of it is found out again
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -230,8 +234,7 @@ class Tokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        return any_of(self.special_tokens)
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -242,9 +245,11 @@ class Tokenizer:
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
-        state = json.loads(self._backend.to_str())
-        changed = {**state, **{part: _without_prefix(state.get(part)) for part in ("normalizer", "pre_tokenizer")}}
-        return self._backend if changed == state else tokenizers.Tokenizer.from_str(json.dumps(changed))
+        parts = {name: _state(getattr(self._backend, name)) for name in ("normalizer", "pre_tokenizer")}
+        changed = {name: _without_prefix(part) for name, part in parts.items()}
+        if changed == parts:
+            return self._backend
+        return tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._backend.to_str()) | changed))
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
@@ -263,6 +268,8 @@ def load(path: str, add_tokens: Sequence[str] = ()) -> Tokenizer:
     """
     from transformers import AutoTokenizer  # it imports torch, which helping processes do without
 
+    if (odd := files.odd_entry(Path(path))) is not None:
+        raise InputError(f"{odd}: is no file that can be read; put the file in its place, or remove it")
     try:
         hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         hf("a")  # what its files say wrong of lengths and the like comes out here

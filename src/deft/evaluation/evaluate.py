@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from deft.encoding.rows import Example
@@ -35,11 +36,14 @@ class Evaluator:
     def __call__(self, state: TrainState, write: Callable[[str, Mapping[str, Any]], None]) -> float | None:
         """Writes an "eval" record if anything was measured, and a "sample" for each answer; returns the held-out loss.
 
-        Weights stay. Whatever ends it early, random generators are then as before it.
+        Weights stay. Whatever ends it early, random generators are then as before it. Ranks that share one copy of the
+        model measure the same, and draw the same.
         """
         before = randomness.snapshot()
         try:
-            with state.as_served():
+            if state.shards is not None:
+                randomness.follow_first(state.world, f"random numbers at step {state.step}")
+            with state.as_served(), state.gathering():
                 numbers, answers = self._measure(state)
             if numbers:
                 write("eval", {"step": state.step, **numbers})
@@ -56,7 +60,8 @@ class Evaluator:
         if self.held_out:
             found["loss"] = held_out_loss(state.causal_lm, self.held_out, self.microbatch_tokens)
             found["perplexity"] = math.exp(min(found["loss"], 700))
-        answers = samples.sample(
+        sample = partial(
+            samples.sample,
             state.causal_lm.model,
             self.tokenizer,
             self.prompts,
@@ -65,4 +70,5 @@ class Evaluator:
             self.metric_fn,
             self.form,
         )
+        answers = state.causal_lm.inside(sample)
         return {**found, **answers.means}, answers.rows

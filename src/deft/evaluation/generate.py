@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,6 +20,8 @@ from deft.core import files, hardware
 from deft.core.errors import InputError, Problem, Problems
 from deft.core.registry import closest
 from deft.encoding import tokenizer as tokenizers
+from deft.encoding.render.sandbox import Meter, Sandbox
+from deft.encoding.render.template import MISHAPS, Compiled
 from deft.encoding.tokenizer import Tokenizer
 from deft.model import load as models
 from deft.model import virtual_tokens
@@ -148,10 +149,12 @@ def prompt_text(tokenizer: Any, prompt: str | Messages, template_kwargs: Mapping
         raise InputError(
             "a prompt made of messages needs a chat template, and this tokenizer has none; give it as text"
         )
+    given = {"tools": None, "documents": None, **held.template_tokens, **(template_kwargs or {})}
     try:
-        messages, given = [dict(message) for message in prompt], dict(template_kwargs or {})
-        return str(held.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given))
-    except TemplateError as error:
+        messages = [dict(message) for message in prompt]
+        template = Compiled(held.chat_template, Sandbox())
+        return template.render(Meter(), {**given, "messages": messages, "add_generation_prompt": True})
+    except MISHAPS as error:
         raise InputError(f"the chat template refuses this prompt: {error}; prompt: {prompt!r}") from error
 
 
@@ -175,6 +178,23 @@ def cut(text: str, stop_sequences: Sequence[str]) -> str:
     """
     found = [position for position in map(text.find, stop_sequences) if position >= 0]
     return text[: min(found)].rstrip() if found else text
+
+
+def ids_of(prompt: str | Messages, held: Tokenizer, template_kwargs: Mapping[str, Any], size: int) -> list[int]:
+    """The ids of a prompt, for a model of `size` embeddings.
+
+    Raises InputError where it is empty and the tokenizer has no token to start from, or a token is not the model's.
+    """
+    if isinstance(prompt, str):
+        ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
+    else:
+        ids = held.ids(prompt_text(held, prompt, template_kwargs))
+    if odd := next((index for index in ids if index >= size), None):
+        what = f"{held.hf.convert_ids_to_tokens(odd)!r} is token {odd}, and the model has {size} embeddings"
+        raise InputError(f"prompt: {what}; use the tokenizer that belongs to the model")
+    if ids or held.start_ids:
+        return ids or held.start_ids
+    raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,22 +231,8 @@ class Request:
         return cls(model, held, settings, new_tokens, check_stops(stop_sequences), dict(template_kwargs or {}))
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """The ids of a prompt.
-
-        Raises InputError where it is empty and the tokenizer has no token to start from, or a token is not the model's.
-        """
-        held = self.held
-        if isinstance(prompt, str):
-            ids = (held.start_ids if held.puts_bos else []) + held.literal(prompt, continues=False)
-        else:
-            ids = held.ids(prompt_text(held, prompt, self.template_kwargs))
-        size = self.model.config.get_text_config().vocab_size
-        if odd := next((index for index in ids if index >= size), None):
-            what = f"{held.hf.convert_ids_to_tokens(odd)!r} is token {odd}, and the model has {size} embeddings"
-            raise InputError(f"prompt: {what}; use the tokenizer that belongs to the model")
-        if ids or held.start_ids:
-            return ids or held.start_ids
-        raise InputError("an empty prompt needs a BOS or EOS token to start from, and this tokenizer has neither")
+        """The ids of a prompt. Raises InputError as `ids_of` does."""
+        return ids_of(prompt, self.held, self.template_kwargs, self.model.config.get_text_config().vocab_size)
 
     def answer_length(self, row: Sequence[int]) -> int:
         """Most tokens of an answer to `row`. Raises InputError where the prompt alone fills the context."""

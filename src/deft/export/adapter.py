@@ -5,28 +5,32 @@ adapter/  adapter_config.json  adapter_model.safetensors (fp32)  manifest.json
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deft.core import files
 from deft.core.files import Staging
+from deft.distributed.owners import Owners
 from deft.encoding.tokenizer import Tokenizer
 from deft.evaluation import prompt_form
 from deft.evaluation.prompt_form import PromptForm
 from deft.export import carried
-from deft.export.folder import EXPORT_ROWS, TOLERANCE, ExportError, logits
+from deft.export.folder import EXPORT_ROWS, TOLERANCE, logits, relative
+from deft.export.weights import ExportError, Shared
 from deft.model import adapters, quantized, virtual_tokens
 from deft.model.config import FILE, AdapterConfig
-from deft.training.checkpoint import serialised
 from deft.training.masters import Masters
+from deft.training.pieces import serialised
 
 DEQUANTIZED = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2}
 """Largest ||a - b|| / ||b|| of a row's logits by codes and by the weights made of them, in the dtype of the run."""
@@ -67,21 +71,27 @@ def write(
     base: str,
     tokenizer: Tokenizer,
     about: Mapping[str, Any],
+    owners: Owners,
 ) -> None:
     """The adapter as peft writes it, whole or not at all; one that an earlier end of the run has left is set aside.
+
+    Of a model that ranks share out all of them have to call it, and rank 0 writes.
 
     base       the base model's hub id or folder, which adapter_config.json names
     tokenizer  is written beside it where it has new tokens
     about      what manifest.json says of it
     """
+    tensors = {adapters.peft_name(name): owners.gather(name, masters[name]) for name in masters.parameters}
+    if not owners.world.is_first:
+        return
     described: Any = adapters.peft_config(model, settings)
     described.base_model_name_or_path, described.inference_mode = base, True
     described.trainable_token_indices = adapters.token_indices(masters.parameters)
     if settings.target == "all-linear":  # as names, which servers know how to read
         described.target_modules = {name.rpartition(".")[2] for name in adapters.layers(model)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
-    tensors = {adapters.peft_name(name): masters[name].cpu() for name in masters.parameters}
-    with _in_peft_form(folder, json.loads(json.dumps(values, default=str)), tensors, about) as staging:
+    whole = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
+    with _in_peft_form(folder, json.loads(json.dumps(values, default=str)), whole, about) as staging:
         if tokenizer.new_ids:
             carried.write_tokenizer(tokenizer.hf, staging.path)
 
@@ -151,7 +161,8 @@ def merge(model: Any, masters: Masters, rows: Sequence[Sequence[int]], dtype: to
         base = _outputs(model, masters, rows)
     found = adapters.layers(model)
     for name, layer in found.items():
-        masters.assign(f"{name}{adapters.BASE}.weight", _merged(name, layer, masters))
+        parts = {key.removeprefix(f"{name}."): masters[key] for key in _names(name, layer)}
+        masters.assign(f"{name}{adapters.BASE}.weight", _merged(layer, parts))
     masters.rename(adapters.take_out(model))
     error = _worst(_outputs(model, masters, rows), adapted)
     if not error <= TOLERANCE:
@@ -171,19 +182,46 @@ def _outputs(
 
 
 @torch.no_grad()
-def _merged(name: str, layer: Any, masters: Masters) -> Tensor:
-    """fp32: the base weight with its adapter, by peft's own rule for the variant; the layer is left as it was."""
-    live = {key: parameter.data for key, parameter in layer.named_parameters()}
-    for key, parameter in layer.named_parameters():
-        parameter.data = masters[f"{name}.{key}"].to(torch.float32, copy=True)
-    layer.merge()
-    merged: Tensor = layer.get_base_layer().weight.data
-    layer.merged_adapters.clear()
-    for key, parameter in layer.named_parameters():
-        parameter.data = live[key]
+def _merged(layer: Any, parts: Mapping[str, Tensor]) -> Tensor:
+    """fp32: the base weight with its adapter, by peft's own rule for the variant, of whole parts by their names."""
+    whole = {
+        id(each): nn.Parameter(parts[key].to(torch.float32, copy=True), requires_grad=False)
+        for key, each in layer.named_parameters()
+    }
+    alike = copy.deepcopy(layer, whole)
+    alike.merge()
+    merged: Tensor = alike.get_base_layer().weight.data
     return merged
 
 
+def merge_shared(model: Any, masters: Masters, owners: Owners) -> tuple[Shared, str]:
+    """`merge` for a model that ranks share out, on all of them: model and masters are then plain, and a base weight
+    gets its adapter when it is written. What that does to logits is not measured.
+
+    owners  of the adapted model's parameters
+    """
+    found = adapters.layers(model)
+    bases = {name: f"{name}{adapters.BASE}.weight" for name in found}
+    small = {key: masters[key] for name, layer in found.items() for key in _names(name, layer) if key != bases[name]}
+    names = adapters.take_out(model)
+    masters.rename(names)
+
+    def make(name: str, layer: Any) -> Tensor | None:
+        parts: dict[str, Tensor] = {}
+        for key in _names(name, layer):
+            own = masters[f"{name}.weight"] if key == bases[name] else small[key]
+            if (part := owners.gather(key, own)) is not None:
+                parts[key.removeprefix(f"{name}.")] = part
+        return _merged(layer, parts) if parts else None
+
+    made = {f"{name}.weight": partial(make, name, layer) for name, layer in found.items()}
+    return Shared(owners.renamed(names), made), f"adapter merged into {len(found)} layers as they were written"
+
+
+def _names(name: str, layer: Any) -> list[str]:
+    """Those of an adapted layer's parameters in its model."""
+    return [f"{name}.{key}" for key, _ in layer.named_parameters()]
+
+
 def _worst(found: Sequence[Tensor], meant: Sequence[Tensor]) -> float:
-    pairs = zip(found, meant, strict=True)
-    return max((float((one - other).norm() / other.norm()) for one, other in pairs), default=0.0)
+    return max((relative(one, other) for one, other in zip(found, meant, strict=True)), default=0.0)

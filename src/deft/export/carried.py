@@ -20,10 +20,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from deft.core import files
 from deft.core.files import Staging
+from deft.core.redact import redacted
 from deft.model import weight_files
 from deft.model.multimodal import PROCESSOR_FILES
 from deft.model.security import INDEX
-from deft.training.checkpoint import serialised
+from deft.training.pieces import serialised
 
 Document = dict[str, Any]
 
@@ -42,10 +43,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
+TEMPLATE = "chat_template.jinja"
 OTHER_FILES = (*PROCESSOR_FILES, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 NAMES_CODE = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
 """Keys of a config that make those who load it with trust_remote_code run somebody's code."""
 
+
+SECRETS = frozenset({"token", "use_auth_token", "auth_token", "hub_token", "hf_token", "access_token", "api_key"})
+LONGEST_SECRET = 200
+"""A longer text is a template or the like."""
 
 _ATTENTION = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
 _OF_DTYPE = ("torch_dtype", "dtype")
@@ -63,7 +69,8 @@ def files_of(base: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, Path]
 def copy_others(staging: Staging, base: Path) -> None:
     """Processor and licence, as far as nothing of the name has been written."""
     for name, path in files_of(base, OTHER_FILES):
-        if not (staging.path / name).exists():
+        is_old_template = name == "chat_template.json" and (staging.path / TEMPLATE).exists()
+        if not (staging.path / name).exists() and (not is_old_template or (base / TEMPLATE).exists()):
             staging.write(name, [_without_code(path)])
 
 
@@ -92,13 +99,30 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _without_code(path: Path) -> bytes:
-    """The bytes of a file; of JSON that names code, without the keys that do."""
+    """The bytes of a file; of JSON that names code, or has somebody's token or path, without the keys that do."""
     data = path.read_bytes()
-    if path.suffix != ".json" or not any(name.encode() in data for name in NAMES_CODE):
+    if path.suffix != ".json" or path.name == "tokenizer.json":
         return data
     document = json.loads(data)
-    kept = without(document, NAMES_CODE)
+    kept = public(document)
     return data if kept == document else as_json(kept)
+
+
+def public(document: Any) -> Any:
+    """A document of a base without what names code, and without what its maker's machine has left at its top.
+
+    >>> public({"auto_map": {}, "token": "hf_a", "_name_or_path": "/home/me/a", "eos_token": "</s>"})
+    {'eos_token': '</s>'}
+    """
+    kept = without(document, NAMES_CODE)
+    return {key: each for key, each in kept.items() if not _is_private(key, each)} if isinstance(kept, dict) else kept
+
+
+def _is_private(key: str, value: Any) -> bool:
+    if not isinstance(value, str) or len(value) > LONGEST_SECRET:
+        return False
+    is_path = key.endswith("name_or_path") and value.startswith(("/", "~"))
+    return key in SECRETS or is_path or redacted(value) != value
 
 
 def without(value: Any, keys: frozenset[str]) -> Any:
@@ -111,8 +135,8 @@ def without(value: Any, keys: frozenset[str]) -> Any:
     return [without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
-def as_json(document: Any) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+def as_json(document: Any, sort_keys: bool = False) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()
 
 
 # --- config.json, generation_config.json -----------------------------------------------------------------------------
@@ -137,7 +161,7 @@ def generation_config(base: Document, changed: GenerationConfig) -> Document:
     """
     kept = {key: value for key, value in base.items() if value is None or getattr(changed, key, value) is not None}
     tokens = {key: getattr(changed, key) for key in ("eos_token_id", "pad_token_id", "use_cache")}
-    return without(kept, NAMES_CODE) | {key: value for key, value in tokens.items() if value is not None}
+    return public(kept) | {key: value for key, value in tokens.items() if value is not None}
 
 
 def config(base: Document, written: Document, folder: Path) -> Document:
@@ -149,28 +173,30 @@ def config(base: Document, written: Document, folder: Path) -> Document:
     Beside what transformers 5 calls rope_parameters and dtype stand the old spellings, as long as it reads the same
     config from both.
     """
-    changed = {key: written[key] for key in ("architectures", "vocab_size") if key in written and key in base}
-    document = without(base, NAMES_CODE | _ATTENTION | {"quantization_config"}) | changed
+    changed = {key: written[key] for key in ("architectures",) if key in written and key in base}
+    document = without(public(base), _ATTENTION | {"quantization_config"}) | changed
     document = _with_dtype(document, written)
-    for part, theirs in _parts(document, written):
-        if "vocab_size" in part and "vocab_size" in theirs:
-            part["vocab_size"] = theirs["vocab_size"]
+    meant, read = _reads(written, folder), _reads(document, folder)
+    every = ((document, meant, read), *((document[key], meant[key], read[key]) for key in _parts(document, written)))
+    for part, own, other in every:  # a size that a config does not say is its class's, which need not be the model's
+        if own.get("vocab_size") != other.get("vocab_size"):
+            part["vocab_size"] = own["vocab_size"]
     both = old_spellings(document)
     return both if _reads(both, folder) == _reads(document, folder) else document
 
 
 def _with_dtype(document: Document, written: Document) -> Document:
     """The dtype under both names, at the top and where a part has one."""
-    for part, theirs in [(document, written), *_parts(document, written)]:
+    for part, theirs in [(document, written), *((document[key], written[key]) for key in _parts(document, written))]:
         if part is document or any(key in part for key in _OF_DTYPE):
             part |= dict.fromkeys(_OF_DTYPE, theirs.get("dtype", written["dtype"]))
     return document
 
 
-def _parts(document: Document, written: Document) -> list[tuple[Document, Document]]:
-    """The configs inside a config, as of a multimodal model, with those of the other document."""
+def _parts(document: Document, written: Document) -> list[str]:
+    """Keys of the configs inside a config, as of a multimodal model, that the other document has as well."""
     return [
-        (inner, written[key])
+        key
         for key, inner in document.items()
         if isinstance(inner, dict) and isinstance(written.get(key), dict) and key.endswith("_config")
     ]

@@ -6,10 +6,9 @@ final/  config.json  generation_config.json  model*.safetensors  tokenizer files
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +20,8 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from deft.core import files
-from deft.core.errors import DeftError, DiskError, InputError
+from deft.core import files, hardware
+from deft.core.errors import DiskError
 from deft.core.files import Staging
 from deft.core.types import Conversation
 from deft.encoding import tokenizer as tokenizers
@@ -32,6 +31,7 @@ from deft.evaluation import prompt_form
 from deft.evaluation.generate import SAMPLING, own_stop_ids
 from deft.evaluation.prompt_form import PromptForm
 from deft.export import carried
+from deft.export.weights import ExportError, FinalWeights, Shared, described_difference, difference, same_bits, write
 from deft.model import multimodal
 from deft.model.causal_lm import evaluating
 from deft.model.load import Base, positions_move
@@ -43,6 +43,18 @@ TOLERANCE = 1e-4
 
 SERVED_TOLERANCE = 0.5
 """The same with each model as it is: rounding to bf16 costs 0.01, or 0.1 where it chooses other experts."""
+
+FITS = 0.25
+"""Share of the machine's memory that a model which ranks share out may take to be loaded whole at the end."""
+
+WHOLE = Shared()
+"""A model that is whole on the rank that exports it."""
+
+VANISHING = 1e-4
+"""The share of a tensor's values that may become 0 by rounding before it is told."""
+
+NAMED = 5
+"""How many of such tensors are told by name."""
 
 EXPORT_ROWS = 3
 """How many training examples are compared between the model in memory and the exported one."""
@@ -56,29 +68,49 @@ TEXTS = (
 """What the saved tokenizer must encode as the one in memory does, beside the texts of the rows compared."""
 
 
-class ExportError(DeftError):
-    """What was written is not what was trained: a bug in deft."""
-
-
 @dataclass(frozen=True, slots=True)
 class ExportCheck:
     """What `verify` compared; errors are ||a - b|| / ||b|| of the worst row's logits.
 
     largest_error  the exported weights, in fp32, through the exported model and the one in memory: at most `TOLERANCE`
     served_error   the exported model as it is served against the one in memory as it is: what rounding to `dtype` costs
+    vanished       how many of a tensor's values became 0 by the rounding, and how many it has, by name
+
+    Of a model that ranks share out there is no served_error, and no largest_error where it is too large for rank 0.
     """
 
     tensors: int
     parameters: int
     dtype: str
     rows: int
-    largest_error: float
-    served_error: float
+    largest_error: float | None
+    served_error: float | None
     texts: int
     template_compared: bool
     stop_ids: tuple[int, ...]
+    vanished: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str:
+        """Which tensors lost more to 0 than the few values that any rounding takes; empty where none did.
+
+        >>> ExportCheck(2, 9, "float16", 1, 0.0, 0.0, 4, True, (), {"up": (3, 4), "down": (1, 90_000)}).warning
+        'warning: values that are 0 in float16: 3 of 4 of up; export.dtype=fp32 keeps them'
+        """
+        shares = {name: count / every for name, (count, every) in self.vanished.items() if count > VANISHING * every}
+        worst = sorted(shares, key=lambda name: -shares[name])
+        told = [f"{self.vanished[name][0]:,} of {self.vanished[name][1]:,} of {name}" for name in worst[:NAMED]]
+        told += [f"some of {len(worst) - NAMED} more tensors"] if len(worst) > NAMED else []
+        what = f"warning: values that are 0 in {self.dtype}: {', '.join(told)}; export.dtype=fp32 keeps them"
+        return what if told else ""
 
     def __str__(self) -> str:
+        if self.served_error is None:
+            logits = "not compared, as it is too large to be loaded whole"
+            if self.largest_error is not None:
+                logits = f"by the settings in memory within {self.largest_error:.1e}"
+            rows = f"{self.tensors} tensors equal each rank's rows"
+            return f"{self.dtype}, {rows}, {self.texts} texts encoded alike; logits {logits}"
         return (
             f"{self.dtype}, reloaded by plain transformers and compared: {self.tensors} tensors equal, "
             f"logits within {self.largest_error:.1e} ({self.served_error:.1e} with each in its own dtype), "
@@ -100,6 +132,7 @@ def export(
     base: Path | None = None,
     left_over: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
+    shared: Shared = WHOLE,
 ) -> None:
     """Write model and tokenizer as `folder`, which appears complete or not at all; neither object is changed.
 
@@ -111,13 +144,16 @@ def export(
     base           the folder of the model that was trained: what training has not changed is carried over from it
     left_over      weights of its files that are not the model's, which are carried over too
     about          what manifest.json says of it
+    shared         where ranks share the model out: the others call `write` of weights.py
 
     Raises InputError if `folder` exists, DiskError with the path if it cannot be written. A kill leaves a hidden
     staging folder beside it, which `files.sweep` removes.
     """
     with _complaining(folder), files.staged(folder, about) as staging:
         generation = _generation_config(model, tokenizer, stop_ids)
-        _write_model(model, staging, dtype, weights, generation)
+        twin = empty_twin(model, dtype)
+        _write_configs(twin, staging, generation)
+        write(staging, FinalWeights(model, dtype, weights, shared), twin)
         _write_tokenizer(_tokenizer_to_save(tokenizer, chat_template), staging, base)
         if base is not None:
             carried.replace_configs(staging, base, generation)
@@ -142,8 +178,11 @@ def hand_over(
     examples: Sequence[Example],
     chat: Conversation | None,
     about: Mapping[str, Any] | None = None,
+    shared: Shared = WHOLE,
 ) -> ExportCheck:
     """Export a trained model unless an earlier start has, and compare it; it is set aside where it differs.
+
+    Of a model that ranks share out all of them have to call it.
 
     base      what training has not changed is carried over from it
     marks     what ends the learnt turns of chats
@@ -152,29 +191,40 @@ def hand_over(
     chat      the conversation that templates are compared on
     about     what its manifest.json says of it
     """
-    stops = _learnt_stop_ids(tokenizer, marks)
-    if not folder.exists():
-        export(
-            model,
-            tokenizer.hf,
-            folder,
-            dtype=dtype,
-            stop_ids=stops,
-            chat_template=None,
-            card=card,
-            form=form,
-            weights=weights,
-            base=folder_of(base),
-            left_over=base.left_over,
-            about=about,
-        )
+    stops, world = _learnt_stop_ids(tokenizer, marks), shared.owners.world
+    source = FinalWeights(model, dtype, weights, shared)
+    if not world.from_first("whether it is exported", folder.exists):
+        _export(folder, source, tokenizer, base, stop_ids=stops, card=card, form=form, about=about)
+        world.from_first("that it is exported", lambda: True)
     rows = [example[0].tokens.tolist() for example in examples[:EXPORT_ROWS]]
     messages = [{"role": each.role, "content": each.content} for each in as_chat(chat.messages)] if chat else None
     try:
+        if shared.owners.rows:
+            return verify_shared(folder, source, tokenizer.hf, rows, messages, stops)
         return verify(folder, model, tokenizer.hf, rows, messages, weights=weights, stop_ids=stops)
     except ExportError:
-        files.set_aside(folder)
+        if world.is_first:
+            files.set_aside(folder)
         raise
+
+
+def _export(folder: Path, weights: FinalWeights, tokenizer: Tokenizer, base: Base, **options: Any) -> None:
+    """`export` on rank 0; the others send what they hold."""
+    if not weights.shared.owners.world.is_first:
+        write(None, weights, empty_twin(weights.model, weights.dtype))
+        return
+    export(
+        weights.model,
+        tokenizer.hf,
+        folder,
+        dtype=weights.dtype,
+        chat_template=None,
+        weights=weights.masters,
+        base=folder_of(base),
+        left_over=base.left_over,
+        shared=weights.shared,
+        **options,
+    )
 
 
 def _learnt_stop_ids(tokenizer: Tokenizer, marks: Collection[str]) -> list[int]:
@@ -207,8 +257,8 @@ def verify(
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     texts = _compare_tokenizers(tokenizers.wrap(tokenizer).hf, saved, token_rows)
     compared = _compare_templates(_tokenizer_to_save(tokenizer, chat_template), saved, messages)
-    stops = _compare_stop_ids(model, tokenizer, reloaded, stop_ids)
-    tensors, parameters = _compare_weights(model, reloaded, weights)
+    stops = _compare_stop_ids(model, tokenizer, reloaded.generation_config, stop_ids)
+    tensors, parameters, vanished = _compare_weights(model, reloaded, weights)
     _compare_buffers(model, reloaded)
     served = [_served_error(model, reloaded, row) for row in token_rows]
     exact = reloaded.float()
@@ -216,37 +266,7 @@ def verify(
     largest, rounding = max(errors, default=0.0), max(served, default=0.0)
     if not rounding <= SERVED_TOLERANCE:
         raise ExportError(f"in {dtype} the exported model's logits differ by {rounding:.2e} from those in memory")
-    return ExportCheck(tensors, parameters, dtype, len(errors), largest, rounding, texts, compared, stops)
-
-
-def weights_to_write(
-    model: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Each parameter once, with all its names (several where it is tied), on the CPU as it is to be written.
-
-    Floating parameters are cast to `dtype`, except those that the architecture keeps in fp32; others stay as they are.
-    Raises InputError where fp16 cannot hold one.
-    """
-    names_of: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        names_of.setdefault(id(parameter), []).append(name)
-    for names in names_of.values():
-        master = next((weights[name] for name in names if weights is not None and name in weights), None)
-        tensor = parameters[names[0]] if master is None else master
-        if tensor.shape != parameters[names[0]].shape:
-            raise ExportError(
-                f"{names[0]}: weights of shape {tuple(tensor.shape)} for {tuple(parameters[names[0]].shape)}"
-            )
-        yield tuple(names), _as_saved(names[0], tensor.detach(), _saved_dtype(model, names[0], tensor, dtype))
-
-
-def _as_saved(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    saved = tensor.to(dtype)
-    if dtype == torch.float16 and not saved.isfinite().all():
-        what = f"{name} has values beyond 65504, the largest of fp16"
-        raise InputError(f"export.dtype: {what}; run the same command again with export.dtype=bf16 or fp32")
-    return saved.to("cpu").contiguous()
+    return ExportCheck(tensors, parameters, dtype, len(errors), largest, rounding, texts, compared, stops, vanished)
 
 
 @contextmanager
@@ -265,27 +285,10 @@ def _is_disk_error(error: BaseException) -> bool:
     return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
 
 
-def _write_model(
-    model: Any,
-    staging: Staging,
-    dtype: torch.dtype,
-    weights: Mapping[str, Tensor] | None,
-    generation_config: GenerationConfig,
-) -> None:
-    """config.json, generation_config.json and the weights, through an empty twin of the model.
-
-    `save_pretrained` sets dtype and architectures on the config of the model it saves, so that is not the live one.
-    """
-    state = {name: buffer.detach().cpu() for name, buffer in _saved_buffers(model)}
-    for names, tensor in weights_to_write(model, dtype, weights):
-        state |= dict.fromkeys(names, tensor)
-    twin = _empty_twin(model, dtype)
-    twin.generation_config = GenerationConfig()  # transformers would refuse to save what many published models have
-    if unknown := sorted(twin.state_dict().keys() ^ state.keys()):
-        raise ExportError(
-            f"{type(model).__name__}: {unknown[0]} is not a weight of the plain architecture and the model both"
-        )
-    twin.save_pretrained(staging.path, state_dict=state)
+def _write_configs(twin: Any, staging: Staging, generation_config: GenerationConfig) -> None:
+    """config.json and generation_config.json, as save_pretrained writes them."""
+    twin.config.architectures = [type(twin).__name__]
+    twin.config.save_pretrained(staging.path)
     (staging.path / GENERATION_CONFIG_NAME).write_bytes(carried.as_json(generation_config.to_diff_dict()))
 
 
@@ -307,7 +310,7 @@ def _is_same_tokenizer(one: Any, other: Any) -> bool:
     return parts[0] == parts[1]
 
 
-def _empty_twin(model: Any, dtype: torch.dtype) -> Any:
+def empty_twin(model: Any, dtype: torch.dtype) -> Any:
     """The model's class without weights, with its config as it is to be saved: nothing of training in it."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = None
@@ -316,25 +319,15 @@ def _empty_twin(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(part, "use_cache"):
             part.use_cache = True
     with torch.device("meta"):
-        twin = type(model)(config).to(dtype)
+        twin = _own_class(model)(config).to(dtype)
     # How the base's file was read (experts fused, names changed), so that it is written back in the same form.
     twin._weight_conversions = getattr(model, "_weight_conversions", None)
     return twin
 
 
-def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
-
-
-def _saved_dtype(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    # transformers' own rule (modeling_utils.py, _get_dtype_plan): patterns, some of them only under fp16.
-    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return torch.float32 if any(re.search(part.replace("*", ".*"), name) for part in kept) else dtype
+def _own_class(model: Any) -> Any:
+    """The model's class without what FSDP2 puts before it."""
+    return next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
 
 
 def _generation_config(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -372,6 +365,39 @@ def _tokenizer_to_save(tokenizer: Any, chat_template: str | None) -> Any:
     return saved
 
 
+def verify_shared(
+    folder: Path,
+    weights: FinalWeights,
+    tokenizer: Any,
+    token_rows: Sequence[Sequence[int]],
+    messages: Sequence[Mapping[str, Any]] | None,
+    stop_ids: Sequence[int],
+) -> ExportCheck:
+    """`verify` on all ranks of a model that no rank has whole.
+
+    Each compares its own rows of every tensor with the files. Rank 0 loads it with plain transformers where its weights
+    in fp32 take less than `FITS` of the memory: logits are those that a model with the settings in memory has by them.
+    """
+    model, twin = weights.model, empty_twin(weights.model, weights.dtype)
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    texts = _compare_tokenizers(tokenizers.wrap(tokenizer).hf, saved, token_rows)
+    compared = _compare_templates(_tokenizer_to_save(tokenizer, None), saved, messages)
+    stops = _compare_stop_ids(model, tokenizer, GenerationConfig.from_pretrained(folder), stop_ids)
+    world = weights.shared.owners.world
+    if complaint := world.first_complaint(difference(folder, weights, twin)):
+        raise ExportError(complaint)
+    sizes = [weights.like()[names[0]].numel() for names in weights.ties()]
+    largest = None
+    if world.is_first and 6 * sum(sizes) < FITS * hardware.memory_bytes(torch.device("cpu")):
+        reloaded = _reload(folder)
+        _compare_buffers(model, reloaded)
+        exact = reloaded.float()
+        errors = [_comparelogits(twin, exact, row, index) for index, row in enumerate(token_rows)]
+        largest = max(errors, default=0.0)
+    dtype = str(weights.dtype).removeprefix("torch.")
+    return ExportCheck(len(sizes), sum(sizes), dtype, len(token_rows), largest, None, texts, compared, stops)
+
+
 def _reload(folder: Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
@@ -385,23 +411,29 @@ def _reload(folder: Path) -> Any:
     return reloaded.eval()
 
 
-def _compare_weights(model: Any, reloaded: Any, weights: Mapping[str, Tensor] | None) -> tuple[int, int]:
-    """Numbers of tensors and parameters, all equal to the bit and tied alike."""
+def _compare_weights(
+    model: Any, reloaded: Any, weights: Mapping[str, Tensor] | None
+) -> tuple[int, int, dict[str, tuple[int, int]]]:
+    """Numbers of tensors and parameters, all equal to the bit and tied alike, and what of them `vanished`."""
     found = dict(reloaded.named_parameters(remove_duplicate=False))
     tensors = parameters = 0
-    for names, tensor in weights_to_write(model, reloaded.dtype, weights):
+    written = FinalWeights(model, reloaded.dtype, weights)
+    lost: dict[str, tuple[int, int]] = {}
+    for names in written.ties():
+        tensor, vanished = written.part(names).cpu(), written.vanished(names)
         _check_masters(names, model, weights)
         for name in names:
             if name not in found:
                 raise ExportError(f"{name}: not in the exported model")
-            if not _same_bits(tensor, found[name].detach().cpu()):
-                raise ExportError(f"{name}: {_difference(tensor, found[name].detach().cpu())}")
+            if not same_bits(tensor, found[name].detach().cpu()):
+                raise ExportError(f"{name}: {described_difference(tensor, found[name].detach().cpu())}")
         if len({id(found[name]) for name in names}) > 1:
             raise ExportError(f"{' and '.join(names)}: tied in memory, but not in the exported model")
         tensors, parameters = tensors + 1, parameters + tensor.numel()
+        lost |= {names[0]: (vanished, tensor.numel())} if vanished else {}
     if tensors != len({id(parameter) for parameter in found.values()}):
         raise ExportError("the exported model has parameters that the model in memory has not")
-    return tensors, parameters
+    return tensors, parameters, lost
 
 
 def _check_masters(names: Sequence[str], model: Any, weights: Mapping[str, Tensor] | None) -> None:
@@ -422,7 +454,7 @@ def _compare_buffers(model: Any, reloaded: Any) -> None:
     """Saved buffers, and those that each load makes anew: `model.to(bfloat16)` rounds the rotary frequencies of the
     model in memory, whose positions are then not those of the model that is served."""
     found = dict(reloaded.named_buffers())
-    saved = {name for name, _ in _saved_buffers(model)}
+    saved = {name for name, _ in FinalWeights(model, reloaded.dtype).buffers()}
     for name, buffer in model.named_buffers():
         if name not in saved and positions_move(model.config):
             continue
@@ -440,21 +472,8 @@ def _same_values(mine: Tensor, theirs: Tensor, exact: bool) -> bool:
     return torch.allclose(mine, theirs, rtol=1e-5, atol=0.0)
 
 
-def _same_bits(meant: Tensor, found: Tensor) -> bool:
-    if meant.shape != found.shape or meant.dtype != found.dtype:
-        return False
-    return torch.equal(meant.contiguous().view(torch.uint8), found.contiguous().view(torch.uint8))
-
-
-def _difference(meant: Tensor, found: Tensor) -> str:
-    if meant.shape != found.shape or meant.dtype != found.dtype:
-        return f"{found.dtype} {tuple(found.shape)} was exported for {meant.dtype} {tuple(meant.shape)}"
-    # Where bits differ but not values, as in -0.0 and 0.0, the count is 0 and the text still says so.
-    return f"{int((meant != found).sum())} of {meant.numel()} exported values differ from those in memory"
-
-
 def _served_error(model: Any, reloaded: Any, row: Sequence[int]) -> float:
-    return _relative(logits(reloaded, row), logits(model, row))
+    return relative(logits(reloaded, row), logits(model, row))
 
 
 def _comparelogits(model: Any, exact: Any, row: Sequence[int], index: int) -> float:
@@ -464,7 +483,7 @@ def _comparelogits(model: Any, exact: Any, row: Sequence[int], index: int) -> fl
     alone made 8e-2 of a mixture of experts in bf16.
     """
     same = dict(exact.named_parameters(remove_duplicate=False)) | dict(exact.named_buffers())
-    error = _relative(logits(exact, row), logits(model, row, same))
+    error = relative(logits(exact, row), logits(model, row, same))
     # `not <=`, so that a NaN is a difference.
     if not error <= TOLERANCE:
         raise ExportError(f"row {index}: the exported model's logits differ by {error:.2e} (allowed: {TOLERANCE:.0e})")
@@ -474,14 +493,19 @@ def _comparelogits(model: Any, exact: Any, row: Sequence[int], index: int) -> fl
 @torch.no_grad()
 def logits(model: Any, row: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """fp32 [T, V]: a row alone through the model, with other weights and buffers in place of its own where given."""
-    inputs = {"input_ids": torch.tensor([list(row)], device=model.device), "use_cache": False}
+    device = model.device if weights is None else next(iter(weights.values())).device
+    inputs = {"input_ids": torch.tensor([list(row)], device=device), "use_cache": False}
     with evaluating(model):
         out = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
     return out.logits[0].float()
 
 
-def _relative(found: Tensor, meant: Tensor) -> float:
-    return float((found - meant).norm() / meant.norm())
+def relative(found: Tensor, meant: Tensor) -> float:
+    """
+    >>> relative(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0])), relative(torch.zeros(2), torch.zeros(2))
+    (0.5, 0.0)
+    """
+    return float((found - meant).norm() / meant.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _compare_tokenizers(mine: Any, saved: Any, token_rows: Sequence[Sequence[int]]) -> int:
@@ -513,8 +537,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation_
         return f"refused: {error}"
 
 
-def _compare_stop_ids(model: Any, tokenizer: Any, reloaded: Any, stop_ids: Sequence[int]) -> tuple[int, ...]:
-    found = stop_ids_of(reloaded.generation_config)
+def _compare_stop_ids(model: Any, tokenizer: Any, config: GenerationConfig, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    found = stop_ids_of(config)
     missing = [index for index in (*own_stop_ids(model, tokenizer), *stop_ids) if index not in found]
     if missing:
         raise ExportError(f"generation_config.json: the stop ids {missing} are not in eos_token_id {list(found)}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,16 +92,25 @@ def imported_peft(key: str) -> Any:
 def fill(model: nn.Module, folder: Path) -> None:
     """Gives the adapters of a model the values of those in a folder of peft's form.
 
+    peft writes the base weights of embeddings that have an adapter as well, which must be the model's.
+
     Raises InputError where they are not for these layers, or pickled.
     """
-    path, found = folder / WEIGHTS, stored(folder)
-    own = {peft_name(name): each for name, each in model.named_parameters() if "lora_" in name}
-    odd = sorted(own.keys() ^ found.keys()) or [name for name in own if own[name].shape != found[name].shape]
+    path, found, every = folder / WEIGHTS, stored(folder), dict(model.named_parameters())
+    own = {peft_name(name): each for name, each in every.items() if "lora_" in name}
+    base = {peft_name(name): each for name, each in every.items() if f"{BASE}." in name}
+    known = {key for key in base.keys() & found.keys() if torch.equal(base[key].cpu().to(found[key].dtype), found[key])}
+    odd = sorted(own.keys() ^ (found.keys() - known)) or [name for name in own if own[name].shape != found[name].shape]
     if odd:
         raise InputError(f"{path}: {odd[0]} is not what this base model and adapter_config.json ask for")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
+
+
+def is_alone(folder: Path) -> bool:
+    """Whether a folder of peft's form has no weights of the base as well. Raises InputError as `stored` does."""
+    return all("lora_" in name for name in stored(folder))
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -190,6 +200,26 @@ def is_plain(module: Any) -> bool:
 def matrices(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """A [r, in] and B [out, r] of a layer's adapter; None twice where it has none."""
     return (module.lora_A[NAME].weight, module.lora_B[NAME].weight) if is_adapted(module) else (None, None)
+
+
+def lengths(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor, int, int], Tensor]]] | None:
+    """Of each parameter of DoRA: the name of the weight that it has the lengths of, and how they are made of its rows
+    [start, stop), with the adapters as they are now. None where they are lengths of columns."""
+    found: dict[str, tuple[str, Callable[[Tensor, int, int], Tensor]]] = {}
+    for name, layer in layers(model).items():
+        for kind, made in layer.lora_magnitude_vector.items():
+            if type(made).__name__ != "DoraLinearLayer" or made.fan_in_fan_out:
+                return None
+            a, b = (each.detach() for each in matrices(cast(Any, layer)) if each is not None)
+            length = partial(_lengths, made, layer.scaling[NAME], a, b)
+            found[f"{name}.lora_magnitude_vector.{kind}.weight"] = f"{name}{BASE}.weight", length
+    return found
+
+
+def _lengths(made: Any, scaling: float, a: Tensor, b: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+    """The whole product, some rows of which would not have the bits of all."""
+    found: Tensor = made.get_weight_norm(weight, (b @ a)[start:stop], scaling)
+    return found
 
 
 def are_computed(block: nn.Module) -> bool:

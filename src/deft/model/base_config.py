@@ -19,6 +19,7 @@ def read(path: str) -> PreTrainedConfig:
     Raises Problems where it asks for code to be run, or describes what deft cannot train; transformers' own exceptions
     where it is no config.
     """
+    security.check_keys(path)
     security.check_config(path)
     security.check_index(path)
     raw, _ = PreTrainedConfig.get_config_dict(path)
@@ -52,6 +53,9 @@ def _against(config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         fix = "name the model that it was made from; quantize=nf4 beside an adapter does the same to it"
         yield f"its weights are quantized ({getattr(kind, 'value', kind)})", fix
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and not (isinstance(positions, int | float) and positions >= 1):
+        yield f"max_position_embeddings is {positions!r}", "say how many tokens a text may have"
     size, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
     if not isinstance(size, int):
         yield f"vocab_size is {size!r}", "download or save the model again"

@@ -5,19 +5,22 @@ Shape suffixes: M tokens of a micro-batch, K targets, N documents of equal lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deft.core.hardware import round_up_rows, to_device
 from deft.core.types import Head, MicroBatch, Objective, Tally
+from deft.distributed.sharding import own_type
 from deft.model import fused_layers, neftune, virtual_tokens
 from deft.model.attention import compiled_arguments, packing_arguments
 from deft.model.checkpointing import Checkpointing, checkpointed
@@ -26,6 +29,7 @@ from deft.model.fused_layers import embed, is_plain_embedding
 from deft.model.multimodal import text_body
 from deft.model.neftune import Noise
 
+Made = TypeVar("Made")
 Mode = Literal["packed", "alone", "whole"]
 """packed: the body once over all documents of a micro-batch, with our attention.
 alone: the body with the model's own attention, documents of equal length together.
@@ -68,7 +72,36 @@ class CausalLM(nn.Module):
         start = self._at_the_start(batch) if objective.uses_start else None
         if self.mode == "whole":
             return objective.from_logits(self.logits(batch), batch.targets, batch.weights, start)
-        return objective(*self.hidden_and_head(batch), batch.targets, batch.weights, start)
+        return self._lent(
+            *self.hidden_and_head(batch),
+            lambda hidden, head: objective(hidden, head, batch.targets, batch.weights, start),
+        )
+
+    def _lent(self, hidden: Tensor, head: Head, loss: Callable[[Tensor, Head], Tally]) -> Tally:
+        """The loss; where the model is sharded, an untied head is gathered for it alone."""
+        output: Any = self.model.get_output_embeddings()
+        if not isinstance(output, FSDPModule):
+            return loss(hidden, head)
+        return cast(Any, output).lend(hidden, lambda hidden: loss(hidden, self.head))
+
+    def inside(self, body: Callable[[], Made]) -> Made:
+        """What `body` gives, which calls the model inside directly: where weights are sharded they are gathered for it
+        as they are for `forward`."""
+        return body()
+
+    def become(self, chosen: CausalLM) -> None:
+        """Takes the way through the model that the self-test has chosen for it."""
+        self.mode, self.scale, self.softcap, self.note = chosen.mode, chosen.scale, chosen.softcap, chosen.note
+
+    def layers(self) -> list[nn.Module]:
+        """The layers of the body, each of which is gathered by itself where the model is sharded."""
+        return [each for each in text_body(self.model).modules() if isinstance(each, GradientCheckpointingLayer)]
+
+    def lent(self) -> nn.Linear | None:
+        """The head, where it is a linear layer whose weights are its own: read once a micro-batch, for the loss."""
+        ends: Any = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        is_plain = own_type(ends[1]) is nn.Linear and ends[1].weight is not ends[0].weight
+        return ends[1] if is_plain and self.mode != "whole" else None
 
     def keep_start(self) -> None:
         """Keeps the model as it is now, in evaluation mode: what is trained is copied, all else shared."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import GenerationConfig
 
-from deft.core import hardware
+from deft.core import files, hardware
 from deft.core.errors import DeftError, InputError, Problem
 from deft.model import base_config, multimodal, quantized, security, virtual_tokens, weight_files
 from deft.model.config import is_adapter
@@ -37,6 +39,7 @@ class Base:
     stop_ids       tokens that end an answer, as the model's generation_config has them
     left_over      weights of its files that the architecture does not take
     dtypes         in which the files have weights, as torch names them
+    marks          of its files, as they were when they were read
     """
 
     path: str
@@ -48,22 +51,23 @@ class Base:
     stop_ids: tuple[int, ...]
     left_over: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    marks: Mapping[str, tuple[int, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def note(self) -> str:
-        """What is to be said of its weights before training, or nothing."""
-        if not self.left_over:
-            return self._mixed
-        count = f"{len(self.left_over)} weight{'s' if len(self.left_over) > 1 else ''}"
-        what = f"have no place in {self.model_type} as its config.json describes it, {self.left_over[0]} first"
-        return f"{self.path}: {count} of its files {what}; not trained, carried over into final/ as they are"
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it before training."""
+        return tuple(f"{self.path}: {note}" for note in self._notes())
 
-    @property
-    def _mixed(self) -> str:
-        if len(self.dtypes) < 2:
-            return ""
-        how = f"its weights lie in {' and '.join(self.dtypes)}; final/ has all of them in {self.dtype}, as most are"
-        return f"{self.path}: {how}, and export.dtype=fp32 keeps their bits"
+    def _notes(self) -> Iterator[str]:
+        if self.left_over:
+            count = f"{len(self.left_over)} weight{'s' if len(self.left_over) > 1 else ''}"
+            what = f"have no place in {self.model_type} as its config.json describes it, {self.left_over[0]} first"
+            yield f"{count} of its files {what}; not trained, carried over into final/ as they are"
+        if len(self.dtypes) > 1:
+            how = f"its weights lie in {' and '.join(self.dtypes)}; final/ has all of them in {self.dtype}, as most are"
+            yield f"{how}, and export.dtype=fp32 keeps their bits"
+        if past := [index for index in self.stop_ids if index >= self.vocab_size]:
+            yield f"eos_token_id {past[0]} is past its vocabulary of {self.vocab_size}, and ends no answer"
 
 
 def inspect(path: str, needs_weights: bool = True) -> Base:
@@ -77,6 +81,7 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         _check_folder(folder, needs_weights)
         path = str(folder)
     with _explained(path):
+        before = files.marks(base_config.folder(path))
         config = base_config.read(path)
         security.check_adapter(path)
         tensors = weight_files.stored(base_config.folder(path)) if needs_weights else {}
@@ -93,13 +98,20 @@ def inspect(path: str, needs_weights: bool = True) -> Base:
         stop_ids=stops,
         left_over=left_over,
         dtypes=weight_files.dtypes(tensors),
+        marks=before,
     )
 
 
 def folder(base: Base) -> Path:
-    """Where its files lie on this machine. Raises InputError where they have gone since."""
+    """Where its files lie on this machine. Raises InputError where they have gone or changed since it was inspected."""
     with _explained(base.path):
-        return base_config.folder(base.path)
+        found = base_config.folder(base.path)
+        now = files.marks(found)
+    changed = sorted(name for name in base.marks.keys() | now.keys() if base.marks.get(name) != now.get(name))
+    if base.marks and changed:
+        fix = "put it back as it was, and run this again: it goes on from the last checkpoint"
+        raise _refusal(str(found / changed[0]), "is another file than when the run began", fix)
+    return found
 
 
 def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
@@ -117,9 +129,84 @@ def load(base: Base, *, device: torch.device | str, dtype: torch.dtype) -> PreTr
                 raise
             model, report = _read(base, dtype, "eager")
     _refuse_misfits(base.path, report)
-    _refuse_broken(base.path, model)
+    _refuse_broken(base.path, model.named_parameters())
+    _refuse_empty(base.path, model)
+    _refuse_half_tied(base.path, model)
     multimodal.freeze_all_but_text(model)
     return model.to(device).eval()
+
+
+def without_weights(base: Base, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model as `load` makes it, in `dtype`, whose weights have no memory yet; its buffers are on the CPU.
+
+    None where its files do not have each weight under its own name and in its own form, which transformers then makes
+    of others: `StoredRows` cannot read it.
+    """
+    with _explained(base.path):
+        model, _ = _plain(base.path, base_config.read(base.path), dtype=dtype, device_map="meta")
+        rows = StoredRows(base)
+    if model._weight_conversions or not all(rows.has_one(names) for names in shared_names(model)):
+        return None
+    for module in model.modules():
+        if any(each.is_meta for each in module.buffers(recurse=False)):
+            for name, each in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(each, device="cpu"))
+            model._init_weights(module)
+    if any(name in model.state_dict() for name, _ in model.named_buffers()):
+        return None
+    multimodal.freeze_all_but_text(model)
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+class StoredRows:
+    """Rows of the weights in the files of a model, read one by one."""
+
+    def __init__(self, base: Base) -> None:
+        self._base, self._tensors = base, weight_files.stored(base_config.folder(base.path))
+
+    def has_one(self, names: Iterable[str]) -> bool:
+        """Whether a weight lies in the files under one of its names: two of them may differ."""
+        return sum(name in self._tensors for name in names) == 1
+
+    def read(self, names: Iterable[str], start: int, stop: int) -> Tensor:
+        """[start, stop) of a weight. Raises InputError where one of its numbers is not finite."""
+        name = next(name for name in names if name in self._tensors)
+        with _explained(self._base.path), safe_open(self._tensors[name].file, "pt") as file:
+            found: Tensor = file.get_slice(name)[start:stop]
+        _refuse_broken(self._base.path, [(name, found)], start)
+        return found
+
+
+def shared_names(model: PreTrainedModel) -> list[list[str]]:
+    """All names of each parameter, the first of which is what `named_parameters` calls it."""
+    found: dict[int, list[str]] = {}
+    for name, each in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(each), []).append(name)
+    return [*found.values()]
+
+
+def has_all_wide(base: Base, model: PreTrainedModel) -> bool:
+    """Whether `widen` finds all weights that lie in fp32 among others in bf16: experts are fused as they are loaded."""
+    return _wide(base).keys() <= dict(model.named_parameters()).keys() | set(base.left_over)
+
+
+@torch.no_grad()
+def widen(base: Base, model: PreTrainedModel) -> None:
+    """Gives a model that was loaded in bf16 the values of the weights that lie in fp32, in fp32, for their masters."""
+    wide = _wide(base)
+    for name, parameter in model.named_parameters():
+        header = wide.get(name.replace(".base_layer.", "."))
+        if header is not None and parameter.dtype == torch.bfloat16 and tuple(parameter.shape) == header.shape:
+            with safe_open(header.file, "pt") as file:
+                parameter.data = file.get_tensor(name.replace(".base_layer.", ".")).float().to(parameter.device)
+
+
+def _wide(base: Base) -> dict[str, TensorHeader]:
+    if base.dtype != "bfloat16" or len(base.dtypes) < 2:
+        return {}
+    stored = weight_files.stored(base_config.folder(base.path))
+    return {name: each for name, each in stored.items() if each.dtype in ("F32", "F64")}
 
 
 def _read(base: Base, dtype: torch.dtype, attention: str) -> Any:
@@ -175,17 +262,35 @@ def _counted(found: Sequence[Any]) -> str:
 
 
 @torch.no_grad()
-def _refuse_broken(path: str, model: PreTrainedModel) -> None:
-    """Weights that are no numbers: no step could mend them, and no rate is to blame."""
-    for name, parameter in model.named_parameters():
+def _refuse_broken(path: str, weights: Iterable[tuple[str, Tensor]], first: int = 0) -> None:
+    """Weights that are no numbers: no step could mend them, and no rate is to blame. `first` is the number of the first
+    of their rows."""
+    for name, parameter in weights:
         if not parameter.is_floating_point() or not parameter.numel():
             continue
         if not torch.stack(parameter.aminmax()).isfinite().all():
             broken = ~parameter.isfinite()
-            row = int(broken.nonzero()[0][0])
+            row = first + int(broken.nonzero()[0][0])
             what = f"{name} has {int(broken.sum()):,} values that are not finite, in row {row} first"
             raise _refusal(path, what, "save the model again with numbers there, as in its other rows")
 
+
+def _refuse_empty(path: str, model: PreTrainedModel) -> None:
+    embeddings: Any = getattr(model.get_input_embeddings(), "weight", None)
+    if embeddings is not None and not embeddings.any():
+        what = "its embeddings are all 0, so that each token is read as any other"
+        raise _refusal(path, what, "save the model again after its weights were loaded")
+
+
+def _refuse_half_tied(path: str, model: PreTrainedModel) -> None:
+    """A head of its own beside a config that ties it: transformers 5 takes the head, servers the config's word."""
+    ends = [getattr(each, "weight", None) for each in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if getattr(model.config, "tie_word_embeddings", False) and None not in ends and ends[0] is not ends[1]:
+        what = "its files have a head that is not its embeddings, and config.json ties the two"
+        raise _refusal(path, what, "set tie_word_embeddings to false there, or take the head out of the files")
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 _COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """Tables that old checkpoints hold and each load makes anew."""
@@ -244,16 +349,6 @@ class ModelSummary:
     against_packing: str
     quantized: int = 0
     quantized_bytes: int = 0
-
-    def state_bytes(self, dtype: torch.dtype) -> int:
-        """What is kept of a trained parameter: fp32 master, gradient, two moments, and a copy to compute with; of a
-        frozen one the copy alone, or its code.
-
-        Activations come on top.
-        """
-        copy = 0 if dtype == torch.float32 else dtype.itemsize
-        frozen = (self.parameters - self.trained - self.quantized) * dtype.itemsize
-        return self.trained * (4 * 4 + copy) + frozen + self.quantized_bytes
 
 
 def skeleton(base: Base, trainable: Trainable) -> tuple[PreTrainedModel, dict[str, slice]]:
@@ -316,6 +411,8 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
     if is_adapter(folder):
         fix = "name one that it is merged into, as its run's final/ (deft train goes on with it; merge=true merges)"
         raise _refusal(str(folder), "this is an adapter, not a model", fix)
+    if (odd := files.odd_entry(folder)) is not None:
+        raise _refusal(str(odd), "is no file that can be read", "put the file in its place, or remove it")
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
         what = f"not a model folder: it has no config.json, but {found}"
@@ -328,16 +425,26 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
 
 def _stop_ids(path: str, config: Any) -> tuple[int, ...]:
     try:
-        found = stop_ids(GenerationConfig.from_pretrained(path))
+        own = GenerationConfig.from_pretrained(path)
+        found = stop_ids(own)
+        _refuse_numbers_as_text(path, own)
     except OSError as error:
         if (base_config.folder(path) / "generation_config.json").is_file():
             raise _refusal(path, "its generation_config.json cannot be read", _AGAIN) from error
         found = stop_ids(config)
-    if odd := [index for index in found if type(index) is not int or index < 0]:
+    if odd := [index for index in found if type(index) is not int or not 0 <= index < 2**31]:
         raise _refusal(
             path, f"eos_token_id {odd[0]!r} is no token id", "name tokens that end an answer, or take it out"
         )
     return found
+
+
+def _refuse_numbers_as_text(path: str, own: GenerationConfig) -> None:
+    """Text where generation computes with a number: transformers loads it, and ends when it generates."""
+    for key, value in own.to_diff_dict().items():
+        if isinstance(value, str) and key != "transformers_version" and _NUMBER.fullmatch(value.strip()):
+            what = f"generation_config.json: {key} is the text {value!r}, and no number"
+            raise _refusal(path, what, "take the quotes away there")
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deft.core.errors import InputError
@@ -17,6 +19,10 @@ from deft.model.config import described, is_adapter, is_virtual
 
 DRAWN_ANEW = ("pissa_niter", "corda", "loftq", "lora_ga")
 """Beginnings of inits that change the base's weights by what no file holds; peft itself cannot load such an adapter."""
+
+
+TOLERANCE = 1e-3
+"""Largest ||a - b|| / ||b|| of the logits of an adapter that is merged and of one beside its base, both in fp32."""
 
 
 def check(folder: Path) -> None:
@@ -52,7 +58,9 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys, which _stop_if_odd makes an error
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
-        _stop_if_odd(folder, peft.get_peft_model_state_dict(adapted))
+        own = [peft.get_peft_model_state_dict(adapted, save_embedding_layers=each).keys() for each in (False, True)]
+        _stop_if_odd(folder, *own)
+        before = _glimpse(adapted.eval())
         merged: Any = adapted.merge_and_unload()
     except (
         ValueError,
@@ -68,15 +76,30 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if _is_tied(merged) != is_tied:
         what = "it trained one of embeddings and head, which its base ties"
         raise InputError(f"merge: {folder}: {what}; merge it with peft and save the model untied")
+    if not (off := float((_glimpse(merged) - before).norm() / before.norm())) <= TOLERANCE:
+        what = f"merged it gives other logits than beside its base, by {off:.1e}: it changes a weight that has two uses"
+        raise InputError(f"merge: {folder}: {what}; merge it with peft into a model that is saved untied")
     for name, parameter in merged.named_parameters():
         parameter.requires_grad_(name in trained)
     return merged
 
 
-def _stop_if_odd(folder: Path, own: dict[str, Any]) -> None:
-    """peft only warns of weights that are missing in a file, and leaves out those that it does not know."""
-    odd = sorted(own.keys() ^ load_file(folder / adapters.WEIGHTS).keys())
-    if odd:
+@torch.no_grad()
+def _glimpse(model: Any) -> Tensor:
+    """The logits of a few tokens, fp32."""
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(size, (1, 16), generator=torch.Generator().manual_seed(0))
+    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits.float()
+
+
+def _stop_if_odd(folder: Path, least: Collection[str], most: Collection[str]) -> None:
+    """peft only warns of weights that are missing in a file, and leaves out those that it does not know.
+
+    least, most  names in a file without, and with, the base weights of embeddings that have an adapter
+    """
+    found = load_file(folder / adapters.WEIGHTS).keys()
+    if odd := sorted((found - set(most)) | (set(least) - found)):
         raise ValueError(f"{odd[0]} is not what this base model and adapter_config.json ask for")
 
 

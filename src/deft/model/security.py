@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.utils import cached_file
 from deft.core.errors import InputError, Problem
 
 INDEX = "model.safetensors.index.json"
+DOCUMENTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX)
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 
@@ -32,6 +35,24 @@ def check_config(path: str) -> None:
             raise _refusal(where, "names code that comes with the model", "remove it, or use another model")
         if any(name in key[-1] for name in _KERNEL_KEYS) and isinstance(value, str) and "/" in value:
             raise _refusal(where, f"names {value}, code to be fetched and run", "remove it")
+
+
+def check_keys(path: str) -> None:
+    """Raises InputError where a key stands twice in a JSON file of a model: the last one would count."""
+    for name in DOCUMENTS:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        with suppress(ValueError, OSError):  # what is no JSON is told where it is read
+            text = Path(found).read_text(encoding="utf-8") if found else "null"
+            json.loads(text, object_pairs_hook=partial(_mapping, f"{path}: {name}"))
+
+
+def _mapping(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise _refusal(where, f"{key} stands twice, with two values", "take out the wrong one")
+        found[key] = value
+    return found
 
 
 def check_index(path: str) -> None:
@@ -65,8 +86,11 @@ def check_adapter(path: str) -> None:
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """While it lasts, no package finds `kernels`: bitsandbytes, which peft imports as well, would fetch code from the
-    Hub with it and run that.
+    Hub with it and run that. That it warns of what it has not found is not shown.
     """
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
     modules: dict[str, Any] = sys.modules
     missing = object()
     before = modules.get("kernels", missing)
@@ -74,6 +98,7 @@ def without_kernels() -> Iterator[None]:
     try:
         yield
     finally:
+        log.setLevel(level)
         del modules["kernels"]
         if before is not missing:
             modules["kernels"] = before

@@ -1,7 +1,7 @@
 """Before the first step: which way of computing hidden states is sound for this very model, found by trying it.
 
-Nothing is assumed of an architecture. Three short documents of random tokens go through the real model in its own
-dtype, without gradients: packed and alone, through our head and through its own.
+Nothing is assumed of an architecture. Three short documents of random tokens go through the real model in the dtype
+that it computes in, without gradients: packed and alone, through our head and through its own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deft.core.errors import InputError, Problem
 from deft.core.types import MicroBatch
+from deft.distributed.sharding import own_type
 from deft.model import attention, fused_layers
 from deft.model.causal_lm import CausalLM, alone_hidden, evaluating, packed_hidden, whole_logits
 from deft.model.load import can_take_attention, expected_windows, own_attention, unpackable
@@ -51,8 +53,9 @@ def choose(model: PreTrainedModel) -> CausalLM:
 
 
 def _glimpses(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The first values of each parameter."""
-    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in model.named_parameters()}
+    """The first values of each parameter, of a sharded one of those that are here."""
+    named = ((name, each.to_local() if isinstance(each, DTensor) else each) for name, each in model.named_parameters())
+    return {name: each.detach().flatten()[:64].clone() for name, each in named}
 
 
 def _choose(model: PreTrainedModel) -> CausalLM:
@@ -116,7 +119,7 @@ def _body_fault(model: PreTrainedModel) -> str:
     """Why the model is not a body with a linear head, or nothing."""
     if text_body(model) is model:
         return "its body cannot be told from its head"
-    return "" if type(model.get_output_embeddings()) is nn.Linear else "its head is not one linear layer"
+    return "" if own_type(model.get_output_embeddings()) is nn.Linear else "its head is not one linear layer"
 
 
 def _head_fault(causal_lm: CausalLM, batch: MicroBatch, hidden_MH: Tensor) -> str:

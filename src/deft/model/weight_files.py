@@ -30,16 +30,25 @@ class TensorHeader:
 def stored(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor of the files that transformers would read from a model folder, by name.
 
-    Raises Problems, one a file, where one is missing, cut, or is no safetensors file.
+    Raises Problems, one a file, where one is missing, cut, or is no safetensors file; where a tensor lies in two of
+    them, or in another one than their index says.
     """
     found: dict[str, TensorHeader] = {}
     problems = []
+    index = _index(folder)
     for path in _files(folder):
         header = _header(path)
         if isinstance(header, Problem):
             problems.append(header)
-        else:
-            found |= header
+            continue
+        if twice := sorted(header.keys() & found.keys()):
+            problems.append(
+                Problem(str(path), f"has {twice[0]}, which {found[twice[0]].file.name} has as well", _AGAIN)
+            )
+        if elsewhere := sorted(name for name in header if folder / index.get(name, path.name) != path):
+            what = f"has {elsewhere[0]}, which {INDEX} says is in {index[elsewhere[0]]}"
+            problems.append(Problem(str(path), what, _AGAIN))
+        found |= header
     if problems:
         raise Problems("the weights cannot be loaded:", problems)
     return found
@@ -65,9 +74,16 @@ def _sizes(tensors: dict[str, TensorHeader]) -> Counter[str]:
 
 
 def _files(folder: Path) -> list[Path]:
+    listed = sorted(set(_index(folder).values()))
+    return [folder / name for name in listed or (SINGLE, CARRIED) if listed or (folder / name).is_file()]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Which file has which tensor, as the index of several says; nothing where there is one file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return [folder / name for name in (SINGLE, CARRIED) if (folder / name).is_file()]
-    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))]
+        return {}
+    found: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    return found
 
 
 def _header(path: Path) -> dict[str, TensorHeader] | Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deft.distributed.world import World
 from deft.tracking import jsonl
 from deft.training import checkpoint, resuming
 from deft.training.state import TrainState
@@ -14,17 +15,25 @@ def take(folder: Path, state: TrainState, keep_best: int) -> str:
 
     Nothing where no best one is kept. Raises DamagedError where the best one is not as it was written.
     """
-    last, saved = state.step, checkpoint.losses(folder / "checkpoints")
+    world = state.world if state.rows() else World()
+    step, text = world.from_first("the best step", lambda: _best(folder, state.step, keep_best))
+    if step != state.step:
+        resuming.restore(state, checkpoint.read(folder / "checkpoints", step, world).checkpoint)
+    return str(text)
+
+
+def _best(folder: Path, last: int, keep_best: int) -> tuple[int, str]:
+    """The step to hand over, and what is said of it."""
+    saved = checkpoint.losses(folder / "checkpoints")
     evaluated = {
         each["step"]: each["loss"] for each in jsonl.read(folder / "eval.jsonl") if _is_number(each.get("loss"))
     }
+    evaluated |= {step: loss for step, loss in saved.items() if loss is not None}
     found = {step: loss for step, loss in evaluated.items() if step in saved or step == last}
     if not keep_best or not found:
-        return ""
+        return last, ""
     step = min(found, key=lambda each: (found[each], each))
-    if step != last:
-        resuming.restore(state, checkpoint.read(folder / "checkpoints", step).checkpoint)
-    return described(step, last, evaluated)
+    return step, described(step, last, evaluated)
 
 
 def described(step: int, last: int, losses: dict[int, float]) -> str:

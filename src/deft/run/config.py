@@ -40,6 +40,10 @@ class Config(Section):
     merge           an adapter in peft's form that is added to the model's weights before anything else
     quantize        the frozen base's linear layers under an adapter: nf4, as QLoRA has it, or int8
     lanes           micro-batches of a step come in multiples of it; auto is the number of ranks that begin the run
+    shard           over how many ranks one copy of the model is spread, which share its memory: 1 has it whole on each,
+                    all ranks are FSDP, and some of them HSDP; auto is the ranks of a machine, if the run allows it
+    sums            of gradients of a sharded model: ordered has the bits of one rank, native is the backend's own way,
+                    and auto that on CUDA
     reasoning       where the prompt opens a block of it: auto, empty or require (README, Which text a row becomes)
     neftune         alpha of the noise on the embeddings of what is trained on, such as 5
     skip_bad_steps  how many steps whose loss or gradient is not finite are skipped; the next one stops the run
@@ -57,6 +61,8 @@ class Config(Section):
     batch: BatchConfig = BatchConfig(examples=32)
     microbatch_tokens: Literal["auto"] | int = "auto"
     lanes: Literal["auto"] | int = "auto"
+    shard: Literal["auto"] | int = "auto"
+    sums: Literal["auto", "ordered", "native"] = "auto"
     epochs: int = Field(3, ge=1)
     steps: int | None = Field(None, ge=1)
     skip_bad_steps: int = Field(0, ge=0)
@@ -112,7 +118,7 @@ class Config(Section):
     def _whether(cls, value: Any) -> Any:
         return {True: "auto", False: "never"}.get(SWITCHES.get(str(value).lower(), value), value)
 
-    @field_validator("microbatch_tokens", "lanes")
+    @field_validator("microbatch_tokens", "lanes", "shard")
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
@@ -131,22 +137,38 @@ def load(path: str | None, overrides: Sequence[str] = (), say: Callable[[str], N
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`key=value`, the value as YAML reads it; text that is no YAML is text. Raises InputError without "=".
+    """`key=value`, the value as YAML reads it, but nothing in it is a comment; one of a key that takes text is the text
+    that stands there, unless it is in quotes, brackets or braces; text that is no YAML is text.
 
-    >>> setting("optimizer.lr=0.001"), setting("output=a: b: c"), setting("output=007")
-    (('optimizer.lr', 0.001), ('output', 'a: b: c'), ('output', '007'))
+    Raises InputError without "=".
+
+    >>> setting("optimizer.lr=0.001"), setting("output=a: b: c"), setting("output=007"), setting("output=#2")
+    (('optimizer.lr', 0.001), ('output', 'a: b: c'), ('output', '007'), ('output', '#2'))
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
         raise InputError(f"{text!r}: neither a file nor key=value" + ("; write it without spaces" if equals else ""))
+    if value and _is_text(key) and not value.startswith(('"', "'", "[", "{")):
+        return key, value
     try:
         found = _yaml(value)
+        return key, value if _has_comment(value) else found
     except (yaml.YAMLError, ValueError):
-        return key.strip(), value
+        return key, value
     except InputError as error:
-        raise InputError(f"{key.strip()}: {error}") from error
-    is_number = isinstance(found, bool | int | float)
-    return key.strip(), value.strip() if is_number and _is_text(key.strip()) else found
+        raise InputError(f"{key}: {error}") from error
+
+
+def _has_comment(text: str) -> bool:
+    """Whether YAML would leave the end of a value out.
+
+    >>> _has_comment("a #1"), _has_comment("#1"), _has_comment("['a #1']"), _has_comment("a#1")
+    (True, True, False, False)
+    """
+    node = yaml.compose(text, _DatesAsText)
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style:  # which ends past the comment
+        node = node.value[-1][-1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return bool(text[node.end_mark.index if node else 0 :].strip())
 
 
 def _is_text(key: str) -> bool:
@@ -242,11 +264,19 @@ MOST_VALUES = 1_000_000
 """Of a YAML file, those that anchors repeat counted each time."""
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$|[-+]?\.inf$|\.nan$"
+    ),
+}
+
+
 class _DatesAsText(yaml.SafeLoader):
-    """YAML in which a date is text, as it is in JSON."""
+    """YAML in which a date is text, as it is in JSON, and 010, 1:30 and 1:30.5 are no numbers to other bases."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  as PyYAML has it
-        first: [each for each in found if each[0] != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

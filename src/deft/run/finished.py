@@ -21,6 +21,7 @@ MEANINGLESS = (
     "device",
     "microbatch_tokens",
     "lanes",
+    "sums",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -59,13 +60,16 @@ class RunRequest:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether an earlier start brought the run to its end: final/, compared, or virtual tokens, and its report.
+    """Whether an earlier start brought the run to its end: final/, compared, or virtual tokens, and its report; and all
+    else that it leaves, unless no checkpoint is left to write that anew from.
 
     InputError where it is to go on from an earlier step all the same.
     """
     folder = Path(str(config.output))
     result = result_of(config)
-    if not (resume.goes_on(config) and result.is_dir() and (folder / "report.html").is_file()):
+    is_there = result.is_dir() and (folder / "report.html").is_file()
+    can_add = bool(checkpoint.steps(folder / "checkpoints"))
+    if not (resume.goes_on(config) and is_there) or (can_add and not all(each.is_dir() for each in results_of(config))):
         return False
     if config.resume != "auto":
         raise InputError(f"resume: {folder} is finished; move its {result.name}/ away to go back to {config.resume}")
@@ -78,10 +82,16 @@ def result_of(config: Config) -> Path:
     return Path(str(config.output)) / ("adapter" if is_virtual else "final")
 
 
+def results_of(config: Config) -> list[Path]:
+    """All folders that a run leaves for others to use, `result_of` first."""
+    has_adapter = config.adapter is not None and config.merge is None
+    return [*dict.fromkeys([result_of(config), *([Path(str(config.output)) / "adapter"] if has_adapter else [])])]
+
+
 def is_of(final: Path, about: Mapping[str, Any]) -> bool:
     """Whether an exported folder is whole, and that of the run, and the step, that `about` says (`about_final`)."""
     try:
-        return files.verify(final, but=(files.CARD,)).about == about
+        return files.verify_own_model(final).about == about
     except DamagedError:
         return False
 
@@ -96,12 +106,14 @@ def about_final(request: RunRequest, step: int) -> dict[str, Any]:
     return {"step": step, "request": resume.digest(json.dumps(every, sort_keys=True))}
 
 
-def verify(final: Path) -> None:
-    """Raises DamagedError, with the way to have it again, where final/ is not as it was written."""
+def verify(result: Path) -> None:
+    """Raises DamagedError, with the way to have it again, where what a run leaves is not as it was written."""
     try:
-        files.verify(final, but=(files.CARD,))
+        files.verify_own_model(result)
     except DamagedError as error:
-        fix = f"mv {final} {final}.damaged, and run this again: it is written anew from the last checkpoint"
+        fix = f"mv {result} {result}.damaged, and run this again: it is written anew from the last checkpoint"
+        if not checkpoint.steps(result.parent / "checkpoints"):
+            fix = "no checkpoint is left to write it anew from: bring it back from a copy, or name another output="
         raise DamagedError(f"{error}; {fix}") from error
 
 

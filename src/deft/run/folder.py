@@ -15,7 +15,7 @@ from deft.core import files, versions
 from deft.core.errors import DiskError, InputError
 from deft.core.redact import redacted
 
-FOLDERS = frozenset(("checkpoints", "final", "adapter"))
+FOLDERS = frozenset(("checkpoints", "final", "adapter", "logs"))
 BEGINNINGS = frozenset(("config.yaml", "manifest.json", "ledger.json"))
 """What is written before the first step, and tells nothing that the next start does not know."""
 RUN_FILES = FOLDERS | BEGINNINGS | {"report.html", *(f"{log}.jsonl" for log in ("metrics", "eval", "samples"))}
@@ -82,7 +82,9 @@ def begin_anew(folder: Path, config: str) -> list[str]:
 
     config  the text of config.yaml: where there is no more than the beginnings of this very run, they stay
     """
-    there = sorted(name for name in _names(folder) & RUN_FILES | _bad_steps(folder) if name != "checkpoints")
+    there = sorted(
+        name for name in _names(folder) & RUN_FILES | _bad_steps(folder) if name not in ("checkpoints", "logs")
+    )
     if not there or (set(there) <= BEGINNINGS and _is_text(folder / "config.yaml", config)):
         return []
     moved = ", ".join(f"{name} as {files.set_aside(folder / name).name}" for name in there)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,10 +32,11 @@ from deft.dataset.cache import Cache
 from deft.model import attention, base_config, fused_layers, multimodal
 from deft.model.causal_lm import CausalLM, Mode
 from deft.model.checkpointing import Checkpointing
-from deft.model.load import Base, summarise, unpackable
+from deft.model.load import Base, skeleton, unpackable
 from deft.model.trainable import ALL, Trainable
 from deft.plan.loader import Loader
-from deft.run import resume
+from deft.run import resume, scaling
+from deft.run.scaling import Groups, StepLayout
 from deft.training.masters import Masters
 from deft.training.optim.adamw import AdamW
 from deft.training.state import TrainState
@@ -47,10 +48,35 @@ HEAP = 1.06
 BESIDE = {torch.float32: 48 * 2**20, torch.bfloat16: 192 * 2**20}
 """On CPUs: what no tensor holds. Reading and planning leave 41 to 54 MiB; in bf16 the kernels that torch and oneDNN
 keep by shape add up to 150 MiB on documents of many lengths, 30 on those of one."""
-LEAST_TOKENS = 1024
-"""Matrix products of fewer tokens are slow."""
-CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
-"""From least to most computed twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank has of a model that several compute, and of their memory.
+
+    shard       ranks that share one copy, and `most` that could: all, or 1 where something of the run is against it
+    is_ordered  whether these add gradients in the order of the micro-batches
+    whole_in    the dtype of weights that are whole on each rank before it keeps its rows; None where it reads its rows
+    memory      the least that any rank may use, so that all decide alike; 0 is what this one may
+    """
+
+    ranks: int = 1
+    shard: int = 1
+    most: int = 1
+    is_ordered: bool = True
+    whole_in: torch.dtype | None = None
+    memory: int = 0
+
+    def memory_bytes(self, machine: Machine) -> int:
+        return self.memory or hardware.memory_bytes(machine.device)
+
+    @property
+    def spread_out(self) -> Share:
+        """One copy over as many ranks as can share it."""
+        return replace(self, shard=self.most)
+
+
+ALONE = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +121,8 @@ class Forecast:
         return text if self.checkpointing == "none" else f"{text}, {self.checkpointing} checkpointing"
 
 
-def forecast(fit: Fit, machine: Machine) -> Forecast | None:
-    """Memory from the largest micro-batch; None where it could not be traced."""
+def forecast(fit: Fit, machine: Machine, share: Share = ALONE) -> Forecast | None:
+    """Memory of a rank from the largest micro-batch; None where it could not be traced."""
     traced = fit.traced
     if traced is None:
         return None
@@ -104,7 +130,7 @@ def forecast(fit: Fit, machine: Machine) -> Forecast | None:
     return Forecast(
         state_bytes=round(heap * traced.state_bytes),
         peak_bytes=round(heap * traced.peak_bytes) + beside,
-        memory_bytes=hardware.memory_bytes(machine.device),
+        memory_bytes=share.memory_bytes(machine),
         checkpointing=fit.checkpointing,
     )
 
@@ -130,30 +156,71 @@ def fit(
     *,
     is_auto: bool,
     trainable: Trainable = ALL,
+    share: Share = ALONE,
 ) -> Fit:
-    """The fastest way through the plan that fits; if `is_auto` its micro-batches may be halved.
+    """The fastest way through the plan that fits, of `scaling.ways`; if `is_auto` its micro-batches may be halved.
 
-    Smaller micro-batches cost less than computing twice, until they are below LEAST_TOKENS. Decided by shapes and the
-    memory that is built in, not by what is free, so that it is the same each time. Raises MemoryShort where not even
-    the longest document alone fits.
+    Decided by shapes and the memory that is built in, not by what is free, so that it is the same each time. Raises
+    MemoryShort where not even the longest document alone fits.
     """
-    config = base_config.read(base.path)
-    memory = hardware.memory_bytes(machine.device)
-    for plan, mode in _ways(planned) if is_auto else ((planned, mode) for mode in CHECKPOINTING):
-        batch, is_alone = largest(plan)
+    memory = share.memory_bytes(machine)
+
+    def of_rank(plan: Loader, mode: Checkpointing, share: Share) -> Trace:
+        config, is_shared = base_config.read(base.path), share.shard > 1
+        batch, is_alone = largest(plan, share.ranks if is_shared else 1)
+        traced = trace(config, batch, objective, machine, is_alone or is_shared, mode, trainable, is_shared)
+        return rows_of(traced, Groups.of(*skeleton(base, trainable)), machine, share, is_alone) if is_shared else traced
+
+    def fits(traced: Trace) -> bool:
+        return traced.peak_bytes + PROCESS <= memory
+
+    for mode, tokens in scaling.ways(planned.microbatch_tokens, lambda: max(largest(planned)[0].documents), is_auto):
+        plan = replace(planned, microbatch_tokens=tokens)
         try:
-            traced = trace(config, batch, objective, machine, is_alone, mode, trainable)
+            traced = of_rank(plan, mode, share)
         except Exception:  # Whatever an architecture objects to, it means the same: it has to be seen in the run.
             return Fit(plan, mode, None)
-        if traced.peak_bytes + PROCESS <= memory:
+        if fits(traced):
             return Fit(plan, mode, traced)
     if is_auto:
-        raise MemoryShort(_short(traced, memory))
+        would = share.shard < share.most and fits(of_rank(plan, mode, share.spread_out))
+        raise MemoryShort(_short(traced, memory, ways_out(trainable, share if would else replace(share, most=1))))
     return Fit(plan, mode, traced)
 
 
+def rows_of(traced: Trace, groups: Groups, machine: Machine, share: Share, is_alone: bool) -> Trace:
+    """Of a model that ranks share, what one needs whose gradients were let go: state, sums, gathered weights and moved
+    gradients by the formulas of `scaling`, and what else was alive as it was traced.
+
+    Most is alive at the beginning of a backward pass, where the head's gradients or those of a layer are on their way,
+    or at its end, where those of the root are; or where weights are whole at first.
+
+    is_alone  whether no step has a second round
+    """
+    layout = StepLayout(share.ranks, share.ranks, share.shard, 0, 0, dtype=machine.dtype, is_ordered=share.is_ordered)
+    state = scaling.state(groups.whole, machine.dtype, share.shard).total
+    gathered, sums = scaling.gathered(groups, layout), scaling.SUM * groups.whole.trained / share.shard
+    first = scaling.moved(max(groups.head.trained, groups.largest.trained), layout)
+    work, moment = traced.peak_bytes - traced.state_bytes, traced.peak_bytes - traced.kept_bytes
+    begin = state + gathered + (0 if is_alone else sums) + first + work
+    end = state + gathered + scaling.gradients(groups, layout) + moment
+    return Trace(
+        parameters=traced.parameters,
+        state_bytes=round(state),
+        peak_bytes=round(max(begin, end, scaling.loading(groups.whole, machine.dtype, share.whole_in))),
+        kept_bytes=round(state + gathered + traced.kept_bytes - traced.state_bytes),
+        end_bytes=round(state + sums),
+    )
+
+
 def kept_fit(
-    kept_in: Cache, planned: Loader, digests: np.ndarray, machine: Machine, make: Callable[[], Fit], *more: str
+    kept_in: Cache,
+    planned: Loader,
+    digests: np.ndarray,
+    machine: Machine,
+    share: Share,
+    make: Callable[[], Fit],
+    *more: str,
 ) -> Fit:
     """The fit that an earlier start has kept for this plan, these examples, this machine and deft's code; else `make`s.
 
@@ -162,7 +229,8 @@ def kept_fit(
     orders = (array for epoch in planned.epochs for array in (epoch.order, epoch.starts))
     plan = [resume.plan_digest([*orders, digests]), planned.microbatch_tokens, planned.normalize, planned.limit]
     plan += [planned.lanes] if planned.lanes > 1 else []
-    here = [hardware.describe(machine.device), str(machine.dtype), hardware.memory_bytes(machine.device)]
+    here = [hardware.describe(machine.device), str(machine.dtype), share.memory_bytes(machine)]
+    more = (*more, repr(share)) if share.shard > 1 else more
 
     def write(staging: Staging) -> None:
         fit = make()
@@ -174,57 +242,60 @@ def kept_fit(
     return Fit(replace(planned, microbatch_tokens=tokens), mode, traced and Trace(**traced))
 
 
-def _ways(planned: Loader) -> Iterator[tuple[Loader, Checkpointing]]:
-    """From least to most computed twice. Only the last may cut micro-batches down to the longest document."""
-    for mode in CHECKPOINTING:
-        for plan in _halved(planned, LEAST_TOKENS if mode != CHECKPOINTING[-1] else 1):
-            yield plan, mode
-
-
-def _halved(planned: Loader, least: int) -> Iterator[Loader]:
-    """Plans with ever smaller micro-batches, the first as it is, down to `least` tokens or the longest document."""
-    yield planned
-    longest = max(largest(planned)[0].documents)
-    while planned.microbatch_tokens // 2 >= max(least, longest):
-        planned = replace(planned, microbatch_tokens=planned.microbatch_tokens // 2)
-        yield planned
-
-
-def _short(traced: Trace, memory: int) -> str:
+def _short(traced: Trace, memory: int, ways: str) -> str:
     needed, there, state = (f"{size / 2**30:.1f} GiB" for size in (traced.peak_bytes, memory, traced.state_bytes))
     return (
         f"out of memory: a step needs about {needed} of this machine's {there}, {state} of them for weights and "
-        "optimizer; take a smaller model, or a smaller max_length"
+        f"optimizer; take a smaller model, or a smaller max_length{ways}"
     )
 
 
-def largest(planned: Loader) -> tuple[MicroBatch, bool]:
-    """The micro-batch with the most tokens, and whether no step has another one, as far as `spread_steps` look."""
+def ways_out(trainable: Trainable, share: Share) -> str:
+    """What else makes a rank hold less of a model, each after ", or ".
+
+    >>> ways_out(ALL, Share(ranks=4, most=4))
+    ', or share one copy between the ranks (shard=4), or train an adapter (adapter=lora)'
+    """
+    shard = share.most if share.shard < share.most else 0
+    fix = f", or share one copy between the ranks (shard={shard})" if shard else ""
+    fix += "" if trainable.adapter else ", or train an adapter (adapter=lora)"
+    is_plain = trainable.adapter and trainable.quantize == "off" and share.shard == 1
+    return fix + (", or quantize its base (quantize=nf4)" if is_plain else "")
+
+
+def largest(planned: Loader, ranks: int = 1) -> tuple[MicroBatch, bool]:
+    """The micro-batch with the most tokens, and whether no step has more of them than ranks, as far as `spread_steps`
+    look."""
     best, most, is_alone = (0, 0), 0, True
     for step in planned.spread_steps():
         sizes = planned.sizes(step)
-        is_alone &= len(sizes) == 1
+        is_alone &= len(sizes) <= ranks
         if max(sizes) > most:
             most, best = max(sizes), (step, sizes.index(max(sizes)))
     step, index = best
     return planned.step(step).micro_batches[index], is_alone
 
 
-def too_large(base: Base, machine: Machine, trainable: Trainable) -> str:
-    """Said of a model whose state alone does not fit."""
-    need = summarise(base, trainable).state_bytes(machine.dtype) / 2**30
-    fix = "take a smaller model" + ("" if trainable.adapter else ", or train an adapter (adapter=lora)")
-    fix += ", or quantize its base (quantize=nf4)" if trainable.adapter and trainable.quantize == "off" else ""
-    return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone; {fix}"
+def too_large(base: Base, machine: Machine, trainable: Trainable, share: Share = ALONE) -> str:
+    """Said of a model whose state alone does not fit a rank."""
+    whole = Groups.of(*skeleton(base, trainable)).whole
+    state = (
+        scaling.state(whole, machine.dtype, share.shard).total + machine.dtype.itemsize * whole.trained / share.shard
+    )
+    need = max(state, scaling.loading(whole, machine.dtype, share.whole_in)) / 2**30
+    fix = f"take a smaller model{ways_out(trainable, share)}"
+    where = f" on each of {share.ranks} ranks" if share.ranks > 1 else ""
+    return f"{base.path} needs {need:.1f} GiB for weights, gradients and optimizer alone{where}; {fix}"
 
 
-def too_long(step: int, microbatch_tokens: int, longest: int) -> str:
-    """Said of a step that does not fit: smaller micro-batches may, or shorter rows where one fills it alone."""
+def too_long(step: int, microbatch_tokens: int, longest: int, ways: str = "") -> str:
+    """Said of a step that does not fit: smaller micro-batches may, or shorter rows where one fills it alone; `ways` of
+    having less of the model."""
     if longest < microbatch_tokens:
         fix = f"microbatch_tokens={max(longest, microbatch_tokens // 2)} needs less memory and changes no result"
     else:
         fix = f"the longest row has {longest} tokens; max_length={longest // 2} cuts such rows"
-    return f"step {step} with micro-batches of {microbatch_tokens} tokens; {fix}"
+    return f"step {step} with micro-batches of {microbatch_tokens} tokens; {fix}{ways}"
 
 
 def trace(
@@ -235,18 +306,21 @@ def trace(
     is_alone: bool,
     checkpointing: Checkpointing = "none",
     trainable: Trainable = ALL,
+    is_shared: bool = False,
 ) -> Trace:
     """What training a model of this configuration on this micro-batch takes.
 
-    is_alone  whether the step has no other micro-batch, so that no gradients are summed
+    is_alone   whether the step has no other micro-batch, so that no gradients are summed
+    is_shared  whether each gradient is let go once it is made, as where ranks share the model and send them
 
     Where all layers are alike, one and two of them tell of any number: every figure grows by the same with each.
     """
     layers = config.get_text_config().num_hidden_layers
     if layers <= 3 or not _are_alike(config) or not trainable.is_alike:
-        return _trace(config, batch, objective, machine, is_alone, checkpointing, trainable)
+        return _trace(config, batch, objective, machine, is_alone, checkpointing, trainable, is_shared)
     shallow = (_of_depth(config, depth) for depth in (1, 2))
-    one, two = (_trace(each, batch, objective, machine, is_alone, checkpointing, trainable) for each in shallow)
+    given = (batch, objective, machine, is_alone, checkpointing, trainable, is_shared)
+    one, two = (_trace(each, *given) for each in shallow)
     return _extended(one, two, layers)
 
 
@@ -297,6 +371,7 @@ def _trace(
     is_alone: bool,
     checkpointing: Checkpointing,
     trainable: Trainable,
+    is_shared: bool = False,
 ) -> Trace:
     with torch.device("meta"):
         model = multimodal.auto_class(config).from_config(
@@ -322,10 +397,7 @@ def _trace(
             causal_lm.keep_start()
         state = TrainState(causal_lm, masters, AdamW(masters))
         state_bytes = live.alive
-        if not is_alone:
-            for parameter in masters.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-            masters.collect()
+        _prepare_gradients(masters, is_alone, is_shared)
         live.peak = live.alive
         total = state.causal_lm(_on(batch, fakes, device), objective).nll_sum
         kept_bytes = live.alive
@@ -338,6 +410,19 @@ def _trace(
         kept_bytes=kept_bytes,
         end_bytes=end_bytes,
     )
+
+
+def _prepare_gradients(masters: Masters, is_alone: bool, is_shared: bool) -> None:
+    def let_go(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in masters.parameters.values():
+        if not is_alone:
+            parameter.grad = torch.zeros_like(parameter)
+        if is_shared:
+            parameter.register_post_accumulate_grad_hook(let_go)
+    if not is_alone:
+        masters.collect()
 
 
 def _on(batch: MicroBatch, fakes: FakeTensorMode, device: torch.device) -> MicroBatch:

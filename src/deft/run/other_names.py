@@ -142,7 +142,7 @@ OTHER_NAMES = {
 
 _KERNELS = "deft has attention and layers of its own and chooses among them; leave it out"
 _MEMORY = "deft finds by itself what fits in memory; leave it out"
-_ONE_PROCESS = "deft trains in one process yet; leave it out"
+_RANKS = "torchrun starts the ranks, and shard=N says how many share one copy of the model; leave it out"
 _LOGS = "each step is a line of RUN/metrics.jsonl, and RUN/report.html shows all; no service is called; leave it out"
 _HUB = "final/ is an ordinary folder: huggingface-cli upload NAME RUN/final; leave it out"
 _CORES = "deft uses all cores for rows by itself; leave it out"
@@ -154,7 +154,7 @@ NO_KEY = {
     **dict.fromkeys(("use_liger_kernel", "sdp_attention", "torch_compile", "use_unsloth"), _KERNELS),
     **dict.fromkeys(("gradient_checkpointing", "use_gradient_checkpointing", "activation_offloading"), _MEMORY),
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size", "auto_find_batch_size"), _MEMORY),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "ddp_find_unused_parameters"), _ONE_PROCESS),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "ddp_find_unused_parameters"), _RANKS),
     **dict.fromkeys(("report_to", "logging_steps", "logging_strategy", "logging_dir", "log_level"), _LOGS),
     **dict.fromkeys(("wandb_project", "wandb_name", "wandb_run_id", "wandb_entity", "run_name"), _LOGS),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo"), _HUB),

@@ -14,10 +14,10 @@ from statistics import mean
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from deft.core.types import MicroBatch, Objective
 from deft.plan.loader import Loader
+from deft.run.scaling import Flop
 from deft.tracking.console import duration
 from deft.training.masters import clip_scale
 from deft.training.state import TrainState
@@ -55,7 +55,7 @@ def measure(state: TrainState, planned: Loader, objective: Objective, clip: floa
     Weights stay as they are, as updates are made at a learning rate of 0; moments do not, so the state must not be
     trained on. Runs out of memory where the plan does.
     """
-    steps, flop = planned.spread_steps(), _Flop.of(state.causal_lm.model)
+    steps, flop = planned.spread_steps(), Flop.of(state.causal_lm.model)
     micro_batches = sorted(_described(planned, steps, flop))
     per_step = max(1, round(len(micro_batches) / len(steps)))
     run = partial(_run, state, objective=objective, clip=clip, per_step=per_step)
@@ -71,35 +71,6 @@ def measure(state: TrainState, planned: Loader, objective: Objective, clip: floa
     return PlanTime(steps_seconds * planned.steps / len(steps), tokens / steps_seconds, count)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flop:
-    """What the work of a micro-batch is made of: parameters of the layers and of the head, and elements of a token's
-    queries in all layers."""
-
-    layers: int
-    head: int
-    queries: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Flop:
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        weights = {id(each.weight): each.weight.numel() for each in ends if each is not None}
-        trained = {id(each): each.numel() for each in model.parameters() if each.requires_grad}
-        text = model.config.get_text_config()
-        layers = sum(size for key, size in trained.items() if key not in weights)
-        return cls(layers, [*weights.values()][-1], text.num_hidden_layers * text.hidden_size)
-
-    def __call__(self, batch: MicroBatch) -> float:
-        """Forward and backward: products with weights, and causal attention.
-
-        >>> batch = MicroBatch(torch.zeros(5), torch.zeros(5), (3, 2), torch.zeros(4), torch.zeros(4), torch.ones(4))
-        >>> _Flop(100, 10, 8)(batch) == 6 * (5 * 100 + 4 * 10) + 7 * 8 * (9 + 4)
-        True
-        """
-        attention = self.queries * sum(length**2 for length in batch.documents)
-        return 6.0 * (self.layers * len(batch.tokens) + self.head * len(batch.targets)) + 7.0 * attention
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class _Priced:
     """One of the plan, by its work, and where it is. tokens are those of all its documents."""
@@ -110,10 +81,12 @@ class _Priced:
     index: int
 
 
-def _described(planned: Loader, steps: Sequence[int], flop: _Flop) -> Iterator[_Priced]:
+def _described(planned: Loader, steps: Sequence[int], flop: Flop) -> Iterator[_Priced]:
     for step in steps:
         for index, batch in enumerate(planned.step(step).micro_batches):
-            yield _Priced(flop(batch), len(batch.tokens) + len(batch.documents), step, index)
+            squares = sum(length**2 for length in batch.documents)
+            work = flop(len(batch.tokens), len(batch.targets), squares)
+            yield _Priced(work, len(batch.tokens) + len(batch.documents), step, index)
 
 
 def _built(planned: Loader, micro_batch: _Priced) -> MicroBatch:

@@ -20,13 +20,14 @@ from deft.dataset.cache import Cache
 from deft.dataset.row_digests import RowDigests
 from deft.dataset.survey import not_read
 from deft.model import load as models
-from deft.model.config import FILE
 from deft.plan import loader
+from deft.plan.loader import Loader
 from deft.plan.order import Batching
-from deft.run import forecast, reading, requests, resume, ways_out
+from deft.run import forecast, reading, requests, resume, spread, ways_out
+from deft.run.build import whole_in
 from deft.run.config import Config
 from deft.run.finished import RunRequest
-from deft.run.forecast import Fit, Forecast
+from deft.run.forecast import Fit, Forecast, Share
 from deft.run.reading import Checked, Session
 from deft.run.resume import NEW_RUN, EarlierStarts, Inputs
 from deft.tracking import console as display
@@ -47,6 +48,7 @@ class Prepared:
 
     config: Config
     checked: Checked
+    share: Share
     data: Dataset
     fit: Fit
     expected: Forecast | None
@@ -104,12 +106,14 @@ def prepare(config: Config, session: Session, earlier: EarlierStarts = NEW_RUN) 
     config = config.model_copy(update={"lanes": lanes})
     fit = plan(config, checked, data, session, batchings)
     session.say(*map(str, requests.unmet(config, checked, data, fit.planned)))
-    expected = forecast.forecast(fit, checked.machine)
-    session.say(f"expected: {expected}" if expected else "")
+    share = shared(config, checked, session)
+    expected = forecast.forecast(fit, checked.machine, share)
+    where = f" on each of {share.ranks} ranks" if share.ranks > 1 else ""
+    session.say(f"expected: {expected}{where}" if expected else "")
     checked = replace(checked, machine=replace(checked.machine, microbatch_tokens=fit.planned.microbatch_tokens))
     resolved, rows = _resolved(config, checked), RowDigests.of(data.train)
     inputs = _inputs(resolved, checked, data, session.world.size)
-    prepared = Prepared(resolved, checked, data, fit, expected, rows, inputs, batchings, earlier)
+    prepared = Prepared(resolved, checked, share, data, fit, expected, rows, inputs, batchings, earlier)
     session.say(*earlier.changes(checked.folder, prepared.inputs_until(earlier.step), rows))
     if earlier.found is not None:
         session.say(f"resumed step {earlier.step} of {fit.planned.steps} (verified {earlier.found.files} files)")
@@ -141,7 +145,7 @@ def _described(checked: Checked, data: Dataset) -> list[str]:
     lines = [f"template: {text}" for text in checked.texts()]
     if checked.prompts:
         lines.append(f"evaluate.prompts: {checked.form}")
-    lines += [f"warning: {text}" for text in (checked.base.note, checked.tokenizer.warning) if text]
+    lines += [f"warning: {text}" for text in (*checked.base.notes, checked.tokenizer.warning) if text]
     for source in data.ledgers:
         fates = ", ".join(f"{count} {fate}" for fate, count in source.fates.items() if count)
         share = source.target_tokens / max(1, source.tokens)
@@ -169,14 +173,9 @@ def stop_unless_trainable(config: Config, checked: Checked, data: Dataset) -> No
     refusals.stop_if_out_of_vocabulary(data, checked.tokenizer, checked.base.vocab_size)
 
 
-def plan(
-    config: Config, checked: Checked, data: Dataset, session: Session, batchings: Sequence[tuple[int, Batching]] = ()
-) -> Fit:
-    """Which example stands in which step, for the whole run, in micro-batches that fit in memory.
-
-    What fits is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
-    """
-    planned = loader.make(
+def steps(config: Config, checked: Checked, data: Dataset, batchings: Sequence[tuple[int, Batching]] = ()) -> Loader:
+    """Which example stands in which step, for the whole run, in micro-batches as they are asked for."""
+    return loader.make(
         data.train,
         batchings or Batching(config.batch.examples, config.batch.tokens),
         epochs=config.epochs,
@@ -186,17 +185,36 @@ def plan(
         limit=config.steps,
         lanes=1 if isinstance(config.lanes, str) else config.lanes,
     )
+
+
+def plan(
+    config: Config, checked: Checked, data: Dataset, session: Session, batchings: Sequence[tuple[int, Batching]] = ()
+) -> Fit:
+    """`steps` in micro-batches that fit in memory.
+
+    What fits is kept where rows are, unless the loss is a user's: what its code does may change without a sign.
+    """
+    planned = steps(config, checked, data, batchings)
     base, machine, is_auto = checked.base, checked.machine, config.microbatch_tokens == "auto"
-    make = partial(
-        forecast.fit, planned, base, checked.objective, machine, is_auto=is_auto, trainable=checked.trainable
-    )
+    share, given = shared(config, checked, session), (planned, base, checked.objective, machine)
+    make = partial(forecast.fit, *given, is_auto=is_auto, trainable=checked.trainable, share=share)
     if ":" in config.loss.name or not all(survey.content for _, survey in checked.train):
         return make()
     model = (models.folder(base) / "config.json").read_text(encoding="utf-8")
     kept_in = Cache(cache.root(), session.say)
-    digests = data.train.digests()
-    return forecast.kept_fit(
-        kept_in, planned, digests, machine, make, model, repr(config.loss), str(is_auto), repr(checked.trainable)
+    more = (model, repr(config.loss), str(is_auto), repr(checked.trainable))
+    return forecast.kept_fit(kept_in, planned, data.train.digests(), machine, share, make, *more)
+
+
+def shared(config: Config, checked: Checked, session: Session) -> Share:
+    """What each rank has of the model."""
+    return Share(
+        ranks=session.world.size,
+        shard=checked.shard,
+        most=spread.most(config, session.world),
+        is_ordered=spread.is_ordered(config, checked.machine.device),
+        whole_in=whole_in(config, checked),
+        memory=session.memory,
     )
 
 
@@ -220,7 +238,7 @@ def _of_model(config: Config, checked: Checked) -> str:
     """What the run begins with: the base, and the adapters that are merged and that it goes on from."""
     base = resume.fingerprint(models.folder(checked.base))
     given = [each for each in (config.merge, config.adapter and config.adapter.start) if each]
-    return resume.digest(base, *(resume.fingerprint(Path(each), FILE) for each in given)) if given else base
+    return resume.digest(base, *(resume.fingerprint(Path(each)) for each in given)) if given else base
 
 
 def _own_file(name: str) -> str:

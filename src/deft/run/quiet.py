@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,10 @@ def quiet() -> Iterator[None]:
     if has_bars:
         logging.disable_progress_bar()  # those of the Hub's client with them
     try:
-        yield
+        with warnings.catch_warnings():
+            # Nothing here changes what a sharded layer returns in its place, which torch warns of.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield
     finally:
         for each, level in levels.items():
             each.set_verbosity(level)

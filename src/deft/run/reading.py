@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from deft.core import files, hardware
-from deft.core.errors import InputError, Problem, Problems
+from deft.core.errors import InputError, collect
 from deft.core.hardware import Machine
 from deft.core.signals import Signals
 from deft.core.types import Kind, Objective
@@ -29,7 +29,7 @@ from deft.encoding.render.chat import AnswerRules
 from deft.encoding.render.template import NOW, Chosen
 from deft.encoding.rows import Policy, Render, RowEncoder
 from deft.encoding.tokenizer import Tokenizer
-from deft.evaluation import prompts
+from deft.evaluation import generate, prompts
 from deft.evaluation import samples as evaluate
 from deft.evaluation.prompt_form import PromptForm
 from deft.evaluation.prompts import Prompt
@@ -38,9 +38,9 @@ from deft.model import load as models
 from deft.model import merging, vocabulary
 from deft.model.load import Base
 from deft.model.trainable import ALL, Trainable
-from deft.run import resume
+from deft.run import resume, spread
 from deft.run.config import Config
-from deft.run.folder import output_folder
+from deft.run.folder import FOLDERS, output_folder
 from deft.tracking import console as display
 from deft.training import objectives as losses
 from deft.training import optimizers
@@ -56,6 +56,7 @@ class Session:
     began         time.perf_counter() when the run was asked for
     owns_process  whether the run may change settings of the whole process that stay after it
     world         the ranks that compute the run
+    memory        bytes that each of them may use, the least of all; 0 is what this one may
     """
 
     rows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -65,15 +66,19 @@ class Session:
     began: float = field(default_factory=time.perf_counter)
     owns_process: bool = False
     world: World = field(default_factory=World)
+    memory: int = 0
 
     def within(self, world: World) -> Session:
         """The session of one of several ranks: rank 0 alone speaks."""
         return replace(self, world=world, console=self.console if world.is_first else Console(quiet=True))
 
     def say(self, *lines: str) -> None:
-        """Lines on the console; nothing for those that are empty."""
+        """Lines on the console, of other ranks than the first in their logs; nothing for those that are empty."""
         for line in filter(None, lines):
-            display.say(self.console, line)
+            if self.world.is_first:
+                display.say(self.console, line)
+            else:
+                self.world.log(line)
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Checked(Reading):
-    """What is known once nothing in the input is wrong."""
+    """What is known once nothing in the input is wrong.
+
+    shard  how many ranks share one copy of the model
+    """
 
     base: Base
     trainable: Trainable
     objective: Objective
+    shard: int
     machine: Machine
     prompts: tuple[Prompt, ...]
     folder: Path
@@ -129,43 +138,26 @@ class Checked(Reading):
         return {name: digest for _, survey in self.train + self.held_out for name, digest in survey.content.items()}
 
 
-def collect(checks: Iterable[Callable[[], Any]]) -> list[Any]:
-    """The results of all checks in order; what they object to comes in one error.
-
-    >>> collect([lambda: 1, lambda: 2])
-    [1, 2]
-    """
-    results: list[Any] = []
-    problems: list[Problem] = []
-    more = 0
-    for check in checks:
-        try:
-            results.append(check())
-        except Problems as error:
-            problems += error.problems
-            more += error.more
-        except InputError as error:
-            where, _, what = str(error).partition(": ")
-            problems.append(Problem(where, what))
-    if problems:
-        raise Problems("this run cannot start:", problems, more)
-    return results
+CANNOT_START = "this run cannot start:"
 
 
 def check(config: Config, session: Session, needs_weights: bool = True) -> Checked:
     """Every check that needs no weights; what is wrong comes in one error."""
-    (base, tokenizer), objective, _, machine, asked, _, _, folder, *rows = collect(
+    (base, tokenizer), objective, _, shard, machine, asked, _, _, _, folder, *rows = collect(
+        CANNOT_START,
         [
             lambda: _base_and_tokenizer(config, needs_weights),
             lambda: losses.load(config.loss.name, config.loss.options),
             lambda: optimizers.check(config.optimizer),
+            lambda: spread.ranks(config, session.world),
             lambda: hardware.resolve(config.device, config.precision, config.microbatch_tokens),
             lambda: prompts.load(config.evaluate.prompts, "evaluate.prompts"),
             lambda: evaluate.settings(config.evaluate.generate),
             lambda: _stop_at_links(config.model),
+            lambda: _stop_in_output(config),
             lambda: output_folder(config.output, may_go_on=config.resume != "never"),
             *(partial(_read, sources, session) for sources in _sources(config, session)),
-        ]
+        ],
     )
     if needs_weights:
         for each in (config.model, config.merge, config.adapter and config.adapter.start):
@@ -174,12 +166,13 @@ def check(config: Config, session: Session, needs_weights: bool = True) -> Check
     reading = of(config, base, tokenizer, *rows)
     session.say(*_unread(rows), *_new_tokens(config, base, tokenizer))
     base = replace(base, vocab_size=vocabulary.size_with(tokenizer.new_ids, base.vocab_size))
-    _stop_if_unaskable(reading.tokenizer, asked)
+    _stop_if_unaskable(reading, asked, base.vocab_size)
     return Checked(
         **vars(reading),
         base=base,
         trainable=Trainable(config.adapter, config.freeze, tokenizer.new_ids, config.quantize),
         objective=objective,
+        shard=shard,
         machine=machine,
         prompts=asked,
         folder=folder,
@@ -215,6 +208,16 @@ def _stop_if_other_base(config: Config, base: Base) -> None:
             raise InputError(f"{given}: was trained over a base in {quantized}, not {config.quantize}; {fix}")
 
 
+def _stop_in_output(config: Config) -> None:
+    """InputError where a run begins with what it would set aside itself."""
+    folder = Path(config.output).expanduser().resolve() if config.output else None
+    for given in (config.model, config.merge, config.adapter and config.adapter.start):
+        place = Path(given or "").expanduser().resolve()
+        if folder and given and any(place.is_relative_to(folder / name) for name in FOLDERS):
+            what = f"{given} lies where this run would write its own"
+            raise InputError(f"output: {what}; name another output=")
+
+
 def _stop_at_links(model: str) -> None:
     """InputError where a file of a model folder is a link to something outside of it, which would be carried on."""
     link = files.link_outside(Path(model).expanduser())
@@ -226,10 +229,11 @@ def _stop_at_links(model: str) -> None:
 def read(config: Config, session: Session) -> Reading:
     """The part of `check` that showing rows needs: of a large source only the beginning, of the model a tokenizer."""
     (base, tokenizer), *rows = collect(
+        CANNOT_START,
         [
             lambda: (_base_if_any(config.model), edge.load(config.model, config.data.add_tokens)),
             *(partial(_glance, sources, session) for sources in _sources(config, session)),
-        ]
+        ],
     )
     session.say(*_unread(rows), *(_new_tokens(config, base, tokenizer) if base else ()))
     return of(config, base, tokenizer, *rows)
@@ -243,6 +247,9 @@ def _unread(understood: Sequence[list[tuple[SourceSpec, Survey]]]) -> list[str]:
 def _new_tokens(config: Config, base: Base, tokenizer: Tokenizer) -> Iterator[str]:
     """What becomes of the model's vocabulary."""
     yield vocabulary.described(tokenizer.new_ids, base.vocab_size)
+    if (tokens := len(tokenizer.hf)) > base.vocab_size and not tokenizer.new_ids:
+        what = f"the tokenizer has {tokens:,} tokens and the model {base.vocab_size:,} embeddings"
+        yield f"warning: {what}; rows and prompts with any of the others are refused"
     ids = {text: tokenizer.hf.convert_tokens_to_ids(text) for text in config.data.add_tokens}
     if known := [text for text, index in ids.items() if index not in tokenizer.new_ids]:
         yield f"note: data.add_tokens: {', '.join(known)}: in the vocabulary already, added before; nothing is added"
@@ -310,10 +317,11 @@ def of(
 ) -> Reading:
     """Rows that are understood, a model and a tokenizer, with the settings that decide what their tokens are."""
     chosen, length = collect(
+        CANNOT_START,
         [
             lambda: examples.template_of(tokenizer, config.template),
             lambda: max_length(config.max_length, _positions(config, base)),
-        ]
+        ],
     )
     rules = AnswerRules(config.reasoning, config.data.learn_reasoning, config.data.learn_tool_calls)
     policy = Policy(
@@ -357,11 +365,15 @@ def _is_raw(kind: Kind, render: Render) -> bool:
     return render != "rendered" and (kind == "text" or render == "raw" or (render == "auto" and kind != "chat"))
 
 
-def _stop_if_unaskable(tokenizer: Tokenizer, asked: Sequence[Prompt]) -> None:
-    """InputError for a prompt made of messages where no template is there to put them in."""
+def _stop_if_unaskable(reading: Reading, asked: Sequence[Prompt], size: int) -> None:
+    """InputError for a prompt made of messages where no template is there to put them in, or with a token past the
+    model's `size` embeddings."""
+    tokenizer, form = reading.tokenizer, reading.form
     if tokenizer.chat_template is None and any(not isinstance(prompt.prompt, str) for prompt in asked):
         what = "a prompt made of messages needs a chat template, and there is none, as rows are raw text"
         raise InputError(f"evaluate.prompts: {what}; give it as text, as rows have it")
+    for each in asked:
+        generate.ids_of(form.shown(each.prompt), tokenizer, form.template_kwargs, size)
 
 
 def _positions(config: Config, base: Base | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 
 from deft.core import files
 from deft.core.errors import Problem, Problems
+from deft.dataset import cache
 from deft.dataset.row_digests import RowDigests
 from deft.distributed.world import World
+from deft.model.config import FILE
+from deft.model.security import INDEX
 from deft.plan.order import Batching
 from deft.run import config as configuration
 from deft.run.config import Config
@@ -27,14 +31,22 @@ from deft.training.state import TrainState
 AUTOS = ("max_length", "microbatch_tokens", "lanes", "device", "precision")
 """Keys whose `auto` was resolved when the run began; it is not resolved again."""
 
-REFUSED = ("seed", "quantize", "loss.name", "loss.normalize", "optimizer.name", "precision")
-"""Keys without which the run would be another one."""
+REFUSED = ("seed", "quantize", "loss.name", "loss.normalize", "optimizer.name", "precision", "adapter", "freeze")
+"""Keys without which the run would be another one, but for `FREE` below them."""
+
+FREE = ("adapter.dropout", "adapter.start")
 
 ROWS = ("data", "max_length", "overflow", "truncation_side", "template", "template_kwargs", "reasoning")
 """Keys that decide what rows become: refused where a row comes out otherwise."""
 
-IGNORED = ("output", "resume", "model", "merge", "template")
+IGNORED = ("output", "resume", "model", "merge", "adapter.start", "template", "shard")
 """Keys that are compared by what they lead to, or say nothing of the run."""
+
+DESCRIBES = ("config.json", "generation_config.json", INDEX, FILE)
+"""Files of a model's or adapter's folder that say what it is."""
+
+READ_FROM = {"model": ("model", "merge", "adapter.start"), "tokenizer": ("model",), "template": ("template", "model")}
+"""Which keys name the folders that each comes from."""
 
 APPLIED = {
     "batch": "applies from the next step on: the rest of the epoch is cut anew, each row still comes once",
@@ -113,13 +125,18 @@ class EarlierStarts:
             raise Problems(f"{folder}: {what}", refused)
         return [f"since step {self.step}: {change}" for change in _applied(keys, before, now)]
 
-    def cut_back(self, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-        """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others."""
+    def cut_back(self, folder: Path, now: Inputs, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Takes what is of later steps than the checkpoint out of the run folder; returns the metrics of the others.
+
+        Losses of other held-out rows than those of `now` are set aside, as they do not compare.
+        """
         step = self.step if self.found else -1
         notes = checkpoint.set_aside(folder / "checkpoints", step)
         for note in notes:
             say(note)
         cut = partial(jsonl.cut, is_kept=bool(notes))
+        if self.found and self.found.checkpoint.values["inputs"]["held_out"] != now.held_out:
+            jsonl.cut(folder / "eval.jsonl", -1, is_kept=True)
         for name in ("eval", "samples"):
             cut(folder / f"{name}.jsonl", step if self.is_evaluated else step - 1)
         return cut(folder / "metrics.jsonl", step)
@@ -134,20 +151,17 @@ NEW_RUN = EarlierStarts()
 
 
 def earlier_starts(config: Config, say: Callable[[str], None], world: World) -> EarlierStarts:
-    """What to go on from, which rank 0 finds; what earlier starts left half written is removed."""
+    """What to go on from, which all ranks verify; what earlier starts left half written is removed."""
     folder = Path(str(config.output))
-    found = _found(config, folder, say) if world.is_first else None
-    step = world.from_first("the checkpoint", lambda: found and found.checkpoint.step)
-    return EarlierStarts(found if world.is_first or not step else checkpoint.read(folder / "checkpoints", step))
-
-
-def _found(config: Config, folder: Path, say: Callable[[str], None]) -> Found | None:
-    for each in (folder, folder / "checkpoints"):
-        files.sweep(each)
-    found = checkpoint.find(folder / "checkpoints", config.resume) if goes_on(config) else None
+    if world.is_first:
+        for each in (folder, folder / "checkpoints"):
+            files.sweep(each)
+    if not world.from_first("whether it goes on", lambda: goes_on(config)):
+        return NEW_RUN
+    found = checkpoint.find(folder / "checkpoints", config.resume, world)
     for note in found.notes if found else ():
         say(note)
-    return found
+    return EarlierStarts(found)
 
 
 def goes_on(config: Config) -> bool:
@@ -165,20 +179,15 @@ def settled(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return {**config, **{key: before[key] for key in asks_nothing if key in before}}
 
 
-def fingerprint(folder: Path, described: str = "config.json") -> str:
-    """A digest of a model's folder: the file that describes it, and of each weight file its size, header and 64 places.
-
-    Two models differ in nearly all of their weights, so a look at some of them tells them apart.
-    """
-    found = hashlib.sha256()
-    for path in sorted([folder / described, *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for place in range(65):
-                file.seek(0 if place == 0 else size * (place - 1) // 64)
-                found.update(file.read(1 << 20 if place == 0 else 1 << 12))
-    return found.hexdigest()
+def fingerprint(folder: Path) -> str:
+    """A digest of a model's or adapter's folder: what describes it, and every byte of its weights."""
+    described = [folder / name for name in DESCRIBES if (folder / name).is_file()]
+    paths = sorted([*described, *folder.glob("*.safetensors")])
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        digests = pool.map(cache.file_digests, ([str(path)] for path in paths))
+        return digest(
+            *(text for path, each in zip(paths, digests, strict=True) for text in (path.name, *each.values()))
+        )
 
 
 def digest(*texts: str) -> str:
@@ -206,7 +215,7 @@ def _refused(
     keys  that have changed: (old, new)
     rows  source -> what is different in it
     """
-    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if is_of(key, REFUSED)]
+    refused = [Problem(key, f"{old} -> {new}") for key, (old, new) in keys.items() if _is_refused(key)]
     refused += other_files(before, now, f"since step {step}")
     if rows and not refused:
         refused += _about_rows(step, rows, {key: change for key, change in keys.items() if is_of(key, ROWS)})
@@ -217,17 +226,22 @@ def _refused(
 
 def other_files(before: Inputs, now: Inputs, since: str) -> Iterator[Problem]:
     """Model, tokenizer and template, as far as their files are others."""
-    for name in ("model", "tokenizer", "template"):
+    keys = changed_keys(before.config, now.config)
+    for name, causes in READ_FROM.items():
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
-            names = [values.get(name, values["model"]) for values in (before.config, now.config)]
-            where = "its files changed" if names[0] == names[1] else f"{names[0]} -> {names[1]} changed"
-            yield Problem(name, f"{where} {since}: {old[:12]} -> {new[:12]}")
+            others = {key: f"{was} -> {is_now}" for key, (was, is_now) in keys.items() if key in causes}
+            where = ", ".join(text if key == name else f"{key} {text}" for key, text in others.items()) or "its files"
+            yield Problem(name, f"{where} changed {since}: {old[:12]} -> {new[:12]}")
 
 
 def may_change(key: str) -> bool:
     """Whether a run can go on from a checkpoint though this key, or what is called so, has changed."""
-    return is_of(key, Config.model_fields) and not is_of(key, (*REFUSED, *ROWS, "model"))
+    return is_of(key, Config.model_fields) and not (_is_refused(key) or is_of(key, (*ROWS, "model")))
+
+
+def _is_refused(key: str) -> bool:
+    return is_of(key, REFUSED) and not is_of(key, FREE)
 
 
 def _about_rows(step: int, different: Mapping[str, str], causes: Mapping[str, tuple[Any, Any]]) -> list[Problem]:
@@ -250,7 +264,7 @@ def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -
     told = [
         f"{key} {old} -> {new} {next((rule for name, rule in APPLIED.items() if is_of(key, [name])), 'applies')}"
         for key, (old, new) in keys.items()
-        if not is_of(key, REFUSED) and not is_of(key, IGNORED)
+        if not _is_refused(key) and not is_of(key, IGNORED)
     ]
     if before.held_out != now.held_out:
         told.append("the held-out rows are others than before: their losses do not compare")
@@ -268,7 +282,16 @@ def _applied(keys: Mapping[str, tuple[Any, Any]], before: Inputs, now: Inputs) -
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new)."""
+    """Dotted key -> (old, new); of a section that only one of them has, its own key and its name.
+
+    >>> changed_keys({"adapter": {"name": "lora", "r": 4}, "a": {"b": 1}}, {"adapter": None, "a": {"b": 2}})
+    {'adapter': ('lora', None), 'a.b': (1, 2)}
+    """
+    for key in now:
+        pair = (before.get(key, {}), now[key])
+        if None in pair and any(isinstance(each, Mapping) for each in pair):
+            one, other = (each and each.get("name", each) for each in pair)
+            before, now = {**before, key: one}, {**now, key: other}
     old, new = dict(_flat(before)), dict(_flat(now))
     return {
         key: (old.get(key), new.get(key)) for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)

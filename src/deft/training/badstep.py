@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from deft.core import files
 from deft.core.errors import DamagedError, NumbersError
 from deft.core.types import MicroBatch, Objective, Origin, StepBatch, StepRecord
-from deft.distributed.world import World
+from deft.distributed.sharding import Sharded
 from deft.model.causal_lm import CausalLM
 from deft.training import randomness
-from deft.training.checkpoint import Stored
+from deft.training.pieces import Stored, StoredTensors
 from deft.training.state import TrainState
 
 SHOWN_ROWS = 5
@@ -68,12 +68,16 @@ class Diagnosis:
     def is_finite(self) -> bool:
         return all(part.is_finite for part in self.parts)
 
+    def microbatches(self) -> list[int]:
+        """Those at fault; all that were looked at where each was finite this time."""
+        bad = [part for part in self.parts if not part.is_finite]
+        return list(dict.fromkeys(part.microbatch for part in bad or self.parts))
+
     def rows(self, step_batch: StepBatch) -> tuple[Origin, ...]:
         """The rows at fault, as narrowly as they are known."""
-        bad = [part for part in self.parts if not part.is_finite]
-        alone = [part.row for part in bad if part.row is not None]
-        together = [row for part in bad for row in step_batch.origins[part.microbatch]]
-        return tuple(dict.fromkeys(alone or together or [row for batch in step_batch.origins for row in batch]))
+        alone = [part.row for part in self.parts if not part.is_finite and part.row is not None]
+        together = [row for index in self.microbatches() for row in step_batch.origins[index]]
+        return tuple(dict.fromkeys(alone or together))
 
 
 def skip_or_stop(
@@ -81,16 +85,21 @@ def skip_or_stop(
 ) -> str:
     """Goes past a step whose numbers are not finite, and says so; NumbersError where `most` have been skipped.
 
+    All ranks do it, and rank 0 writes.
+
     Either way the step can be replayed from `folder`/bad-step-N. NumbersError as well where the update before it is at
-    fault, which left values that are not finite: no step can be done from there.
+    fault, which left values that are not finite: no step can be done from there. Ranks that share one copy of the model
+    do it together.
     """
     state.stop_if_broken(f"the update of step {state.step} left values that are not finite")
     place = folder / f"bad-step-{record.step}"
-    diagnosis = examine(state.causal_lm, step_batch, objective)
+    diagnosis = examine(state.causal_lm, step_batch, objective, state.suspects, state.shards)
     write(place, state, step_batch, diagnosis)
     what = "gradient" if math.isfinite(record.loss) else "loss"
+    ranks = {index % state.world.size for index in diagnosis.microbatches()}
+    rank = f", rank {min(ranks)}" if len(ranks) == 1 < state.world.size else ""
     rows = named(diagnosis.rows(step_batch))
-    told = f"{what} is not finite at step {record.step}, {rows}; weights unchanged; replay: deft replay {place}"
+    told = f"{what} is not finite at step {record.step}{rank}, {rows}; weights unchanged; replay: deft replay {place}"
     if state.skipped >= most:
         fix = f"skip_bad_steps={most + 1} goes past it, a lower optimizer.lr may avoid it"
         raise NumbersError(f"{told}; {fix}")
@@ -98,35 +107,34 @@ def skip_or_stop(
     return f"{told}; skipped ({state.skipped} of {most} at most)"
 
 
-def skip_with_first(state: TrainState, world: World, most: int) -> None:
-    """The same on another rank than 0, which examines the step. Raises what rank 0 ends with where it stops."""
-    is_broken = not state.odd.issuperset(state.not_finite())
-    while is_broken or state.skipped >= most:  # until rank 0 has said so
-        world.check()
-        time.sleep(0.05)
-    state.skip()
-
-
-def examine(causal_lm: CausalLM, step_batch: StepBatch, objective: Objective) -> Diagnosis:
+def examine(
+    causal_lm: CausalLM,
+    step_batch: StepBatch,
+    objective: Objective,
+    suspects: Sequence[int] = (),
+    shards: Sharded | None = None,
+) -> Diagnosis:
     """Runs the step's micro-batches again, and the documents of those that are not finite each alone.
 
-    Weights stay as they are, gradients and random generators too.
+    Weights stay as they are, gradients and random generators too. Every rank runs the same ones.
+
+    suspects  those to run; all where there are none
+    shards    what this rank has of the model, where ranks share one copy of it
     """
-    measure = partial(_measure, causal_lm, objective, step_batch.normalizer)
+    measure, batches = partial(_measure, causal_lm, objective, step_batch.normalizer, shards), step_batch.micro_batches
     with randomness.preserved(), causal_lm.uncompiled():
-        wholes = [measure(index, None, batch) for index, batch in enumerate(step_batch.micro_batches)]
+        wholes = [measure(index, None, batches[index]) for index in suspects or range(len(batches))]
         alone = [
-            measure(whole.part.microbatch, row, document)
-            for whole, rows, batch in zip(wholes, step_batch.origins, step_batch.micro_batches, strict=True)
-            if not whole.part.is_finite
-            for row, document in zip(rows, documents(batch), strict=True)
+            measure(index, row, document)
+            for index in (whole.part.microbatch for whole in wholes if not whole.part.is_finite)
+            for row, document in zip(step_batch.origins[index], documents(batches[index]), strict=True)
         ]
     bad = next((measured for measured in wholes if not measured.part.is_finite), None)
     return Diagnosis(
         parts=tuple(measured.part for measured in wholes + alone),
         layer=bad.layer if bad else "",
         gradients=bad.gradients if bad else (),
-        weights=tuple(name for name, each in causal_lm.model.named_parameters() if not bool(each.isfinite().all())),
+        weights=tuple(name for name, (_, odd) in _totals(_weights(causal_lm, shards), shards).items() if odd),
     )
 
 
@@ -153,6 +161,9 @@ def documents(batch: MicroBatch) -> list[MicroBatch]:
 
 def write(folder: Path, state: TrainState, step_batch: StepBatch, diagnosis: Diagnosis) -> None:
     """The step as a folder that `read` gives back; one that is there is set aside. DiskError where that fails."""
+    if not state.world.is_first:
+        deque(state.weights(), maxlen=0)  # rank 0 gathers them
+        return
     if os.path.lexists(folder):
         files.set_aside(folder)
     with files.staged(folder) as staging:
@@ -161,10 +172,8 @@ def write(folder: Path, state: TrainState, step_batch: StepBatch, diagnosis: Dia
         tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in batches for name in _TENSORS}
         staging.write("batches.safetensors", [as_safetensors(tensors)])
         staging.write_json("random.json", randomness.as_json(randomness.snapshot()))
-        for index, (name, weight) in enumerate(state.masters.parameters.items()):
-            staging.write(
-                f"weights/{index:05}.safetensors", [as_safetensors({name: weight.detach().cpu().contiguous()})]
-            )
+        for index, (name, weight) in enumerate(state.weights()):
+            staging.write(f"weights/{index:05}.safetensors", [as_safetensors({name: weight.cpu().contiguous()})])
 
 
 def read(folder: Path) -> tuple[StepBatch, dict[str, Any]]:
@@ -177,7 +186,8 @@ def read(folder: Path) -> tuple[StepBatch, dict[str, Any]]:
     def as_json(name: str) -> Any:
         return json.loads(files.read(folder / name, records[name]))
 
-    found, tensors = as_json("step.json"), Stored(folder / "batches.safetensors", records["batches.safetensors"])
+    found = as_json("step.json")
+    tensors = StoredTensors([Stored(folder / "batches.safetensors", records["batches.safetensors"])])
     batches = tuple(
         MicroBatch(
             documents=tuple(lengths), seeds=tuple(seeds), **{name: tensors[f"{index}.{name}"] for name in _TENSORS}
@@ -201,7 +211,9 @@ def put_weights(folder: Path, model: nn.Module) -> None:
     """Writes the saved weights into a model; DamagedError where one is not in it."""
     parameters = dict(model.named_parameters())
     for file, record in files.read_manifest(folder).files.items():
-        for name, weight in Stored(folder / file, record).items() if file.startswith("weights/") else ():
+        for name, weight in (
+            StoredTensors([Stored(folder / file, record)]).items() if file.startswith("weights/") else ()
+        ):
             if name not in parameters or parameters[name].shape != weight.shape:
                 raise DamagedError(f"{folder / file}: {name} does not fit the model of the run")
             parameters[name].copy_(weight)
@@ -224,22 +236,50 @@ class _Measured:
 
 
 def _measure(
-    causal_lm: CausalLM, objective: Objective, normalizer: float, microbatch: int, row: Origin | None, batch: MicroBatch
+    causal_lm: CausalLM,
+    objective: Objective,
+    normalizer: float,
+    shards: Sharded | None,
+    microbatch: int,
+    row: Origin | None,
+    batch: MicroBatch,
 ) -> _Measured:
     """A batch forward and backward; its gradient is dropped."""
-    parameters = [(name, each) for name, each in causal_lm.model.named_parameters() if each.requires_grad]
+    share = 1.0 if shards is None else shards.begin(1)
     with _bad_layers(causal_lm.model) as layers:
         nll = causal_lm(batch, objective).nll_sum
-        (nll / normalizer).backward()
-    gradients = [(name, each.grad.float()) for name, each in parameters if each.grad is not None]
-    for _, parameter in parameters:
-        parameter.grad = None
-    norm = torch.stack([gradient.square().sum() for _, gradient in gradients]).sum().sqrt()
-    bad = tuple(name for name, gradient in reversed(gradients) if not bool(gradient.isfinite().all()))
+        (nll * share / normalizer).backward()
+    gradients = _totals(_gradients(causal_lm.model) if shards is None else shards.take(), shards)
+    norm = sum(square for square, _ in gradients.values()) ** 0.5
+    bad = tuple(name for name, (_, odd) in reversed(gradients.items()) if odd)
     total, weight = float(nll.detach()), float(batch.weights.sum())
     return _Measured(
-        PartNumbers(microbatch, row, total / weight if weight else total, float(norm)), next(iter(layers), ""), bad
+        PartNumbers(microbatch, row, total / weight if weight else total, norm), next(iter(layers), ""), bad
     )
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by name, which are gone from the parameters."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def _weights(causal_lm: CausalLM, shards: Sharded | None) -> Mapping[str, Tensor]:
+    return dict(causal_lm.model.named_parameters()) if shards is None else shards.parameters
+
+
+def _totals(tensors: Mapping[str, Tensor], shards: Sharded | None) -> dict[str, tuple[float, bool]]:
+    """Of each tensor, or of all ranks' rows of it: the sum of its squares, and whether a value is not finite."""
+    if not tensors:
+        return {}
+    wide = [each.detach().float() for each in tensors.values()]
+    odd = torch.stack([(~each.isfinite()).any() for each in wide]).float()
+    numbers = torch.stack([torch.stack([each.square().sum() for each in wide]), odd])
+    squares, is_odd = (numbers if shards is None else shards.sum(numbers)).tolist()
+    return {name: (square, flag > 0) for name, square, flag in zip(tensors, squares, is_odd, strict=True)}
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 checkpoints/step-000400/  model-00001.safetensors  optimizer-00001.safetensors  rows-00001.safetensors
                           cursor.json  schedule.json  inputs.json  random-00000.json  manifest.json
+
+Of a state that ranks share out each writes the rows that are its own, rank 1 as model-00001-of-rank-00001.safetensors:
+nothing says how many ranks have to read them.
 """
 
 from __future__ import annotations
@@ -11,18 +14,22 @@ import json
 import math
 import re
 import shutil
-from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deft.core import files
-from deft.core.errors import DamagedError, InputError
+from deft.core.errors import DamagedError, DiskError, InputError
+from deft.core.files import FileRecord, Staging
+from deft.distributed.notes import Notes
+from deft.distributed.owners import Owners
+from deft.distributed.shards import Rows
+from deft.distributed.world import World
+from deft.training.pieces import Stored, StoredTensors, written
 
 PARTS = {
     "model": "no weights",
@@ -35,37 +42,31 @@ PARTS = {
 }
 """Parts that every checkpoint has, and what is said of one that lacks it."""
 
-SHARD = 1 << 30
-"""Tensors of a part go to files of about this many bytes, which are verified side by side."""
-
 _NAME = re.compile(r"step-(\d{6,})")
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
+_FILE = re.compile(r"([a-z]+)(-\d+)?(-of-rank-\d+)?\.(safetensors|json)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step` steps. `values` are JSON; `loss` is the held-out one where it is known."""
+    """The state of a run after `step` steps. `values` are JSON; `loss` is the held-out one where it is known.
+
+    rows  those of tensors that no rank holds whole, by key: then `tensors` has this rank's alone
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     values: Mapping[str, Any]
     loss: float | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
+        """Of the tensors, whole."""
+        every = {key: tensor for part in self.tensors.values() for key, tensor in part.items()}
+        whole = {
+            key: math.prod(each.shape) * every[key].element_size() for key, each in self.rows.items() if key in every
+        }
+        return sum(whole.values()) + sum(tensor.nbytes for key, tensor in every.items() if key not in whole)
 
 
 @dataclass(frozen=True)
@@ -104,54 +105,137 @@ def steps(folder: Path) -> list[int]:
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes `step-000400` into `folder`, whole or not at all. Raises DiskError."""
-    about = {"step": checkpoint.step, "loss": checkpoint.loss, "parts": [*checkpoint.tensors, *checkpoint.values]}
     place = folder / name(checkpoint.step)
-    with files.staged(place, about) as staging:
-        for part, tensors in checkpoint.tensors.items():
-            for number, shard in enumerate(_shards(tensors), 1):
-                staging.write(f"{part}-{number:05d}.safetensors", serialised(shard))
-        for part, value in checkpoint.values.items():
-            staging.write_json(f"{part}.json", value)
+    with files.staged(place, _about(checkpoint)) as staging:
+        _write_tensors(staging, checkpoint)
+        _write_values(staging, checkpoint)
     return place
 
 
-def read(folder: Path, step: int) -> Found:
+def write_own(folder: Path, checkpoint: Checkpoint, owners: Owners, notes: Notes) -> None:
+    """`write` on every rank of a state that they share out: each writes what is its own, and tells rank 0 by a note
+    what that was; rank 0 writes the manifest. No rank returns before all is done.
+
+    notes  of this save alone
+
+    Raises DiskError, on every rank, where one of them cannot write, and LostProcessError where one is lost.
+    """
+    try:
+        if owners.world.is_first:
+            _write_first(folder / name(checkpoint.step), checkpoint, owners, notes)
+        else:
+            _write_other(checkpoint, owners, notes)
+    except Exception as error:
+        if owners.world.is_first:
+            notes.leave("place", "")
+            notes.leave("end", str(error) or type(error).__name__)
+        raise
+
+
+def _write_first(place: Path, checkpoint: Checkpoint, owners: Owners, notes: Notes) -> None:
+    others = range(1, owners.world.size)
+    with files.staged(place, _about(checkpoint)) as staging:
+        notes.leave("place", str(staging.path.absolute()))
+        try:
+            _write_tensors(staging, checkpoint, owners)
+            _write_values(staging, checkpoint)
+        finally:  # They write in this folder until they have said so.
+            answers = {rank: notes.take(f"wrote/{rank}") for rank in others}
+        for rank, answer in answers.items():
+            if answer["error"]:
+                raise DiskError(f"rank {rank}: {answer['error']}")
+            staging.files.update({file: FileRecord(**each) for file, each in answer["files"].items()})
+            if lost := [file for file in answer["files"] if not (staging.path / file).is_file()]:
+                raise DiskError(f"{staging.path / lost[0]}: rank {rank} has written it, and rank 0 does not see it")
+    notes.leave("end", "")
+
+
+def _write_other(checkpoint: Checkpoint, owners: Owners, notes: Notes) -> None:
+    rank, found, said = owners.world.rank, {}, ""
+    if place := notes.take("place"):
+        try:
+            with files.shared(Path(place)) as staging:
+                _write_tensors(staging, checkpoint, owners)
+            found = {file: asdict(record) for file, record in staging.files.items()}
+        except Exception as error:
+            said = str(error) or type(error).__name__
+        notes.leave(f"wrote/{rank}", {"error": said, "files": found})
+    if failed := notes.take("end"):
+        raise DiskError(failed)
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    held_out = checkpoint.values["inputs"].get("held_out")
+    parts = [*checkpoint.tensors, *checkpoint.values]
+    return {"step": checkpoint.step, "loss": checkpoint.loss, "held_out": held_out, "parts": parts}
+
+
+def _write_tensors(staging: Staging, checkpoint: Checkpoint, owners: Owners | None = None) -> None:
+    """What this rank has to write: its own rows, and on rank 0 all that is whole; without other ranks all there is."""
+    rank, rows = owners.world.rank if owners else 0, checkpoint.rows
+    others = rows.keys() - owners.own if owners else frozenset()
+    for part, tensors in checkpoint.tensors.items():
+        own = {key: each for key, each in tensors.items() if (key not in others if key in rows else rank == 0)}
+        for number, data in enumerate(written(own, rows) if own or rank == 0 else (), 1):
+            staging.write(f"{part}-{number:05d}{f'-of-rank-{rank:05d}' if rank else ''}.safetensors", data)
+
+
+def _write_values(staging: Staging, checkpoint: Checkpoint) -> None:
+    for part, value in checkpoint.values.items():
+        staging.write_json(f"{part}.json", value)
+
+
+def read(folder: Path, step: int, world: World = World()) -> Found:  # noqa: B008  frozen
     """A checkpoint, every byte of it verified before any is used; its tensors are read when they are asked for, and
     checked again while they are.
 
-    Raises DamagedError that names the file, or the part that is missing; so does a tensor.
+    world  of ranks that all read it: each verifies its share of the files
+
+    Raises DamagedError that names the file, or the part that is missing, on every rank; so does a tensor.
     """
     place = folder / name(step)
-    manifest = _manifest(place, step)
-    _stop_if_parts_lack(place, list(manifest.files))
-    files.verify(place)
-    tensors: dict[str, list[Any]] = {}
+    try:
+        manifest = _manifest(place, step)
+        _stop_if_parts_lack(place, list(manifest.files))
+        files.verify(place, share=(world.rank, world.size))
+        tensors, values = _opened(place, manifest)
+        complaint = ""
+    except DamagedError as error:
+        complaint = str(error)
+    if complaint := world.first_complaint(complaint):
+        raise DamagedError(complaint)
+    return Found(Checkpoint(step, tensors, values, manifest.about.get("loss")), len(manifest.files) + 1)
+
+
+def _opened(place: Path, manifest: files.Manifest) -> tuple[dict[str, StoredTensors], dict[str, Any]]:
+    tensors: dict[str, list[Stored]] = {}
     values: dict[str, Any] = {}
     for file, record in manifest.files.items():
         if file.endswith(".safetensors"):
-            tensors.setdefault(file.rpartition("-")[0], []).append(Stored(place / file, record))
+            tensors.setdefault(file.partition("-")[0], []).append(Stored(place / file, record))
         else:
             values[file.removesuffix(".json")] = json.loads(files.read(place / file, record))
-    stored = {part: ChainMap(*shards) for part, shards in tensors.items()}
-    return Found(Checkpoint(step, stored, values, manifest.about.get("loss")), len(manifest.files) + 1)
+    return {part: StoredTensors(stored) for part, stored in tensors.items()}, values
 
 
-def find(folder: Path, wanted: str = "auto") -> Found | None:
+def find(folder: Path, wanted: str = "auto", world: World = World()) -> Found | None:  # noqa: B008  frozen
     """The newest usable checkpoint, or the one that is `wanted`; None where there is none at all.
+
+    world  of ranks that all look for it
 
     Raises DamagedError where there are some, but none is usable; InputError where the one wanted does not exist.
     """
-    there = steps(folder)
+    there = world.from_first("checkpoints", lambda: steps(folder))
     if wanted != "auto":
         match = _NAME.fullmatch(wanted)
         if match is None or int(match[1]) not in there:
             known = ", ".join(map(name, there)) or "none"
             raise InputError(f"resume: there is no {wanted} in {folder}; there is {known}")
-        return read(folder, int(match[1]))
+        return read(folder, int(match[1]), world)
     complaints: list[str] = []
     for step in reversed(there):
         try:
-            found = read(folder, step)
+            found = read(folder, step, world)
         except DamagedError as error:
             complaints.append(str(error))
             continue
@@ -188,12 +272,14 @@ def retain(folder: Path, keep: Keep) -> list[int]:
 
 
 def losses(folder: Path) -> dict[int, float | None]:
-    """The held-out loss of each checkpoint whose files are all there, by step; None where it was not measured."""
-    found: dict[int, float | None] = {}
+    """The held-out loss of each checkpoint whose files are all there, by step; None where it was not measured, or on
+    other rows than the newest one's."""
+    found: dict[int, Mapping[str, Any]] = {}
     for step in steps(folder):
         with suppress(DamagedError):
-            found[step] = _complete(folder / name(step), step).about.get("loss")
-    return found
+            found[step] = _complete(folder / name(step), step).about
+    rows = found[max(found)].get("held_out") if found else None
+    return {step: about.get("loss") if about.get("held_out") == rows else None for step, about in found.items()}
 
 
 def kept(losses: Mapping[int, float | None], keep: Keep) -> set[int]:
@@ -233,39 +319,6 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def serialised(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """Tensors on the CPU as the bytes of a safetensors file, piece by piece: no second copy is made.
-
-    >>> import safetensors.torch
-    >>> data = b"".join(bytes(piece) for piece in serialised({"a": torch.tensor([1, 2]), "b": torch.tensor(0.5)}))
-    >>> sorted(safetensors.torch.load(data).items())
-    [('a', tensor([1, 2])), ('b', tensor(0.5000))]
-    """
-    # Larger elements first, so that each tensor lies at a multiple of its element's size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, end = {}, 0
-    for key, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for key, tensor in tensors.items():
-        if shard and size + tensor.nbytes > SHARD:
-            yield shard
-            shard, size = {}, 0
-        shard[key] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
 def _manifest(place: Path, step: int) -> files.Manifest:
     manifest = files.read_manifest(place)
     if manifest.about.get("step") != step:
@@ -285,7 +338,7 @@ def _complete(place: Path, step: int) -> files.Manifest:
 
 def _stop_if_parts_lack(place: Path, listed: Sequence[str]) -> None:
     for part, complaint in PARTS.items():
-        own = [file for file in listed if re.fullmatch(rf"{part}(-\d+)?\.(safetensors|json)", file)]
+        own = [file for file in listed if (match := _FILE.fullmatch(file)) and match[1] == part]
         lost = [file for file in own if not (place / file).is_file()]
         if not own or lost:
             raise DamagedError(f"{place}: checkpoint has {complaint}" + (f" ({lost[0]} is missing)" if lost else ""))
@@ -293,31 +346,3 @@ def _stop_if_parts_lack(place: Path, listed: Sequence[str]) -> None:
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.is_dir())).free
-
-
-class Stored(Mapping[str, Tensor]):
-    """The tensors of a safetensors file that was verified, each read when it is asked for.
-
-    Raises DamagedError where a byte has changed since.
-    """
-
-    def __init__(self, path: Path, record: files.FileRecord) -> None:
-        self._file = files.Blocks(path, record)
-        length = int.from_bytes(self._file.read(0, 8), "little")
-        self._begin = 8 + length
-        self._header = json.loads(self._file.read(8, self._begin))
-        self._header.pop("__metadata__", None)
-
-    def __getitem__(self, key: str) -> Tensor:
-        found = self._header[key]
-        begin, end = (self._begin + offset for offset in found["data_offsets"])
-        dtype, shape = _TYPES[found["dtype"]], found["shape"]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._file.read(begin, end), dtype=dtype).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
-
-    def __len__(self) -> int:
-        return len(self._header)

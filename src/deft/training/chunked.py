@@ -159,7 +159,8 @@ class _HeadLoss(torch.autograd.Function):
         d_weight = torch.empty_like(weight, dtype=_dtype_of_sums(blocks, weight.dtype)) if is_needed[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if is_needed[2] else None
         logits = hidden_KH.new_empty(blocks[0].stop, len(weight))
-        scratch = None if logits.dtype == wide else logits.new_empty(_slice_rows(logits), len(weight), dtype=wide)
+        slice_rows = _slice_rows(len(weight), logits.device)
+        scratch = None if logits.dtype == wide else logits.new_empty(slice_rows, len(weight), dtype=wide)
         for rows in blocks:
             hidden_BH, weights_B = hidden_KH[rows], weights_K[rows].to(wide)
             logits_BV = _project(hidden_BH, weight, bias, logits[: len(hidden_BH)])
@@ -220,7 +221,7 @@ class _LogitsLoss(torch.autograd.Function):
         targets_K, weights_K = rest
         rows = _SoftmaxRows.of(targets_K, weights_K.to(_wide(logits_KV.dtype)))
         gradient_KV = torch.empty_like(logits_KV)
-        own = gradient_KV.split(_slice_rows(logits_KV))
+        own = gradient_KV.split(_slice_rows(logits_KV.shape[1], logits_KV.device))
         for (logits_SV, slice_S), gradient_SV in zip(rows.slices(logits_KV), own, strict=True):
             slice_SV = logits_SV.to(rows.weights.dtype, copy=True)
             slice_S.softmax_gradient_in_place(slice_SV)
@@ -285,7 +286,7 @@ def _gradient_by_torch(
     """
     total = weights_B.new_zeros((), dtype=_wide(logits_BV.dtype))
     tensors = [logits_BV, targets_B, weights_B, *([] if start_BV is None else [start_BV])]
-    parts = (each.detach().split(_slice_rows(logits_BV)) for each in tensors)
+    parts = (each.detach().split(_slice_rows(logits_BV.shape[1], logits_BV.device)) for each in tensors)
     for own_SV, targets_S, weights_S, *start_S in zip(*parts, strict=True):
         leaf_SV = own_SV.to(total.dtype, copy=True).requires_grad_()
         logits_SV, *start_S = (_final(each, scale, softcap) for each in (leaf_SV, *start_S))
@@ -320,8 +321,9 @@ class _SoftmaxRows(NamedTuple):
 
     def slices(self, logits_BV: Tensor) -> Iterator[tuple[Tensor, _SoftmaxRows]]:
         """Some logits at a time, and the rows that they are of."""
-        parts = zip(*(each.split(_slice_rows(logits_BV)) for each in (logits_BV, *self)), strict=True)
-        return ((logits_SV, _SoftmaxRows(*rows)) for logits_SV, *rows in parts)
+        rows = _slice_rows(logits_BV.shape[1], logits_BV.device)
+        parts = zip(*(each.split(rows) for each in (logits_BV, *self)), strict=True)
+        return ((logits_SV, _SoftmaxRows(*own)) for logits_SV, *own in parts)
 
     def softmax_gradient_in_place(self, logits_BV: Tensor, statistics: Tensor | None = None) -> None:
         """logits_BV becomes weights * (softmax(logits) - onehot(targets)).
@@ -405,13 +407,24 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, is_narrow: bool) ->
     return _slices(rows, max(1, round_up_rows(-(-rows // max(1, count)))))
 
 
+def room(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """Rows of the largest block of these targets; those of a slice, which is in fp32 as well where `dtype` is
+    narrower; and bytes of each element of the sum that becomes the gradient of the head's weight.
+
+    >>> room(4096, 128256, torch.bfloat16, torch.device("cuda"))
+    (2048, 523, 2)
+    """
+    blocks = _blocks(round_up_rows(rows), vocabulary * dtype.itemsize, device, dtype != _wide(dtype))
+    return blocks[0].stop, _slice_rows(vocabulary, device), _dtype_of_sums(blocks, dtype).itemsize
+
+
 def _dtype_of_sums(blocks: list[slice], dtype: torch.dtype) -> torch.dtype:
     return _wide(dtype) if len(blocks) > NARROW_BLOCKS else dtype
 
 
-def _slice_rows(logits: Tensor) -> int:
-    rows = max(1, _on(logits.device, CPU_SLICE, GPU_SLICE) // logits.shape[1])
-    return rows * _on(logits.device, torch.get_num_threads(), 1)
+def _slice_rows(vocabulary: int, device: torch.device) -> int:
+    rows = max(1, _on(device, CPU_SLICE, GPU_SLICE) // vocabulary)
+    return rows * _on(device, torch.get_num_threads(), 1)
 
 
 def _on(device: torch.device, on_cpu: int, elsewhere: int) -> int:

@@ -78,6 +78,14 @@ class Masters(Mapping[str, Tensor]):
         low = self._low.setdefault(name, torch.empty_like(parameter, dtype=torch.int16))
         decompose(master, parameter.data, low)
 
+    def fill(self, name: str, value: Tensor) -> None:
+        """Gives a parameter its first value, which is used up: as if these masters had been made of it."""
+        parameter = self._named(name)
+        if name in self.parameters or value.dtype != parameter.dtype:
+            self.assign(name, value.to(parameter.device, torch.float32))
+        else:
+            parameter.data.copy_(value)
+
     def adopt(self, parameters: Mapping[str, nn.Parameter], device: torch.device | str) -> None:
         """Takes frozen parameters that have been made since; low bits go to the device where all parameters now are."""
         self._all |= parameters
@@ -149,12 +157,13 @@ class Masters(Mapping[str, Tensor]):
         return earlier
 
     def squared_norm(self) -> Tensor:
-        """The square of the global norm of all gradients: fp32 scalar."""
+        """The square of the global norm of all gradients: a scalar in fp64, but on MPS, which has none.
+
+        So exact that its root, rounded to fp32, does not depend on how the ranks share the gradients.
+        """
         gradients = [gradient for name in self.parameters if (gradient := self.gradient(name)) is not None]
-        squares = [
-            block.to(torch.float32, copy=True).square_().sum() for gradient in gradients for block in _blocks(gradient)
-        ]
-        return torch.stack(squares).sum() if squares else torch.zeros(())
+        squares = [_square(block) for gradient in gradients for block in _blocks(gradient)]
+        return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
     def updates(self, name: str, *state: Tensor, scale: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
         """Blocks of a parameter for an update rule to change in place: master, gradient, and the same of each `state`.
@@ -267,16 +276,28 @@ def decompose(master: Tensor, weight: Tensor, low: Tensor) -> None:
     weight.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
+def rounded(master: Tensor) -> Tensor:
+    """An fp32 master -> its bf16 copy, as `decompose` rounds it; the master is used up."""
+    weight, low = (torch.empty_like(master, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    decompose(master, weight, low)
+    return weight
+
+
 @torch.no_grad()
 def _store(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor | None:
     """Casts a parameter to `dtype`; the low bits of its master, or None where it is its own."""
-    if dtype == torch.float32:
-        parameter.data = parameter.detach().float().contiguous()
-        return None
+    if dtype == torch.float32 or parameter.dtype == dtype:
+        parameter.data = parameter.detach().to(dtype).contiguous()
+        return None if dtype == torch.float32 else torch.zeros_like(parameter.data, dtype=torch.int16)
     master = parameter.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     parameter.data, low = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
     decompose(master, parameter.data, low)
     return low
+
+
+def _square(block: Tensor) -> Tensor:
+    wide = block.to(torch.float32 if block.device.type == "mps" else torch.float64)
+    return torch.dot(wide, wide)
 
 
 def _add(total: Tensor, latest: Tensor) -> None:

@@ -29,6 +29,13 @@ def check(settings: OptimizerConfig) -> None:
     _arguments(settings, _maker(settings))
 
 
+def is_elementwise(settings: OptimizerConfig) -> bool:
+    """Whether the rule looks at each number of a parameter alone, so that some of its rows can be updated elsewhere."""
+    return not registry.is_own(settings.name) and getattr(
+        registry.load(optim, settings.name, "optimizer.name"), "IS_ELEMENTWISE", False
+    )
+
+
 def make(settings: OptimizerConfig, masters: Masters) -> Optimizer:
     """The update rule over all trained masters. Raises InputError as `check` does."""
     maker = _maker(settings)

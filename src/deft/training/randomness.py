@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deft.distributed.world import World
+
 
 def snapshot() -> dict[str, Any]:
     """The state of every random generator of this process: Python's, numpy's, torch's, and each GPU's."""
@@ -38,6 +40,12 @@ def restore(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def follow_first(world: World, name: str) -> None:
+    """The generators of every rank become those of rank 0. No two `name`s are alike in a run."""
+    state = from_json(world.from_first(name, lambda: as_json(snapshot())))
+    restore({**state, "cuda": state["cuda"][:1] * torch.cuda.device_count()})
 
 
 @contextmanager

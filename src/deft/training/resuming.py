@@ -10,6 +10,7 @@ from torch import Tensor
 from deft.core.errors import DiskError
 from deft.training import randomness
 from deft.training.checkpoint import Checkpoint
+from deft.training.pieces import Held, shapes
 from deft.training.saving import Saver
 from deft.training.state import TrainState
 
@@ -38,12 +39,16 @@ def take(
         "random-00000": randomness.as_json(randomness.snapshot()),
         "inputs": inputs,
     }
-    return Checkpoint(state.step, {**state.tensors(), "rows": rows}, values, loss)
+    return Checkpoint(state.step, {**state.tensors(), "rows": rows}, values, loss, state.rows())
 
 
 def restore(state: TrainState, stored: Checkpoint) -> None:
-    """State and random generators as they were when the checkpoint was taken. NumbersError where it is not finite."""
-    state.restore(stored.tensors, stored.step)
+    """State and random generators as they were when the checkpoint was taken, by however many ranks.
+
+    Raises NumbersError where it is not finite.
+    """
+    held = {part: Held(tensors, state.rows_of(shapes(tensors))) for part, tensors in stored.tensors.items()}
+    state.restore(held, stored.step)
     state.skipped = stored.values["cursor"]["skipped"]
     randomness.restore(randomness.from_json(stored.values["random-00000"]))
     state.stop_if_broken(f"step-{stored.step:06d} holds values that are not finite; resume= names one before it")
@@ -54,7 +59,7 @@ def save_rest(
 ) -> DiskError | None:
     """Saves the steps that are done, unless they are saved; what was wrong with that.
 
-    An update that was broken off is not saved: some weights have had it, some not.
+    An update that was broken off is not saved: some weights have had it, some not. All ranks that share a model do it.
     """
     try:
         unsaved = saver.finish()

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deft.core.errors import DiskError, InputError
+from deft.distributed.notes import Notes
+from deft.distributed.owners import Owners, agree
+from deft.distributed.world import World
 from deft.training import checkpoint
 from deft.training.checkpoint import Checkpoint, Keep
 
@@ -15,6 +18,9 @@ from deft.training.checkpoint import Checkpoint, Keep
 @dataclass
 class Saver:
     """Saves every `every` steps. A save that fails is told, and tried again half an interval later.
+
+    Of a state that ranks share out, each has one, and all of them begin the same saves: rank 0 says when one that
+    failed is tried again, before it goes into the next step with the others.
 
     folder  that of the checkpoints
     every   steps; None saves nothing
@@ -27,6 +33,9 @@ class Saver:
     keep: Keep
     say: Callable[[str], None]
     newest: int = 0
+    world: World = field(default_factory=World)
+    _owners: Owners | None = None
+    _notes: Notes | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "saving"))
     _running: tuple[Checkpoint, Future[None]] | None = None
     _failed: DiskError | None = None
@@ -38,6 +47,8 @@ class Saver:
             self._settle(step)
         if self.every is None:
             return False
+        if self._notes and not self.world.is_first and (self._running or self._failed):
+            self._retry = self._notes.find("retry")
         return step == total or step % self.every == 0 or (self._retry is not None and step >= self._retry)
 
     def begin(self, state: Checkpoint, flush: Callable[[], None]) -> None:
@@ -47,6 +58,8 @@ class Saver:
         """
         self._settle(state.step)
         self._retry = None
+        if state.rows and self.world.watch:
+            self._notes = Notes(self.world.watch, f"save/{next(self.world.watch.questions)}/{state.step}")
         self._running = state, self._pool.submit(self._write, state, flush)
 
     def finish(self) -> DiskError | None:
@@ -63,8 +76,14 @@ class Saver:
 
     def _write(self, state: Checkpoint, flush: Callable[[], None]) -> None:
         flush()
-        checkpoint.write(self.folder, state)
-        checkpoint.retain(self.folder, self.keep)
+        if state.rows and self._notes:
+            if self._owners is None or self._owners.rows.keys() != state.rows.keys():  # a rule's tensors come with time
+                self._owners = agree(self._notes.topic, state.rows, self.world)
+            checkpoint.write_own(self.folder, state, self._owners, self._notes)
+        else:
+            checkpoint.write(self.folder, state)
+        if self.world.is_first:
+            checkpoint.retain(self.folder, self.keep)
 
     def _settle(self, step: int | None) -> None:
         """Waits for the running save and says what was wrong with it; `step` is the present one, None at the end."""
@@ -80,4 +99,6 @@ class Saver:
             self._failed = DiskError(what)
             if step is not None and self.every is not None:
                 self._retry = step + max(1, self.every // 2)
+                if self._notes and self.world.is_first:
+                    self._notes.leave("retry", self._retry)
                 self.say(f"{what}. Training goes on, next try at {self._retry}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import messages, names
-from deft.data.fields import RowError, kind_of, text_of
+from deft.data.fields import RowError, is_absent, kind_of, text_of
 from deft.data.format import Choices
 
 KEYS = names.sets(names.INSTRUCTION, (*names.ANSWER, *names.UNDER_INSTRUCTION))
@@ -42,7 +42,7 @@ def question(value: Mapping[str, Any]) -> str:
     'Say hi.'
     """
     instruction = text_of(value["instruction"], "instruction")
-    under = [name for name in names.UNDER_INSTRUCTION if names.says(value.get(name))] or ["input"]
+    under = [name for name in names.UNDER_INSTRUCTION if not is_absent(value.get(name))] or ["input"]
     names.agree(value, under)
     given = text_of(value.get(under[0]) or "", under[0])
     whole = f"{instruction}\n\n{given}" if instruction and given.strip() else instruction or given

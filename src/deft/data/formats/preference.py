@@ -15,7 +15,7 @@ from typing import Any
 
 from deft.core.types import Conversation, Message, Row
 from deft.data import names, pairs
-from deft.data.fields import LeftOut, RowError, kind_of, label_of, number_of
+from deft.data.fields import LeftOut, RowError, is_absent, kind_of, label_of, number_of
 from deft.data.format import Choices
 from deft.data.formats import alpaca, sharegpt
 from deft.data.pairs import Side
@@ -99,7 +99,7 @@ def _answer(row: Row, field: str, other: str) -> Conversation:
 def _prompt_field(value: Mapping[str, Any]) -> str | None:
     """What the row calls its prompt; RowError where two fields of the kind are texts that differ."""
     there = [name for name in _PROMPTS if value.get(name) is not None]
-    texts = [name for name in there if isinstance(value[name], str) and names.says(value[name])]
+    texts = [name for name in there if isinstance(value[name], str) and not is_absent(value[name])]
     if "instruction" in texts:
         texts = [name for name in texts if name not in names.UNDER_INSTRUCTION]
     names.agree(value, texts)

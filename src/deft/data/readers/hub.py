@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from deft.core.errors import InputError
 from deft.core.types import Origin, Row
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_id(path: str) -> bool:
-    """Whether a path that is not on this disk could be a Hub id.
-
-    >>> is_id("openai/gsm8k"), is_id("data/train.jsonl"), is_id("./data")
-    (True, False, False)
-    """
-    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
-    return bool(_ID.fullmatch(path)) and suffix not in _SUFFIXES
-
-
-_SUFFIXES = {
-    "jsonl",
-    "ndjson",
-    "json",
-    "txt",
-    "csv",
-    "tsv",
-    "parquet",
-    "arrow",
-    "feather",
-    "gz",
-    "zst",
-    "zstd",
-    "bz2",
-    "xz",
-}
 
 
 def read(name: str, subset: str | None, split: str) -> Iterator[Row]:

@@ -86,14 +86,14 @@ def _rows(batches: Callable[[], Iterator[pa.RecordBatch]], path: str, kind: str)
         for batch in batches():
             yield from _batch(batch, path, done)
             done += batch.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         what = str(error).splitlines()[0][:200]
         raise InputError(f"{path}:{done + 1}: not a whole {kind} file: {what}; write or copy it again") from error
 
 
 def _batch(batch: pa.RecordBatch, path: str, done: int) -> Iterator[Row | Problem]:
     try:
-        values: list[Any] = batch.to_pylist()
+        values: list[Any] = _plain(batch)
     except UnicodeDecodeError:
         values = [_one(batch, index) for index in range(batch.num_rows)]
     for number, value in enumerate(values, start=done + 1):
@@ -103,8 +103,22 @@ def _batch(batch: pa.RecordBatch, path: str, done: int) -> Iterator[Row | Proble
             yield Row(Origin(path, number), value)
 
 
+def _plain(batch: pa.RecordBatch) -> list[Any]:
+    """The rows. Dates and times that Python has no values for are text."""
+    import pyarrow as pa
+
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError):
+        is_time = pa.types.is_temporal
+        columns = [each.cast(pa.string()) if is_time(each.type) else each for each in batch.columns]
+        return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+
+
 def _one(batch: pa.RecordBatch, index: int) -> Any:
     try:
-        return batch.slice(index, 1).to_pylist()[0]
+        return _plain(batch.slice(index, 1))[0]
     except UnicodeDecodeError:
         return None

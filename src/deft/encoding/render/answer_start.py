@@ -12,14 +12,7 @@ from dataclasses import dataclass, replace
 
 from deft.core.types import Message
 from deft.encoding.render.template_inputs import TIGHT, ReasoningMarks, Space, Spelling
-from deft.encoding.render.traced import (
-    TEMPLATE,
-    MessagePart,
-    Traced,
-    first_character,
-    message_of,
-    owner_of,
-)
+from deft.encoding.render.traced import TEMPLATE, MessagePart, Traced, first_character, message_of, owner_of
 
 
 @dataclass(frozen=True, slots=True)

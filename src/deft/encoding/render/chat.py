@@ -28,17 +28,9 @@ from deft.encoding.render.proof import (
     refuse_unshown,
 )
 from deft.encoding.render.reasoning import ReasoningStyle, apart, may_have_marks, shown
-from deft.encoding.render.stop import Ending, Marks, Stop
+from deft.encoding.render.stop import Ending, Marks, Stop, any_of
 from deft.encoding.render.template import Refusal, Rendering, Template
-from deft.encoding.render.template_inputs import (
-    DEFAULT,
-    PROBE_TOOLS,
-    TIGHT,
-    Space,
-    TemplateOptions,
-    option_sets,
-    probe,
-)
+from deft.encoding.render.template_inputs import DEFAULT, PROBE_TOOLS, TIGHT, Space, TemplateOptions, option_sets, probe
 from deft.encoding.render.traced import (
     TEMPLATE,
     MessagePart,
@@ -227,7 +219,7 @@ class ChatRenderer:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self.marks.special)) or "(?!)")
+        return any_of(self.marks.special)
 
     def _turns(
         self, whole: Rendering, learnt: Sequence[int], weights: Sequence[float], spaces: Sequence[Space | None]

@@ -24,13 +24,7 @@ from itertools import accumulate
 
 from deft.core.types import Message, Rendered, Span
 from deft.encoding.render.template import Refusal, Rendering
-from deft.encoding.render.traced import (
-    TEMPLATE,
-    MessagePart,
-    Traced,
-    message_of,
-    part_of,
-)
+from deft.encoding.render.traced import TEMPLATE, MessagePart, Traced, message_of, part_of
 
 Place = tuple[int, int]
 """A place in a text: the index of an item, and characters into it. The end of an item is the beginning of the next."""

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from deft.core.types import Message, ToolCall
 from deft.encoding.render.answer_start import Located, PromptView
 from deft.encoding.render.template import Refusal
-from deft.encoding.render.template_inputs import (
-    ReasoningMarks,
-    TemplateInputs,
-    TemplateOptions,
-)
+from deft.encoding.render.template_inputs import ReasoningMarks, TemplateInputs, TemplateOptions, leaves
 from deft.encoding.render.traced import (
     TEMPLATE,
     MessagePart,
@@ -62,8 +58,8 @@ def refuse_unshown(text: Traced, messages: Sequence[Message]) -> None:
         owner = owner_of(index)
         if message.role == "assistant" or counts.get(owner, 0) >= len(message.content.strip()):
             continue
-        shown = _without_space(_written_by(text, owner))
-        if not any(form in shown for form in _forms(message.content)):
+        shown = without_space(_written_by(text, owner))
+        if not any(form in shown for form in forms(message.content)):
             what = f"the template shows {_shown(_written_by(text, owner))} of messages[{index}] ({message.role})"
             raise Refusal(f"{what}; choose another with template=, or take the message out")
 
@@ -99,7 +95,7 @@ def _dropped(text: Traced, message: Message, index: int, options: TemplateOption
     found = [
         f"{part.name.lower()} ({_shown(left[part])} is left)"
         for part, words in parts
-        if _without_space(left[part]) != _without_space(words)
+        if without_space(left[part]) != without_space(words)
     ]
     if message.tool_calls and not _has_calls(text, message.tool_calls, index, options):
         found.append("tool calls")
@@ -108,10 +104,10 @@ def _dropped(text: Traced, message: Message, index: int, options: TemplateOption
 
 def _has_calls(text: Traced, calls: Sequence[ToolCall], index: int, options: TemplateOptions) -> bool:
     names = _written_by(text, owner_of(index, MessagePart.CALL_NAME))
-    leaves = TemplateInputs(options).argument_leaves(calls)
+    given = [leaf for call in calls for leaf in leaves(TemplateInputs(options).arguments(call))]
     return all(call.name in names for call in calls) and all(
-        _without_space(_stretch(text, owner_of(index, MessagePart.ARGUMENT, leaf))) in _forms(words)
-        for leaf, words in enumerate(leaves, start=1)
+        without_space(_stretch(text, owner_of(index, MessagePart.ARGUMENT, leaf))) in forms(words)
+        for leaf, words in enumerate(given, start=1)
     )
 
 
@@ -136,16 +132,17 @@ def _stretch(text: Traced, owner: int) -> str:
     return text.plain(found[0][0], found[-1][1]) if found else ""
 
 
-def _forms(words: str) -> set[str]:
+def forms(words: str) -> set[str]:
     """How a text may stand in a template's output: as it is, as Python writes it, in JSON, in JSON inside JSON."""
-    forms = {words, repr(words)[1:-1]}
+    found = {words, repr(words)[1:-1]}
     for is_ascii in (False, True):
         once = json.dumps(words, ensure_ascii=is_ascii)[1:-1]
-        forms |= {once, json.dumps(once, ensure_ascii=is_ascii)[1:-1]}
-    return set(map(_without_space, forms))
+        found |= {once, json.dumps(once, ensure_ascii=is_ascii)[1:-1]}
+    return set(map(without_space, found))
 
 
-def _without_space(text: str) -> str:
+def without_space(text: str) -> str:
+    """The text without white space, which templates trim and tokenizers move."""
     return "".join(text.split())
 
 

@@ -14,21 +14,8 @@ from dataclasses import dataclass, replace
 from deft.core.types import Message, ToolCall
 from deft.encoding.render.answer_start import opened_by
 from deft.encoding.render.template import Refusal, Rendering, Template
-from deft.encoding.render.template_inputs import (
-    KNOWN_MARKS,
-    PROBE_TOOLS,
-    ReasoningMarks,
-    Space,
-    Spelling,
-    option_sets,
-)
-from deft.encoding.render.traced import (
-    TEMPLATE,
-    MessagePart,
-    Traced,
-    first_character,
-    owner_of,
-)
+from deft.encoding.render.template_inputs import KNOWN_MARKS, PROBE_TOOLS, ReasoningMarks, Space, Spelling, option_sets
+from deft.encoding.render.traced import TEMPLATE, MessagePart, Traced, first_character, owner_of
 
 _THINK = KNOWN_MARKS[0]
 _SOLUTION = ("<|begin_of_solution|>", "<|end_of_solution|>")
@@ -174,11 +161,7 @@ class ReasoningStyle:
 _ASKED, _ANSWERED = Message("user", "probe"), Message("assistant", "probe")
 _REASONED = Message("assistant", "probe", reasoning="probe")
 _CALLED = Message("assistant", "", reasoning="probe", tool_calls=(ToolCall("probe", {"a": "b"}, "000000000"),))
-_PROBES = (
-    (_ASKED, _REASONED),
-    (_ASKED, _REASONED, _ASKED, _REASONED),
-    (_ASKED, _CALLED),
-)
+_PROBES = ((_ASKED, _REASONED), (_ASKED, _REASONED, _ASKED, _REASONED), (_ASKED, _CALLED))
 """Conversations whose last turn has reasoning: a template may hide that of some and show that of others."""
 
 

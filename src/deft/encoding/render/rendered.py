@@ -17,11 +17,9 @@ from typing import Any
 
 from deft.core.types import Message, Rendered, Span, ToolCall
 from deft.encoding.render.chat import ChatRenderer
+from deft.encoding.render.stop import BEGUN, LOOKS_LIKE_A_MARK, any_of
 from deft.encoding.render.template import Refusal, Template
 from deft.encoding.render.template_inputs import PROBE_TOOLS
-
-_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
-_BEGUN = re.compile(r"<[^<>\s]{0,40}\Z")
 
 _CHAT = (
     Message("user", "probe 0"),
@@ -167,7 +165,7 @@ class RenderedTexts:
 
     def _refuse_beginning(self, text: str) -> None:
         bare = self._bare(text)
-        firsts = [mark[0] for begin in self.begins if (mark := _MARK.match(self._bare(begin)))]
+        firsts = [mark[0] for begin in self.begins if (mark := LOOKS_LIKE_A_MARK.match(self._bare(begin)))]
         known = [*firsts, *map(str.strip, self.openers), *(prompt.header for prompt in self.prompts)]
         if not self.begins_so(text) and not bare.startswith(tuple(known)):
             expected = min(self.begins, key=len)
@@ -214,11 +212,11 @@ class RenderedTexts:
 
     @cached_property
     def _headers(self) -> re.Pattern[str]:
-        return _any_of({prompt.header for prompt in self.prompts})
+        return any_of({prompt.header for prompt in self.prompts})
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        return _any_of(self.stops)
+        return any_of(self.stops)
 
 
 def header_of(template: Template) -> str:
@@ -246,7 +244,7 @@ def has_mark(text: str) -> bool:
     >>> has_mark(" [/INST]"), has_mark("assistant:")
     (True, False)
     """
-    return _MARK.search(text) is not None
+    return LOOKS_LIKE_A_MARK.search(text) is not None
 
 
 def _thinking(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -283,7 +281,7 @@ def _prompts(texts: Sequence[Rendered], last: Rendered, header: str) -> tuple[An
     between = last.text[last.written[0][1] : last.written[1][0]]
     lengths = range(len(header), 0, -1)
     shared = next((header[:length] for length in lengths if header[:length] in between), "")
-    shared = _BEGUN.sub("", shared).strip()
+    shared = BEGUN.sub("", shared).strip()
     shown = dict.fromkeys(
         text.text[max((end for _, end in text.written if end <= span.start), default=0) : span.start]
         for text in texts
@@ -310,9 +308,9 @@ def _openers(texts: Sequence[Rendered], last: Rendered, begins: Sequence[str], k
     known  stops and the headers of answers
     """
     learnt = "".join(text.text[span.start : span.end] for text in texts for span in text.spans)
-    header = _any_of(known).sub("", last.text[last.written[1][1] : last.written[2][0]])
-    marks = [mark for mark in _MARK.findall(header) if mark not in learnt] or [header.rstrip()]
-    firsts = [mark for begin in begins for mark in _MARK.findall(begin)[:1]]
+    header = any_of(known).sub("", last.text[last.written[1][1] : last.written[2][0]])
+    marks = [mark for mark in LOOKS_LIKE_A_MARK.findall(header) if mark not in learnt] or [header.rstrip()]
+    firsts = [mark for begin in begins for mark in LOOKS_LIKE_A_MARK.findall(begin)[:1]]
     found = dict.fromkeys([*marks, *firsts, *sorted(known)])
     return tuple(each for each in found if each.strip() and each not in learnt)
 
@@ -324,7 +322,7 @@ def _tail(renderer: ChatRenderer, stops: Sequence[str]) -> str | None:
     except Refusal:
         return None
     tail = own.rpartition(_CHAT[-1].content)[2]
-    return None if _any_of(stops).search(tail) else tail
+    return None if any_of(stops).search(tail) else tail
 
 
 def _learnt(
@@ -337,8 +335,3 @@ def _learnt(
             if weight > 0 and first < turn.end and begin < end:
                 yield turn, first, weight
                 break
-
-
-def _any_of(texts: Iterator[str] | Sequence[str] | set[str]) -> re.Pattern[str]:
-    """A pattern for any of the texts, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

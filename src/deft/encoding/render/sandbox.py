@@ -107,15 +107,9 @@ class Meter:
 
 
 class Generator(CodeGenerator):
-    """Code that counts the turns of loops, and asks the environment where pieces are put together."""
+    """Code that asks the environment where pieces are put together."""
 
-    def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Frame) -> None:  # noqa: N802  jinja2's names
-        if isinstance(node.node, nodes.EnvironmentAttribute):
-            self.writeline("environment.meter.tick()")
-        else:
-            super().visit_ExprStmt(node, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802  jinja2's names
         self.write("environment.tilde((")
         for argument in node.nodes:
             self.visit(argument, frame)
@@ -218,8 +212,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it is longer than {_LONGEST_SOURCE} characters")
         parsed = super()._parse(source, name, filename)
         for loop in list(parsed.find_all(nodes.For)):
-            loop.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("tick"), lineno=loop.lineno))
+            loop.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("turn"), lineno=loop.lineno))
+            loop.test = loop.test and nodes.And(nodes.EnvironmentAttribute("turn"), loop.test)
         return parsed
+
+    @property
+    def turn(self) -> bool:
+        """True, once a turn of a loop is counted."""
+        self.meter.tick()
+        return True
 
     def concat(self, pieces: Iterable[str]) -> str:
         """What a template, a block or a macro has written: texts, by jinja2's own code."""

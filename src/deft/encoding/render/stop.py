@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deft.core.types import Message
@@ -57,8 +57,18 @@ class Ending:
     opening: str = ""
 
 
-_BEGUN = re.compile(r"<[^<>\s]{0,40}\Z")
-_LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
+BEGUN = re.compile(r"<[^<>\s]{0,40}\Z")
+LOOKS_LIKE_A_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the texts, the longest first.
+
+    >>> any_of(["<s", "<s>"]).findall("<s><s"), any_of([]).findall("a")
+    (['<s>', '<s'], [])
+    """
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
 
 PROBES = ("user", "tool", "assistant")
 """Who may speak after an assistant turn; a template that refuses one of them is not asked about it."""
@@ -168,9 +178,9 @@ def _own(close: str, header: str, special: Sequence[str]) -> str:
     >>> _own("}<end><turn><|", "<turn><bot>", ["<turn>", "<end>"]), _own("]<|", "", [])
     ('}<end>', ']')
     """
-    opener = _first(header, special) or next(iter(_LOOKS_LIKE_A_MARK.findall(header)), "")
+    opener = _first(header, special) or next(iter(LOOKS_LIKE_A_MARK.findall(header)), "")
     own = close.partition(opener)[0] if opener else close
-    return _BEGUN.sub("", own)
+    return BEGUN.sub("", own)
 
 
 def _last(own: str, special: Sequence[str]) -> str:
@@ -186,7 +196,7 @@ def _text_mark(close: str) -> str:
     ('<|im_end|>', '')
     """
     text = close.strip()
-    return text if _LOOKS_LIKE_A_MARK.fullmatch(text) else ""
+    return text if LOOKS_LIKE_A_MARK.fullmatch(text) else ""
 
 
 def _begins(text: str, marks: Sequence[str]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
@@ -21,29 +21,24 @@ from jinja2.exceptions import SecurityError
 from deft.core.errors import InputError
 from deft.core.types import Message
 from deft.encoding.render import role_order
-from deft.encoding.render.sandbox import (
-    SIZE,
-    STEPS,
-    Exhausted,
-    Meter,
-    Sandbox,
-    TracingSandbox,
-)
+from deft.encoding.render.sandbox import SIZE, STEPS, Exhausted, Meter, Sandbox, TracingSandbox
 from deft.encoding.render.template_inputs import (
     DEFAULT,
     KNOWN_MARKS,
     ReasoningMarks,
     TemplateInputs,
     TemplateOptions,
-    as_traced,
 )
 from deft.encoding.render.traced import TEMPLATE, Traced
 
-_MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+MISHAPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's own code raises on a conversation that it cannot render."""
 
 NOW = datetime(2025, 1, 1, 12)
 """What every template is told of the time: the same rows are the same tokens on any day, also where a run goes on."""
+
+_TEMPLATES = 256
+"""Templates whose code is remembered."""
 
 _PATIENCE = 3
 """Renders that may go over their limits before the template is not used at all."""
@@ -111,9 +106,6 @@ def chatml(puts_bos: bool, has_end: bool) -> str:
     return ("{{- bos_token -}}\n" if puts_bos else "") + _CHATML.replace("END", end)
 
 
-NO_TEMPLATES: Mapping[str, str] = MappingProxyType({})
-
-
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A template's source text; `where` says in words where it came from; `is_own` is true for the model's own."""
@@ -128,7 +120,7 @@ def choose(
     own: str | None,
     puts_bos: bool,
     special: Collection[str] = (),
-    named: Mapping[str, str] = NO_TEMPLATES,
+    named: Mapping[str, str] = MappingProxyType({}),
 ) -> Chosen:
     """`auto`: the model's own template, deft's plain one where it has none. Else chatml, the name of one of the model's
     templates, a .jinja file or a folder.
@@ -141,12 +133,13 @@ def choose(
     >>> choose("auto", None, puts_bos=False).where
     "deft's plain template (role: content), as the model has none"
     """
+    lost = f"; final/ has this one alone, not the model's {', '.join(sorted(named))}" if named else ""
     if setting == "chatml":
-        return Chosen(chatml(puts_bos, CHATML_END in special), "deft's chatml", False)
+        return Chosen(chatml(puts_bos, CHATML_END in special), f"deft's chatml{lost}", False)
     if setting in named:
-        return Chosen(named[setting], f"the model's chat template {setting}", False)
+        return Chosen(named[setting], f"the model's chat template {setting}{lost}", False)
     if setting != "auto":
-        return Chosen(_read(setting), setting, False)
+        return Chosen(_read(setting), f"{setting}{lost}", False)
     if own is not None:
         return Chosen(own, "the model's own chat template", True)
     if named:
@@ -245,7 +238,7 @@ class Template:
             messages = [{"role": role, "content": "a"} for role in key]
             try:
                 self._plain.render(Meter(), {"tools": None, **self.tokens, **self.kwargs, "messages": messages})
-            except _MISHAPS:
+            except MISHAPS:
                 self._shown[key] = False
             else:
                 self._shown[key] = True
@@ -295,7 +288,8 @@ class Rendering:
 
     def like(self, messages: Sequence[Message]) -> str:
         """The text of other messages with the same tools and options, as plain strings give it."""
-        return self._run(self.template._plain, self._plain_inputs, self._inputs.messages(messages), False)
+        given = TemplateInputs(self.options).messages(messages)
+        return self._run(self.template._plain, self._plain_inputs, given, False)
 
     def traced(self, end: int, add_generation_prompt: bool = False) -> Traced:
         """The same text as `plain` with the owners of its characters; Refusal where tracing would change it."""
@@ -319,21 +313,17 @@ class Rendering:
             if len(self.template._over) >= _PATIENCE:
                 raise InputError(f"chat template: {error}; name another with template=") from error
             raise Refusal(f"the chat template goes over its limits: {error}") from error
-        except _MISHAPS as error:
+        except MISHAPS as error:
             what = role_order.why(error, [message["role"] for message in messages], self.template.shows)
             raise Refusal(f"the chat template refuses this conversation: {what}") from error
 
     @cached_property
-    def _inputs(self) -> TemplateInputs:
-        return TemplateInputs(self.options)
-
-    @cached_property
     def _plain_inputs(self) -> dict[str, Any]:
-        return self._variables(self._inputs)
+        return self._variables(TemplateInputs(self.options))
 
     @cached_property
     def _traced_inputs(self) -> dict[str, Any]:
-        return self._variables(replace(self._inputs, text=as_traced))
+        return self._variables(TemplateInputs(self.options, is_traced=True))
 
     def _variables(self, inputs: TemplateInputs) -> dict[str, Any]:
         return {
@@ -355,21 +345,27 @@ class Rendering:
         return STEPS + length + 64 * len(self.messages) ** 2, SIZE + 256 * length
 
 
+@lru_cache(_TEMPLATES)
+def _compiled(source: str, is_tracing: bool) -> tuple[CodeType, tuple[str, ...], frozenset[str]]:
+    """The code of a template, whose constants a sandbox of its kind has computed, its variables, and its texts."""
+    sandbox = TracingSandbox() if is_tracing else Sandbox()
+    try:
+        parsed = sandbox.parse(source)
+        variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
+        texts = frozenset(node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str))
+        return sandbox.compile(parsed), variables, texts
+    except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+        raise InputError(f"chat template: {error}; name another with template=") from error
+
+
 class Compiled:
     """One template in one sandbox."""
 
     def __init__(self, source: str, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        try:
-            parsed = sandbox.parse(source)
-            self.variables = tuple(sorted(meta.find_undeclared_variables(parsed)))
-            self.constants = frozenset(
-                node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)
-            )
-            self._template = sandbox.from_string(source)
-            self._globals = {**self._template.globals, "strftime_now": _strftime_now}
-        except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
-            raise InputError(f"chat template: {error}; name another with template=") from error
+        code, self.variables, self.constants = _compiled(source, isinstance(sandbox, TracingSandbox))
+        self._template = sandbox.template_class.from_code(sandbox, code, sandbox.make_globals(None))
+        self._globals = {**self._template.globals, "strftime_now": _strftime_now}
 
     def render(self, meter: Meter, variables: Mapping[str, Any]) -> str:
         """As jinja2's Template.render, which looks through all globals one by one, twice each time."""

@@ -23,7 +23,6 @@ from deft.encoding.render.traced import (
     TracedInt,
     TracedList,
     owner_of,
-    part_of,
 )
 
 if TYPE_CHECKING:
@@ -119,27 +118,13 @@ class TemplateOptions:
 
 DEFAULT = TemplateOptions()
 
-MakeText = Callable[[str, int], str]
-"""Makes the text that a template gets of a text and its owner: traced, or the plain text itself."""
-
-
-def as_plain(text: str, owner: int) -> str:
-    return text
-
-
-def as_traced(text: str, owner: int) -> str:
-    return Traced.of(text, owner)
-
 
 @dataclass(frozen=True, slots=True)
 class TemplateInputs:
-    """Makes the variables that a template gets of messages and tools.
-
-    text  makes a text of its words and their owner
-    """
+    """Makes the variables that a template gets of messages and tools; traced, their texts and numbers have owners."""
 
     options: TemplateOptions = DEFAULT
-    text: MakeText = as_plain
+    is_traced: bool = False
 
     def messages(self, messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
         """The messages as the template gets them; `first` is the index of the first one.
@@ -164,70 +149,69 @@ class TemplateInputs:
         if self.options.null and not message.content and message.tool_calls:
             found["content"] = None
         if message.reasoning and self.options.inline is None:
-            reasoning = self.text(message.reasoning, owner_of(index, MessagePart.REASONING))
+            reasoning = self._text(message.reasoning, owner_of(index, MessagePart.REASONING))
             found |= {"thinking": reasoning, "reasoning_content": reasoning, "reasoning": reasoning}
         if message.tool_calls:
             leaves = count(1)
             found["tool_calls"] = [self._call(call, index, leaves) for call in message.tool_calls]
         for name in ("name", "tool_call_id"):
             if (words := getattr(message, name)) is not None:
-                found[name] = self.text(words, owner_of(index, MessagePart.SPEAKER))
+                found[name] = self._text(words, owner_of(index, MessagePart.SPEAKER))
         return found
 
+    def _text(self, words: str, owner: int) -> str:
+        return Traced.of(words, owner) if self.is_traced else words
+
     def _content(self, message: Message, index: int) -> str:
-        answer, inline = self.text(message.content, owner_of(index)), self.options.inline
+        answer, inline = self._text(message.content, owner_of(index)), self.options.inline
         if inline is None or not message.reasoning:
             return answer
-        thought = self.text(message.reasoning, owner_of(index, MessagePart.REASONING))
+        thought = self._text(message.reasoning, owner_of(index, MessagePart.REASONING))
         return inline.opening + thought + inline.closing + answer
 
     def _call(self, call: ToolCall, index: int, leaves: Iterator[int]) -> dict[str, Any]:
-        arguments = arguments_of(call)
-        if self.options.text_arguments:
-            arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(arguments, ensure_ascii=False)
         function = {
-            "name": self.text(call.name, owner_of(index, MessagePart.CALL_NAME)),
-            "arguments": self._owned(arguments, lambda: owner_of(index, MessagePart.ARGUMENT, next(leaves))),
+            "name": self._text(call.name, owner_of(index, MessagePart.CALL_NAME)),
+            "arguments": self._owned(self.arguments(call), lambda: owner_of(index, MessagePart.ARGUMENT, next(leaves))),
         }
         found: dict[str, Any] = {"type": "function", "function": function}
         if call.id is not None:
-            found = {"id": self.text(call.id, owner_of(index, MessagePart.CALL_ID)), **found}
+            found = {"id": self._text(call.id, owner_of(index, MessagePart.CALL_ID)), **found}
         return found
 
+    def arguments(self, call: ToolCall) -> Any:
+        """A call's arguments as the template gets them."""
+        if not self.options.text_arguments:
+            return arguments_of(call)
+        return call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
+
     def _owned(self, value: Any, owner: Callable[[], int]) -> Any:
-        """A JSON value whose texts and numbers have owners, each asked for in order."""
-        is_traced = self.text is as_traced
+        """A JSON value whose texts and numbers have owners, each asked for in the order of `leaves`."""
         if isinstance(value, str):
-            return self.text(value, owner())
+            return self._text(value, owner())
         if isinstance(value, Mapping):
-            items = {self.text(str(key), owner()): self._owned(item, owner) for key, item in value.items()}
-            return TracedDict(items) if is_traced else items
+            items = {self._text(str(key), owner()): self._owned(item, owner) for key, item in value.items()}
+            return TracedDict(items) if self.is_traced else items
         if isinstance(value, list | tuple):
             listed = [self._owned(item, owner) for item in value]
-            return TracedList(listed) if is_traced else listed
-        if self.text is as_plain or isinstance(value, bool) or not isinstance(value, int | float):
-            return value
-        if not is_traced:
-            self.text(repr(value), owner())
+            return TracedList(listed) if self.is_traced else listed
+        if not self.is_traced or isinstance(value, bool) or not isinstance(value, int | float):
             return value
         return TracedInt(value, owner()) if isinstance(value, int) else TracedFloat(value, owner())
 
-    def argument_leaves(self, calls: Sequence[ToolCall]) -> list[str]:
-        """The texts and numbers of all arguments, in the order in which `messages` numbers them.
 
-        >>> TemplateInputs().argument_leaves([ToolCall("f", {"a": 1, "b": [True, "c"]})])
-        ['a', '1', 'b', 'c']
-        """
-        found: list[str] = []
+def leaves(value: Any) -> Iterator[str]:
+    """The texts and numbers of a JSON value, keys among them, as they are written.
 
-        def remember(text: str, owner: int) -> str:
-            if part_of(owner) == MessagePart.ARGUMENT:
-                found.append(text)
-            return text
-
-        for call in calls:
-            replace(self, text=remember)._call(call, 0, count(1))
-        return found
+    >>> list(leaves({"a": 1, "b": [True, "c"]}))
+    ['a', '1', 'b', 'c']
+    """
+    if isinstance(value, Mapping):
+        yield from (leaf for key, item in value.items() for leaf in (str(key), *leaves(item)))
+    elif isinstance(value, list | tuple):
+        yield from (leaf for item in value for leaf in leaves(item))
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value if isinstance(value, str) else repr(value)
 
 
 def arguments_of(call: ToolCall) -> Any:

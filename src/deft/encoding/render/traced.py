@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from string import Formatter
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 TEMPLATE = -1
 """The owner of characters that neither a message nor a tool wrote."""
@@ -210,32 +210,24 @@ def join(separator: str, pieces: Iterable[Any]) -> Traced:
     return Traced(str.join(separator, texts), runs)
 
 
-class TracedInt(int):
-    """A whole number from a row: written out, it has an owner."""
-
-    owner: int
-
-    def __new__(cls, value: int, owner: int) -> TracedInt:
-        self = super().__new__(cls, value)
-        self.owner = owner
-        return self
-
-    def __str__(self) -> str:
-        return Traced.of(int.__repr__(self), self.owner)
-
-
-class TracedFloat(float):
+class _TracedNumber:
     """A number from a row: written out, it has an owner."""
 
     owner: int
 
-    def __new__(cls, value: float, owner: int) -> TracedFloat:
-        self = super().__new__(cls, value)
+    def __new__(cls, value: float, owner: int) -> Self:
+        self = super().__new__(cls, value)  # type: ignore[call-arg]
         self.owner = owner
         return self
 
     def __str__(self) -> str:
-        return Traced.of(float.__repr__(self), self.owner)
+        return Traced.of(super().__repr__(), self.owner)
+
+
+class TracedInt(_TracedNumber, int): ...
+
+
+class TracedFloat(_TracedNumber, float): ...
 
 
 class TracedList(list[Any]):
@@ -265,7 +257,7 @@ def _represented(value: Any) -> str:
         return "{" + join(", ", (join(": ", map(_represented, item)) for item in value.items())) + "}"
     if isinstance(value, list):
         return "[" + join(", ", map(_represented, value)) + "]"
-    return str(value) if isinstance(value, TracedInt | TracedFloat) else repr(value)
+    return str(value) if isinstance(value, _TracedNumber) else repr(value)
 
 
 def _runs(text: str) -> tuple[Run, ...]:
@@ -342,7 +334,7 @@ def to_json(value: Any, **style: Any) -> Traced:
     leaves: list[Any] = []
 
     def marked(value: Any) -> Any:
-        if isinstance(value, Traced | TracedInt | TracedFloat):
+        if isinstance(value, Traced | _TracedNumber):
             leaves.append(value)
             return f"@leaf-{len(leaves) - 1}@"
         if isinstance(value, Mapping):

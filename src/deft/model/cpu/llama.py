@@ -28,6 +28,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from deft.core.hardware import round_up_rows
+from deft.distributed.sharding import own_type
 from deft.model import adapters
 from deft.model.cpu import document_attention
 from deft.model.cpu.document_attention import DocumentOrder
@@ -89,7 +90,7 @@ class Weights(NamedTuple):
 
 def form_of(layer: Any) -> Form | None:
     """The form of a layer that this file computes exactly as it stands, or None."""
-    if type(layer) not in LAYERS:
+    if own_type(layer) not in LAYERS:
         return None
     attention, mlp, linear = layer.self_attn, layer.mlp, _linear_layers(layer)
     without_bias = [linear[name] for name in ("output", "gate", "up", "down")]

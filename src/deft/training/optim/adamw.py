@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.optim.adamw import adamw
 
 from deft.training.masters import Masters, copy_state, rates_of
+
+IS_ELEMENTWISE = True
+"""A number's update depends on that number and its own gradients alone."""
+
+VECTOR = 16
+"""Elements that torch's fused rule takes at a time, at most."""
 
 
 class AdamW:
@@ -39,7 +46,8 @@ class AdamW:
 
     def _update(self, name: str, parameter: Tensor, lr: float, scale: Tensor | None) -> None:
         done = torch.full((), int(self._steps) - 1, dtype=torch.float32, device=parameter.device)
-        for master_B, gradient_B, first_B, second_B in self._masters.updates(name, *self._moments[name], scale=scale):
+        for block in self._masters.updates(name, *self._moments[name], scale=scale):
+            master_B, gradient_B, first_B, second_B = filled = [_filled(each) for each in block]
             adamw(
                 [master_B],
                 [gradient_B],
@@ -56,6 +64,9 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
+            for own, each in zip(block, filled, strict=True):
+                if each is not own:
+                    own.copy_(each[: len(own)])
 
     def served(self) -> Iterable[tuple[str, Tensor]]:
         """None: the masters that are trained are those that are served."""
@@ -78,6 +89,13 @@ class AdamW:
 
 make = AdamW
 """What `optimizer.name: adamw` is."""
+
+
+def _filled(block: Tensor) -> Tensor:
+    """The block with zeros behind it, where it ends within a vector of the processor: torch's fused rule rounds what is
+    left over otherwise, and which elements these are depends on how a parameter is cut."""
+    missing = -len(block) % VECTOR
+    return functional.pad(block, (0, missing)) if missing else block
 
 
 def _zeros(parameter: Tensor) -> Tensor:

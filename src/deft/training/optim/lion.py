@@ -9,6 +9,9 @@ from torch import Tensor
 
 from deft.training.masters import Masters, copy_state, rates_of
 
+IS_ELEMENTWISE = True
+"""A number's update depends on that number and its own gradients alone."""
+
 
 class Lion:
     """update = sign(b1 m + (1 - b1) g);  w -= lr (update + weight_decay w);  m = b2 m + (1 - b2) g.

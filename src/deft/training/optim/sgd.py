@@ -9,6 +9,9 @@ import torch
 from deft.training.masters import Masters
 from deft.training.per_parameter import PerParameter
 
+IS_ELEMENTWISE = True
+"""A number's update depends on that number and its own gradients alone."""
+
 
 def make(
     masters: Masters,
