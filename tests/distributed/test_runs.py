@@ -234,6 +234,20 @@ def test_a_finished_run_is_found_by_all(folder: Path) -> None:
     assert "finished at step 5" in said(folder / "run-said")
 
 
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_script_trains_twice(folder: Path, shard: int) -> None:
+    """Nothing that ranks tell each other in the first run is taken for an answer in the second."""
+    asked = [job(folder, name, epochs=epochs, shard=shard) for name, epochs in (("one", 1), ("two", 2))]
+
+    def of_rank(rank: int) -> None:
+        for each in asked:
+            each(rank)
+
+    assert run(folder / "said", 2, of_rank) == [0, 0], said(folder / "said")
+    whole(folder, "alone", 1)
+    assert differences(folder, "two", "alone") == []
+
+
 def test_a_bad_step_is_skipped_by_all(folder: Path) -> None:
     def spoil(rank: int, number: int) -> float:
         return float("nan") if (rank, number) == (1, 2) else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -209,12 +210,14 @@ def test_what_would_end_the_same_way_is_not_started_again(
 ) -> None:
     """torchrun keeps its store over restarts."""
     monkeypatch.setattr(watch, "LAG", 0.0)
+    monkeypatch.setattr(world, "_RUNS", itertools.count())
     with store() as port:
         for name, value in environment(1, 2, port).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(type(error)), joined():
             raise error
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setattr(world, "_RUNS", itertools.count())
         if code is None:
             with joined() as again:
                 assert again.watch is not None

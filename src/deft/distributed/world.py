@@ -7,6 +7,7 @@ of its weights (sharding.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -39,6 +40,8 @@ ENDED = "ended"
 """In the store of the job, which stays over torchrun's restarts: the exit code of an end in LASTING."""
 LASTING = (InputError.exit_code, DamagedError.exit_code, NumbersError.exit_code, EXIT_CODE)
 """Exit codes after which no restart helps: an error that the user has to mend, or a run that was told to end."""
+_RUNS = itertools.count()
+"""Numbers of the runs of this process, whose keys in the store are theirs alone; all ranks begin the same ones."""
 WAIT = timedelta(days=7)
 """Of collectives: a rank evaluates for as long as it takes, and one that is lost is found by its signs of life."""
 
@@ -117,6 +120,8 @@ class World:
             return
         if device.type not in ("cpu", "cuda"):
             raise InputError(f"device: several ranks compute on cpu or cuda, not on {device.type}")
+        for rank in range(self.size):  # what begins a collective waits for ever, and hears no signal
+            self.watch.wait_for(f"beat/{rank}")
         store: Any = dist.PrefixStore("collectives", self.watch.connect())  # type: ignore[arg-type]
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.reaching():
@@ -236,8 +241,9 @@ def joined() -> Iterator[World]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    connect = _connecting(rank)
-    job = connect("deft/job")
+    number = next(_RUNS)
+    connect = _connecting(rank, number)
+    job = connect(f"deft/job/{number}")
     if job.check([ENDED]):
         raise SystemExit(int(job.get(ENDED)))
     watch = Watch(connect, rank, size, rank - local_rank)
@@ -272,12 +278,12 @@ def _part(watch: Watch) -> None:
         dist.destroy_process_group()
 
 
-def _connecting(rank: int) -> Callable[..., KeyStore]:
+def _connecting(rank: int, number: int) -> Callable[..., KeyStore]:
     """What connects to the store: to the keys of this attempt, or others; rank 0 keeps it where torchrun does not."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Machines may count their restarts differently; a store that a rank keeps is new each time.
-    attempt = f"deft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_kept else 'once'}"
+    attempt = f"deft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_kept else 'once'}/{number}"
     keeps = [rank == 0 and not is_kept]
 
     def connect(prefix: str = attempt) -> Any:
