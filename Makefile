@@ -21,7 +21,7 @@ demo: $(VENV)/.core
 	$(BIN)/deft demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Laws 6, 7, 8 and 11, the hand-off, the optimizers and the demo, in an environment of its own, which alone has torchao:
 # where that is installed, every import of transformers imports it too.
