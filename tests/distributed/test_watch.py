@@ -84,7 +84,7 @@ def test_a_store_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch
         pass
 
 
-@pytest.mark.parametrize(("is_kept", "prefix"), [("True", "deft/2"), ("False", "deft/once")])
+@pytest.mark.parametrize(("is_kept", "prefix"), [("True", "deft/2/5"), ("False", "deft/once/5")])
 def test_machines_that_count_their_restarts_differently_meet(
     is_kept: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +95,7 @@ def test_machines_that_count_their_restarts_differently_meet(
     masters: list[bool] = []
     monkeypatch.setattr(world.dist, "TCPStore", lambda *given, is_master, **more: masters.append(is_master))
     monkeypatch.setattr(world.dist, "PrefixStore", lambda name, store: name)
-    connect: Any = world._connecting(0)
+    connect: Any = world._connecting(0, 5)
     assert [connect(), connect()] == [prefix, prefix]
     assert masters == [is_kept == "False", False]
 
