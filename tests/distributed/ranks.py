@@ -21,7 +21,7 @@ from deft.core.errors import DeftError
 from deft.core.signals import EXIT_CODE, Preempted
 from deft.distributed.watch import speaks
 from deft.distributed.world import World, joined
-from deft.run.quiet import quiet
+from deft.run.quiet import BARS, ENVIRONMENT, quiet
 
 SECONDS = 240.0
 """After which the ranks that are still there are killed, and have said where they are."""
@@ -92,6 +92,8 @@ def said(folder: Path, rank: int = 0) -> str:
 def _rank(folder: Path, values: Mapping[str, str], rank: int, job: Callable[[int], Any]) -> None:
     """The job of one rank, with the exit codes and the messages of the command line."""
     os.environ.update(values)
+    for name in (BARS, *ENVIRONMENT):  # which a command that was called in this process has set
+        os.environ.pop(name, None)
     output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(output, number)
