@@ -24,7 +24,8 @@ def run(scale: Scale) -> Result:
     with scene() as folder:
         reference, _ = runs.undisturbed(folder, **ranks.SETTINGS)
         found = [_point(folder, number, reference, seconds) for number in range(count)]
-    return tally((wrong for wrong, _ in found), found[-1][1])
+    told = next((told for _, told in found if told.startswith("deft: rank ")), "")
+    return tally((wrong for wrong, _ in found), told)
 
 
 def control() -> Result:
@@ -67,7 +68,9 @@ def _point(
     elif codes[other] != 6:
         wrong = f"exit codes {codes}"
     wrong = wrong or ranks.finish(folder, output, 2, reference)
-    return f"rank {victim}, step {step}: {wrong}" if wrong else "", told
+    return ranks.in_folder(folder, f"rank {victim}, step {step}: {wrong}") if wrong else "", ranks.in_folder(
+        folder, told
+    )
 
 
 def _kill() -> None:

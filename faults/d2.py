@@ -61,7 +61,9 @@ def _point(
         wrong = wrong or f"{told!r} was said"
     if not all("File " in log.read_text() for log in logs):
         wrong = wrong or "a rank has not said where it was"
-    return f"rank {victim}, step {step}: {wrong}" if wrong else "", told
+    return ranks.in_folder(folder, f"rank {victim}, step {step}: {wrong}") if wrong else "", ranks.in_folder(
+        folder, told
+    )
 
 
 def _stop() -> None:

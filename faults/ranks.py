@@ -59,6 +59,11 @@ def said(folder: Path, output: str, rank: int) -> str:
     return runs.message((folder / f"{output}-{rank}.log").read_text())
 
 
+def in_folder(folder: Path, text: str) -> str:
+    """The text without the folder of this try, which is another each time."""
+    return text.replace(f"{folder}/", "")
+
+
 def finish(folder: Path, output: str, size: int, reference: Path, **settings: Any) -> str:
     """Starts the ranks again and waits for their end; what is not as in `reference`, "" if all is, to the bit."""
     codes = start(folder, output, size, **settings).wait()
